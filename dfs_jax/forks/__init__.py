@@ -1,0 +1,35 @@
+"""What crosses a block boundary: `create_fork(name, **options)` builds any of them by name."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+
+from dfs_jax.registry import Registry
+from dfs_jax.surgery import ExitFork, LiveChannels
+
+FORKS = Registry(
+    "fork",
+    {
+        "plain": "dfs_jax.forks.plain:PlainFork",
+        "dfs": "dfs_jax.surgery:FeatureSurgery",
+    },
+)
+
+
+class Fork(Protocol):
+    """Splits a feature between exit `exit_index` (0-based) of `num_exits` and the next block."""
+
+    def __call__(
+        self, x: jax.Array, live: LiveChannels = None, *, exit_index: int, num_exits: int
+    ) -> ExitFork: ...
+
+
+def create_fork(name: str, **options: Any) -> Fork:
+    """Builds a fork by its registered name, or a user's own `package.module:attribute`.
+
+    >>> create_fork("dfs", partition_ratio=0.3).referencing
+    'symmetric'
+    """
+    return FORKS.create(name, **options)

@@ -1,0 +1,58 @@
+"""Layers that the published networks need and Flax has in another form."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# He initialisation for convolutions, as the published networks have it.
+conv_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+# Published networks pad every 3x3 by 1 on each side; "SAME" pads (0, 1) at stride 2.
+Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=conv_init)
+Conv1x1 = functools.partial(nn.Conv, kernel_size=(1, 1), padding=0, kernel_init=conv_init)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the last axis, with PyTorch's running statistics.
+
+        y = scale * (x - mean) / sqrt(var + eps) + bias
+        running = momentum * running + (1 - momentum) * batch
+
+    The batch is normalised by its biased variance, while the running variance takes the unbiased
+    one, n / (n - 1) times it, as PyTorch's does (Flax's own layer stores the biased one).
+
+    Attributes:
+      momentum: weight of the old running value (PyTorch's momentum is 1 minus it).
+      epsilon: added to the variance.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Normalises `x` `[..., channels]`; `train` uses, and records, the batch's statistics."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if not train:
+            mean, var = running_mean.value, running_var.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean, var = jnp.mean(x, axes), jnp.var(x, axes)
+            if not self.is_initializing():
+                n = x.size // channels
+                unbiased = var * (n / max(n - 1, 1))
+                running_mean.value = self._blend(running_mean.value, mean)
+                running_var.value = self._blend(running_var.value, unbiased)
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        return x * factor + (bias - mean * factor)
+
+    def _blend(self, running: jax.Array, batch: jax.Array) -> jax.Array:
+        return self.momentum * running + (1 - self.momentum) * batch

@@ -1,0 +1,82 @@
+"""Self-distillation: exits that learn from deeper ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dfs_jax.losses.deep_supervision import check_label_smoothing, exit_cross_entropies
+from dfs_jax.types import ExitOutputs
+
+
+def safe_norm(x: jax.Array) -> jax.Array:
+    """Returns the L2 norm of all elements, with gradient zero at zero."""
+    square = jnp.sum(x * x)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BYOT:
+    """Be Your Own Teacher: early exits learn from the label and from the detached last exit.
+
+        last exit   CE
+        exit i      (1 - g) CE + g KD + l FD
+        KD          mean_n -sum_c softmax(z_last / T) log softmax(z_i / T), without a factor T^2
+        FD          || adapted_i - pooled_last ||_2 over the whole batch at once, not squared
+
+    Args:
+      kd_weight: g in [0, 1].
+      temperature: T > 0.
+      feature_weight: l >= 0; 0 leaves out FD and the adaptation layers.
+      label_smoothing: of the cross-entropies, in [0, 1).
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Reference: Zhang et al., "Be Your Own Teacher", ICCV 2019; no T^2 and the plain norm as in its
+    published code and in that of Gong et al., ECCV 2024.
+
+    Example:
+      >>> outputs = ExitOutputs(jnp.zeros((2, 5, 3)), (jnp.zeros((5, 7)), jnp.zeros((5, 7))))
+      >>> BYOT()(outputs, jnp.zeros(5, int)).shape
+      (2,)
+    """
+
+    kd_weight: float = 0.3
+    temperature: float = 3.0
+    feature_weight: float = 0.03
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        check_label_smoothing(self.label_smoothing)
+        if not 0 <= self.kd_weight <= 1:
+            raise ValueError(f"kd_weight must lie in [0, 1], got {self.kd_weight!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0, got {self.temperature!r}")
+        if not 0 <= self.feature_weight < float("inf"):
+            raise ValueError(f"feature_weight must be at least 0, got {self.feature_weight!r}")
+
+    @property
+    def adapts_features(self) -> bool:
+        """Whether early heads need an adaptation layer."""
+        return self.feature_weight > 0
+
+    def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
+        """Returns the exits' losses, `[exits]`."""
+        entropies = exit_cross_entropies(outputs.logits, labels, self.label_smoothing).mean(axis=1)
+        early = (1 - self.kd_weight) * entropies[:-1] + self.kd_weight * self._kd(outputs.logits)
+        if self.feature_weight:
+            early = early + self.feature_weight * self._fd(outputs.features)
+        return jnp.append(early, entropies[-1])
+
+    def _kd(self, logits: jax.Array) -> jax.Array:
+        teacher = jax.nn.softmax(jax.lax.stop_gradient(logits[-1]) / self.temperature)
+        student = jax.nn.log_softmax(logits[:-1] / self.temperature)
+        return -jnp.sum(teacher * student, axis=-1).mean(axis=1)
+
+    def _fd(self, features: tuple[jax.Array, ...]) -> jax.Array:
+        teacher = jax.lax.stop_gradient(features[-1])
+        return jnp.stack([safe_norm(adapted - teacher) for adapted in features[:-1]])

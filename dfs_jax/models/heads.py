@@ -1,0 +1,36 @@
+"""Classifiers that several backbones share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dfs_jax.surgery import LiveChannels
+from dfs_jax.types import HeadOutput
+
+
+class PooledLinearHead(nn.Module):
+    """Global average pool over all positions, then a linear classifier.
+
+    The classifier reads the pooled feature; the adapted one serves feature distillation alone.
+
+    Attributes:
+      num_classes: width of the logits.
+      use_bias: whether the classifier has a bias (VGG's has none).
+      adapted_width: width of the adapted feature; None for no adaptation layer.
+    """
+
+    num_classes: int
+    use_bias: bool = True
+    adapted_width: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None) -> HeadOutput:
+        """Classifies `x` `[batch, height, width, channels]`."""
+        del live  # a hint for layers with a cheaper backward pass; a pooled linear has none
+        pooled = jnp.mean(x, axis=(1, 2))
+        logits = nn.Dense(self.num_classes, use_bias=self.use_bias, name="classifier")(pooled)
+        if self.adapted_width is None:
+            return HeadOutput(logits, pooled)
+        return HeadOutput(logits, nn.Dense(self.adapted_width, name="adaptation")(pooled))

@@ -1,0 +1,102 @@
+"""VGG with an exit after every convolution."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import linen as nn
+
+from dfs_jax.layers import BatchNorm, Conv3x3
+from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.heads import PooledLinearHead
+from dfs_jax.surgery import LiveChannels
+from dfs_jax.types import HeadOutput, UserError
+
+
+class ConvBlock(nn.Module):
+    """Convolution, ReLU, BatchNorm, and a 2x2 max-pool at the end of a stage.
+
+    Attributes:
+      features: output channels.
+      use_bias: whether the convolution has a bias.
+      pool: whether the map is halved at the end.
+    """
+
+    features: int
+    use_bias: bool = False
+    pool: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
+        del live  # a hint for layers with a cheaper backward pass
+        x = Conv3x3(self.features, use_bias=self.use_bias, name="conv")(x)
+        x = BatchNorm(name="norm")(nn.relu(x), train=train)
+        return nn.max_pool(x, (2, 2), (2, 2)) if self.pool else x
+
+
+class VGG(MultiExitModel):
+    """VGG: stages of 3x3 convolutions, each followed by an exit; a stage ends in a max-pool.
+
+    Only the first convolution has a bias; heads pool globally and have none.
+
+    Attributes:
+      width: channels of the first stage.
+      stage_sizes: convolutions in each stage.
+      stage_multipliers: channels of each stage, in multiples of `width`.
+
+    Reference: Simonyan and Zisserman, ICLR 2015; exits as in Gong et al., ECCV 2024.
+    """
+
+    width: int = 64
+    stage_sizes: tuple[int, ...] = (2, 2, 2)
+    stage_multipliers: tuple[int, ...] = (1, 2, 4)
+
+    def __post_init__(self):
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise UserError(f"width must be a whole number of at least 1, got {self.width!r}")
+        super().__post_init__()
+
+    @property
+    def num_exits(self) -> int:
+        return sum(self.stage_sizes)
+
+    def setup(self):
+        widths = self._block_widths()
+        ends = {sum(self.stage_sizes[: s + 1]) - 1 for s in range(len(self.stage_sizes))}
+        for i, width in enumerate(widths):
+            block = ConvBlock(width, use_bias=i == 0, pool=i in ends)
+            adapted = widths[-1] if self.adapt_features and i < len(widths) - 1 else None
+            head = PooledLinearHead(self.num_classes, use_bias=False, adapted_width=adapted)
+            setattr(self, f"block{i + 1}", block)
+            setattr(self, f"head{i + 1}", head)
+
+    def block(
+        self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
+    ) -> jax.Array:
+        if i == 0:
+            self._check_size(carry.shape)
+        return getattr(self, f"block{i + 1}")(carry, live, train=train)
+
+    def head(
+        self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool
+    ) -> HeadOutput:
+        del train  # neither statistics nor dropout here
+        return getattr(self, f"head{i + 1}")(x, live)
+
+    def _block_widths(self) -> list[int]:
+        stages = zip(self.stage_sizes, self.stage_multipliers, strict=True)
+        return [multiplier * self.width for size, multiplier in stages for _ in range(size)]
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        smallest = 2 ** len(self.stage_sizes)
+        if min(shape[1:3]) < smallest:
+            raise UserError(
+                f"images of {shape[1]}x{shape[2]} are too small for {len(self.stage_sizes)} "
+                f"max-pools: each side needs at least {smallest} pixels"
+            )
+
+
+# CIFAR: six convolutions and exits of width, width, 2, 2, 4, 4 times `width` channels.
+VGG7 = functools.partial(VGG, stage_sizes=(2, 2, 2), stage_multipliers=(1, 2, 4))

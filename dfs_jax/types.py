@@ -1,0 +1,41 @@
+"""Shapes and errors that every room shares."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for, told in one sentence with the value and what to do.
+
+    The command-line programs print the sentence alone; any other exception keeps its traceback.
+    """
+
+
+class HeadOutput(NamedTuple):
+    """What one classifier returns.
+
+    Attributes:
+      logits: `[batch, classes]`.
+      feature: `[batch, width]`, what feature distillation compares: the adapted feature at an early
+        exit that has an adaptation layer, the pooled feature elsewhere.
+    """
+
+    logits: jax.Array
+    feature: jax.Array
+
+
+class ExitOutputs(NamedTuple):
+    """What a multi-exit network returns, shallow exit first.
+
+    Attributes:
+      logits: `[exits, batch, classes]`.
+      features: one `[batch, width_i]` an exit (see `HeadOutput.feature`).
+    """
+
+    logits: jax.Array
+    features: tuple[jax.Array, ...]
