@@ -1,0 +1,29 @@
+"""Shared fixtures: a compilation cache, and the optional directory of golden files and images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Compilation dominates the suite: cheap code is enough here, and what compiled once stays on disk.
+# Set before jax starts its backend.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The directory of golden files and real images beside the repository; skips where absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no directory of golden files and images beside the repository")
+    return SHARED
