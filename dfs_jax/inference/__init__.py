@@ -1,0 +1,1 @@
+"""What a trained network's exits say, and when to stop: policies on arrays of predictions."""

@@ -1,0 +1,195 @@
+"""Budgeted-batch inference: confidence thresholds that spread a batch of examples over the exits.
+
+For a parameter p, exit k (1-based) is to answer a share q_k = p^k / sum_j p^j of all examples: small
+p spends little, large p much. Thresholds come from validation data, the report from other data.
+
+Reference: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification",
+ICLR 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dfs_jax.inference.confidence import ExitPredictions
+
+NOBODY = 1e8  # no confidence reaches it: the exit answers no example
+EVERYBODY = -1e8  # every confidence reaches it: the exit answers all that are left
+
+# 0.05, 0.10, ... 2.00, each the nearest float to its decimal.
+DEFAULT_BUDGETS = tuple(step / 20 for step in range(1, 41))
+
+
+class BudgetPoint(NamedTuple):
+    """One point of the budgeted curve.
+
+    Attributes:
+      p: the parameter of `exit_distribution`.
+      thresholds: one confidence an exit; an example leaves at the first exit where it reaches it.
+      accuracy: a fraction of all examples.
+      macs: the mean over the examples of the operations up to the exit that each one takes, in the
+        unit of the costs.
+    """
+
+    p: float
+    thresholds: tuple[float, ...]
+    accuracy: float
+    macs: float
+
+
+def exit_distribution(p: float, num_exits: int) -> np.ndarray:
+    """Returns the share of examples that each exit is to answer, `[exits]` float64, sum 1.
+
+        q_k = p^k / sum_j p^j,   k = 1 .. exits
+
+    Raises:
+      ValueError: p is not above 0 and finite, or there is no exit.
+
+    Example:
+      >>> exit_distribution(0.5, 2).round(4).tolist()
+      [0.6667, 0.3333]
+    """
+    if not 0 < p < float("inf"):
+        raise ValueError(f"the budget parameter p must be above 0 and finite, got {p!r}")
+    if num_exits < 1:
+        raise ValueError(f"a network has at least 1 exit, got {num_exits}")
+    weights = float(p) ** np.arange(1, num_exits + 1)
+    return weights / weights.sum()
+
+
+def choose_thresholds(confidence: np.ndarray, p: float | Sequence[float]) -> np.ndarray:
+    """Chooses the exits' thresholds so that exit k answers about a share q_k of the examples.
+
+    Exit by exit, shallow first, the examples that no earlier exit answers are ranked by their
+    confidence, and the threshold is that of the m-th, m = floor(n * q_k) in float64 with n the
+    whole set. Then:
+
+    - the exit answers whoever reaches `confidence >= threshold`: examples tied with the m-th are
+      answered too, so it can answer more than m, and later exits rank fewer;
+    - the order among ties never matters, since they are answered together;
+    - m = 0, or fewer than m examples left: `NOBODY` (1e8), and all stay for later exits;
+    - the last exit takes the rest: `EVERYBODY` (-1e8);
+    - a confidence that is not a number is never ranked and reaches no threshold.
+
+    Args:
+      confidence: `[exits, n]` float32 or float64, of the data to choose on (validation data).
+      p: one parameter of `exit_distribution`, or several.
+
+    Returns:
+      Thresholds float64 (confidences are kept to the bit), `[exits]` for one p and
+      `[budgets, exits]` for several.
+
+    Raises:
+      ValueError: a p that is not above 0, or confidences that are not `[exits, n]` with n > 0.
+
+    Example: with q = (2/3, 1/3) and three examples the first exit's second confidence counts.
+      >>> confidence = np.array([[0.9, 0.5, 0.7], [0.6, 0.8, 0.7]])
+      >>> choose_thresholds(confidence, 0.5).tolist()
+      [0.7, -100000000.0]
+    """
+    confidence = np.asarray(confidence)
+    if confidence.ndim != 2 or 0 in confidence.shape:
+        raise ValueError(f"confidences must be [exits, examples], got shape {confidence.shape}")
+    if np.ndim(p) == 0:
+        return _thresholds_for_one(confidence, exit_distribution(p, len(confidence)))
+    rows = [_thresholds_for_one(confidence, exit_distribution(q, len(confidence))) for q in p]
+    return np.array(rows).reshape(-1, len(confidence))
+
+
+def _thresholds_for_one(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    num_exits, n = confidence.shape
+    thresholds = np.full(num_exits, NOBODY)
+    left = np.ones(n, bool)
+    for k in range(num_exits - 1):
+        rank = int(np.floor(n * shares[k]))
+        ranked = confidence[k][left]
+        ranked = ranked[~np.isnan(ranked)]
+        if not 1 <= rank <= len(ranked):
+            continue
+        thresholds[k] = np.partition(ranked, len(ranked) - rank)[len(ranked) - rank]
+        left &= ~(confidence[k] >= thresholds[k])
+    thresholds[-1] = EVERYBODY
+    return thresholds
+
+
+def apply_thresholds(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """Returns the exit that answers each example, `[n]` int, 0-based.
+
+    It is the first whose threshold the example's confidence reaches (`>=`), or the last.
+
+    Args:
+      confidence: `[exits, n]`.
+      thresholds: one an exit; the last one is not asked.
+
+    Raises:
+      ValueError: another count of thresholds than of exits.
+
+    Example:
+      >>> apply_thresholds(np.array([[0.9, 0.5], [0.6, 0.6]]), [0.7, -1e8]).tolist()
+      [0, 1]
+    """
+    confidence = np.asarray(confidence)
+    num_exits, n = confidence.shape
+    if len(thresholds) != num_exits:
+        raise ValueError(f"{num_exits} exits take {num_exits} thresholds, got {len(thresholds)}")
+    taken = np.full(n, num_exits - 1)
+    for k in reversed(range(num_exits - 1)):
+        # The comparison is in float64, so a threshold chosen in float32 meets itself exactly.
+        np.copyto(taken, k, where=confidence[k] >= np.float64(thresholds[k]))
+    return taken
+
+
+def budgeted_curve(
+    validation: ExitPredictions,
+    test: ExitPredictions,
+    costs: Sequence[float],
+    ps: Sequence[float] = DEFAULT_BUDGETS,
+) -> list[BudgetPoint]:
+    """Chooses thresholds on one set and reports what they give on another, for each budget.
+
+    Args:
+      validation: the predictions that thresholds are chosen on.
+      test: the predictions that are reported.
+      costs: operations of the network up to and including each exit, shallow first.
+      ps: parameters of `exit_distribution`.
+
+    Returns:
+      One `BudgetPoint` for each p.
+
+    Raises:
+      ValueError: the two sets or the costs are of different counts of exits, or a set is empty.
+    """
+    counts = (len(validation.confidence), len(test.confidence), len(costs))
+    if len(set(counts)) != 1:
+        raise ValueError(
+            f"validation data, test data and costs are of {counts[0]}, {counts[1]} and "
+            f"{counts[2]} exits: they must be of one network"
+        )
+    if test.num_examples == 0:
+        raise ValueError("there is no accuracy of 0 examples")
+    thresholds = choose_thresholds(np.asarray(validation.confidence), ps)
+    confidence, correct = np.asarray(test.confidence), np.asarray(test.correct())
+    return [
+        _point(float(p), row, confidence, correct, costs)
+        for p, row in zip(ps, thresholds, strict=True)
+    ]
+
+
+def _point(
+    p: float,
+    thresholds: np.ndarray,
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    costs: Sequence[float],
+) -> BudgetPoint:
+    taken = apply_thresholds(confidence, thresholds.tolist())
+    num_right, operations = 0, 0.0
+    for k, cost in enumerate(costs):
+        answered = taken == k
+        num_right += np.count_nonzero(answered & correct[k])
+        operations += np.count_nonzero(answered) * cost
+    n = len(taken)
+    return BudgetPoint(p, tuple(thresholds.tolist()), num_right / n, float(operations) / n)

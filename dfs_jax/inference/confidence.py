@@ -1,0 +1,127 @@
+"""What every exit says of every example, and how often it is right (anytime prediction)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dfs_jax.losses.deep_supervision import exit_cross_entropies
+
+
+class ExitPredictions(NamedTuple):
+    """What the exits say of n examples, shallow exit first.
+
+    Attributes:
+      confidence: `[exits, n]` float32, the largest softmax probability.
+      predicted: `[exits, n]` int32, the class of the largest logit (the first of equals).
+      ensemble: `[n]` int32, the class of the largest mean over all exits, the last included, of
+        their softmax probabilities.
+      loss: `[exits, n]` float32, cross-entropy in nats.
+      labels: `[n]` int32.
+    """
+
+    confidence: Any
+    predicted: Any
+    ensemble: Any
+    loss: Any
+    labels: Any
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples there are."""
+        return self.labels.shape[0]
+
+    def correct(self) -> Any:
+        """Which exits are right about which examples, `[exits, n]` bool."""
+        return self.predicted == self.labels[None]
+
+
+def exit_predictions(logits: jax.Array, labels: jax.Array) -> ExitPredictions:
+    """Reduces logits to what evaluation needs; pure JAX, made for the inside of a jitted step.
+
+    Args:
+      logits: `[exits, n, classes]`; softmax and cross-entropy are taken in float32.
+      labels: `[n]`, whole numbers.
+
+    Returns:
+      `ExitPredictions` of jax arrays.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[[0.6, 0.4]], [[0.2, 0.8]]]))
+      >>> p = exit_predictions(logits, jnp.array([1]))
+      >>> p.predicted.tolist(), p.ensemble.tolist()
+      ([[0], [1]], [1])
+    """
+    logits = jnp.asarray(logits, jnp.float32)
+    probabilities = jax.nn.softmax(logits)
+    return ExitPredictions(
+        confidence=jnp.max(probabilities, axis=-1),
+        predicted=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        ensemble=jnp.argmax(jnp.mean(probabilities, axis=0), axis=-1).astype(jnp.int32),
+        loss=exit_cross_entropies(logits, labels),
+        labels=jnp.asarray(labels, jnp.int32),
+    )
+
+
+def concatenate_predictions(
+    parts: Sequence[ExitPredictions], masks: Sequence[Any] | None = None
+) -> ExitPredictions:
+    """Joins the batches of one pass over a data set into host arrays, without the padding.
+
+    Args:
+      parts: predictions of each batch, in order.
+      masks: for each batch `[n]` bool, False where an example only fills the batch up; None where
+        no batch is padded.
+
+    Returns:
+      `ExitPredictions` of numpy arrays in which every example counts once.
+
+    Raises:
+      ValueError: no batches, or another count of masks or of their elements.
+
+    Example:
+      >>> part = ExitPredictions(*(np.zeros((2, 3)),) * 2, np.zeros(3), np.zeros((2, 3)), np.zeros(3))
+      >>> concatenate_predictions([part, part], [[1, 1, 1], [1, 0, 0]]).num_examples
+      4
+    """
+    if not parts:
+        raise ValueError("there are no predictions to join: the data set gave no batch")
+    if masks is None:
+        masks = [np.ones(part.num_examples, bool) for part in parts]
+    kept = []
+    for part, mask in zip(parts, masks, strict=True):
+        mask = np.asarray(mask, bool)
+        if mask.shape != (part.num_examples,):
+            raise ValueError(f"{part.num_examples} examples take as many masks, got {mask.shape}")
+        kept.append([np.asarray(field)[..., mask] for field in part])
+    return ExitPredictions(*(np.concatenate(fields, axis=-1) for fields in zip(*kept, strict=True)))
+
+
+def anytime_accuracy(predictions: ExitPredictions) -> np.ndarray:
+    """Returns each exit's accuracy over all examples, `[exits]`, as fractions.
+
+    Raises:
+      ValueError: there are no examples.
+    """
+    _check_not_empty(predictions)
+    return np.count_nonzero(np.asarray(predictions.correct()), axis=1) / predictions.num_examples
+
+
+def ensemble_accuracy(predictions: ExitPredictions) -> float:
+    """Returns the accuracy of the mean of all exits' probabilities, a fraction.
+
+    Raises:
+      ValueError: there are no examples.
+    """
+    _check_not_empty(predictions)
+    correct = np.asarray(predictions.ensemble) == np.asarray(predictions.labels)
+    return np.count_nonzero(correct) / predictions.num_examples
+
+
+def _check_not_empty(predictions: ExitPredictions) -> None:
+    if predictions.num_examples == 0:
+        raise ValueError("there is no accuracy of 0 examples")
