@@ -1,0 +1,68 @@
+"""`python -m dfs_jax.interop check FILE...`: does our model compute what golden files hold?
+
+Prints one line a file with the worst relative differences. Exit status: 0 when all are within the
+tolerance and every gradient that must be zero is exactly zero, 1 when not, 2 when a file cannot be
+checked at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from dfs_jax.interop.golden import Comparison, compare, compute, read_golden
+from dfs_jax.types import UserError
+
+TOLERANCE = 1e-6
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dfs_jax.interop")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="compare our models with golden files, in float64")
+    check.add_argument("files", nargs="+", metavar="FILE", help="a golden file (.json.gz)")
+    files = parser.parse_args(arguments).files
+    jax.config.update("jax_enable_x64", True)
+    try:
+        return 0 if check_files(files) else 1
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def check_files(paths: Sequence[str]) -> bool:
+    """Checks golden files, writes a table line for each, and returns whether all pass.
+
+    Raises:
+      UserError: a file is missing or damaged, or its model unknown; told before the slow part.
+    """
+    cases = [(case, case.create_model()) for case in map(read_golden, paths)]
+    width = max(len(case.case) for case, _ in cases)
+    passed = True
+    for i, (case, model) in enumerate(cases):
+        comparison = compare(case, compute(case, model))
+        if i == 0:
+            titles = "".join(f"  {title:>12}" for title in comparison.differences)
+            sys.stdout.write(f"{'worst relative difference':{width}}{titles}  zero gradients\n")
+        sys.stdout.write(_line(f"{case.case:{width}}", comparison))
+        sys.stdout.flush()
+        passed = passed and comparison.passes(TOLERANCE)
+    return passed
+
+
+def _line(name: str, comparison: Comparison) -> str:
+    numbers = "".join(f"  {value:12.1e}" for value in comparison.differences.values())
+    if comparison.nonzero:
+        zeros = f"not zero: {', '.join(comparison.nonzero)}"
+    else:
+        zeros = f"{comparison.zeros} exact" if comparison.zeros else "none"
+    verdict = "ok" if comparison.passes(TOLERANCE) else f"FAILS (above {TOLERANCE:g})"
+    return f"{name}{numbers}  {zeros:14}  {verdict}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Weights from and to files: safetensors, npz, and PyTorch's own format (reading)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from dfs_jax.interop.torch_names import (
+    check_names_and_shapes,
+    convert_from_torch,
+    family_of,
+)
+from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.types import UserError
+
+COLLECTIONS = ("params", "batch_stats")
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a file of named arrays: `.safetensors`, `.npz`, `.pth` or `.pt`.
+
+    PyTorch's files need torch, which is imported for them alone, and are read without running any
+    code that they hold; a state_dict inside a checkpoint is found, and `module.`, which wrappers
+    for several devices put before every name, is taken off.
+
+    Returns:
+      name -> array; `flax.traverse_util.unflatten_dict(flat, sep="/")` makes variables of ours.
+
+    Raises:
+      UserError: the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise UserError(
+            f"{path}: cannot tell weights by the ending {path.suffix!r}, "
+            f"which must be one of {', '.join(_READERS)}"
+        )
+    if not path.is_file():
+        raise UserError(f"there is no file of weights {path}: check the path")
+    try:
+        return reader(path)
+    except UserError:
+        raise
+    except Exception as error:  # parsers of damaged files raise exceptions of every kind
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{path} is damaged or not a {path.suffix} file ({reason}): copy it again"
+        ) from error
+
+
+def save_weights(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> None:
+    """Writes variables under flat names like `params/block1/conv/kernel`, all of them or nothing.
+
+    Args:
+      path: ends in `.safetensors` or `.npz`.
+      variables: `{"params": ..., "batch_stats": ...}`.
+
+    Raises:
+      UserError: another ending, or the directory cannot be written.
+    """
+    path = Path(path)
+    writer = _WRITERS.get(path.suffix)
+    if writer is None:
+        raise UserError(f"{path}: weights are written to {' or '.join(_WRITERS)}, rename the file")
+    flat = traverse_util.flatten_dict(dict(variables), sep="/")
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            writer(file, arrays)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"cannot write weights to {path}: {error.strerror}") from error
+
+
+def load_trunk(
+    path: str | os.PathLike[str], model: MultiExitModel, variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Starts the trunk from a single-exit (or any) checkpoint: its parameters and batch statistics.
+
+    Args:
+      path: a file as in `load_weights`, with our flat names or the published PyTorch names.
+      model: what `variables` belong to.
+      variables: `{"params": ..., "batch_stats": ...}`; heads are kept, whatever the file holds.
+
+    Returns:
+      New variables, in the dtypes of the old.
+
+    Raises:
+      UserError: the file is not there or damaged, or its trunk does not fit: all names that are
+        missing, unexpected or misshapen are listed.
+    """
+    weights = load_weights(path)
+    old = traverse_util.flatten_dict(dict(variables))
+    shapes = {key: leaf.shape for key, leaf in old.items() if not _is_head(key)}
+    ours = any(name.startswith(f"{COLLECTIONS[0]}/") for name in weights)
+    read = _trunk_by_our_names if ours else _trunk_by_published_names
+    trunk = read(model, shapes, weights, str(path))
+    new = {key: jnp.asarray(leaf, old[key].dtype) for key, leaf in trunk.items()}
+    return {**{key: {} for key in variables}, **traverse_util.unflatten_dict({**old, **new})}
+
+
+def _is_head(key: tuple[str, ...]) -> bool:
+    return key[1].startswith("head")
+
+
+def _trunk_by_our_names(
+    model: MultiExitModel, shapes: Mapping, weights: Mapping[str, np.ndarray], path: str
+) -> dict[tuple[str, ...], np.ndarray]:
+    del model  # the shapes say it all
+    flat = {tuple(name.split("/")): array for name, array in weights.items()}
+    flat = {key: array for key, array in flat.items() if len(key) < 2 or not _is_head(key)}
+    check_names_and_shapes(
+        {"/".join(key): shape for key, shape in shapes.items()},
+        {"/".join(key): array.shape for key, array in flat.items()},
+        path,
+    )
+    return flat
+
+
+def _trunk_by_published_names(
+    model: MultiExitModel, shapes: Mapping, weights: Mapping[str, np.ndarray], path: str
+) -> dict[tuple[str, ...], np.ndarray]:
+    family = family_of(model)
+    entries = [entry for entry in family.entries(model) if not _is_head(entry.path)]
+    trunk = {
+        name: array for name, array in weights.items() if not name.startswith(family.head_prefixes)
+    }
+    return convert_from_torch(entries, shapes, trunk, partition_ratio=None, what=path)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs PyTorch: pip install torch, or convert it to .safetensors"
+        ) from error
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        loaded = loaded[key] if isinstance(loaded.get(key), Mapping) else loaded
+    wide = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in loaded.items()}
+    arrays = {name: x.detach().numpy() for name, x in wide.items()}
+    if all(name.startswith("module.") for name in arrays):
+        return {name.removeprefix("module."): array for name, array in arrays.items()}
+    return arrays
+
+
+def _write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+    file.write(safetensors.numpy.save(arrays))
+
+
+def _write_npz(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    ".safetensors": safetensors.numpy.load_file,
+    ".npz": _read_npz,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+}
+_WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray]], None]] = {
+    ".safetensors": _write_safetensors,
+    ".npz": _write_npz,
+}

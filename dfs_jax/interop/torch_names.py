@@ -1,0 +1,208 @@
+"""Weights and gradients between published PyTorch names and layouts, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from dfs_jax.interop.entries import INPUT_AXIS, Entry, Family
+from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.registry import Registry
+from dfs_jax.surgery import partition_channels
+from dfs_jax.types import UserError
+
+# A model's class, or a base of it, by name.
+FAMILIES = Registry(
+    "family of published weights",
+    {
+        "VGG": "dfs_jax.interop.vgg:FAMILY",
+    },
+)
+
+Path = tuple[str, ...]
+Shapes = Mapping[str, tuple[int, ...]]
+COUNTER = "num_batches_tracked"  # PyTorch's count of updates, which nothing of ours reads
+
+
+def from_torch_state_dict(
+    model: MultiExitModel,
+    state_dict: Mapping[str, Any],
+    *,
+    partition_ratio: float | None = 0.5,
+    image_shape: tuple[int, int, int] | None = None,
+) -> dict[str, Any]:
+    """Turns published weights into our variables.
+
+    Convolutions go from OIHW to HWIO, linear layers from [out, in] to [in, out], a BatchNorm's
+    weight, bias, running_mean and running_var to scale, bias, mean and var; a weight published in
+    halves becomes [shared | exit-specific] along its input axis.
+
+    Args:
+      model: one of a family with published names.
+      state_dict: PyTorch name -> array or tensor; counts of batches are ignored.
+      partition_ratio: beta, which says how wide the halves must be; None takes any width.
+      image_shape: `(height, width, channels)` of the images; None for those of the published model.
+
+    Returns:
+      `{"params": ..., "batch_stats": ...}` of NumPy arrays, in the dtypes of `state_dict`.
+
+    Raises:
+      UserError: the model has no published names, or names or shapes differ: all are listed.
+    """
+    family = family_of(model)
+    shapes = _variable_shapes(model, image_shape or family.image_shape)
+    flat = convert_from_torch(
+        family.entries(model), shapes, state_dict, partition_ratio, what="state_dict"
+    )
+    return {"params": {}, "batch_stats": {}, **traverse_util.unflatten_dict(flat)}
+
+
+def to_torch_state_dict(
+    model: MultiExitModel, variables: Mapping[str, Any], *, partition_ratio: float = 0.5
+) -> dict[str, np.ndarray]:
+    """Turns our variables into published names and layouts: `from_torch_state_dict` inverted.
+
+    Weights published in halves are cut at `round(beta * C)`; counts of batches are written as 0.
+
+    Args:
+      model: one of a family with published names.
+      variables: `{"params": ..., "batch_stats": ...}`.
+      partition_ratio: beta.
+
+    Raises:
+      UserError: the model has no published names, or the variables are not this model's.
+    """
+    entries = family_of(model).entries(model)
+    state_dict = {}
+    for name, array in _convert_to_torch(entries, variables, partition_ratio):
+        state_dict[name] = array
+        if name.endswith(".running_var"):
+            state_dict[name.removesuffix("running_var") + COUNTER] = np.zeros((), np.int64)
+    return state_dict
+
+
+def to_torch_gradients(
+    model: MultiExitModel, gradients: Mapping[str, Any], *, partition_ratio: float = 0.5
+) -> dict[str, np.ndarray]:
+    """Turns gradients shaped as `params` into published names and layouts.
+
+    Args and Raises as in `to_torch_state_dict`, which it equals but for the running statistics.
+    """
+    entries = [e for e in family_of(model).entries(model) if e.path[0] == "params"]
+    return dict(_convert_to_torch(entries, {"params": gradients}, partition_ratio))
+
+
+def family_of(model: MultiExitModel) -> Family:
+    """Returns the published names of the model's family, found by the class or a base of it.
+
+    Raises:
+      UserError: there are none.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES.table:
+            return cast(Family, FAMILIES.resolve(cls.__name__))
+    known = ", ".join(sorted(FAMILIES.table))
+    raise UserError(
+        f"{type(model).__name__} has no published PyTorch names: only models of {known} have"
+    )
+
+
+def is_counter(name: str) -> bool:
+    """Whether a PyTorch name is that of a count of batches."""
+    return name.rpartition(".")[2] == COUNTER
+
+
+def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
+    """Raises UserError that lists every missing, unexpected and misshapen name of `what`."""
+    missing = sorted(expected.keys() - given.keys())
+    unexpected = sorted(given.keys() - expected.keys())
+    misshapen = [
+        f"{name} is {list(given[name])} instead of {list(expected[name])}"
+        for name in sorted(expected.keys() & given.keys())
+        if tuple(given[name]) != tuple(expected[name])
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    told = [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+    if told:
+        raise UserError(f"{what} does not fit the model, nothing was loaded; {'; '.join(told)}")
+
+
+def convert_from_torch(
+    entries: Iterable[Entry],
+    shapes: Mapping[Path, tuple[int, ...]],
+    state_dict: Mapping[str, Any],
+    partition_ratio: float | None,
+    what: str,
+) -> dict[Path, np.ndarray]:
+    """Returns path -> array for `entries`, whose shapes with us are `shapes`; counters are ignored.
+
+    Raises:
+      UserError: names or shapes of `what` (the `state_dict`) differ.
+    """
+    entries = list(entries)
+    given = {name: _to_numpy(x) for name, x in state_dict.items() if not is_counter(name)}
+
+    def boundary(entry: Entry, channels: int) -> int:
+        if partition_ratio is not None:
+            return partition_channels(channels, partition_ratio)
+        first_half = given.get(entry.names[0])
+        known = first_half is not None and first_half.ndim > INPUT_AXIS
+        return min(first_half.shape[INPUT_AXIS], channels) if known else channels
+
+    expected = {
+        name: part.shape
+        for entry in entries
+        for name, part in _parts(entry, np.broadcast_to(0, shapes[entry.path]), boundary)
+    }
+    check_names_and_shapes(expected, {name: x.shape for name, x in given.items()}, what)
+    return {entry.path: _joined(entry, given) for entry in entries}
+
+
+def _convert_to_torch(
+    entries: list[Entry], variables: Mapping[str, Any], partition_ratio: float
+) -> Iterable[tuple[str, np.ndarray]]:
+    flat = traverse_util.flatten_dict(dict(variables))
+    paths = {"/".join(entry.path): () for entry in entries}
+    check_names_and_shapes(paths, {"/".join(path): () for path in flat}, "the tree of variables")
+    for entry in entries:
+        yield from _parts(
+            entry,
+            np.asarray(flat[entry.path]),
+            lambda _, channels: partition_channels(channels, partition_ratio),
+        )
+
+
+def _parts(
+    entry: Entry, ours: np.ndarray, boundary: Callable[[Entry, int], int]
+) -> list[tuple[str, np.ndarray]]:
+    """Returns the (name, array) of the published tensor, or of its two halves."""
+    whole = entry.layout.to_torch(ours)
+    if len(entry.names) == 1:
+        return [(entry.names[0], whole)]
+    cut = boundary(entry, whole.shape[INPUT_AXIS])
+    return list(zip(entry.names, np.split(whole, [cut], axis=INPUT_AXIS), strict=True))
+
+
+def _joined(entry: Entry, given: Mapping[str, np.ndarray]) -> np.ndarray:
+    parts = [given[name] for name in entry.names]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=INPUT_AXIS)
+    return np.ascontiguousarray(entry.layout.to_ours(whole))
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):  # a torch tensor, which may require gradients or lie on a GPU
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+def _variable_shapes(
+    model: MultiExitModel, image_shape: tuple[int, int, int]
+) -> dict[Path, tuple[int, ...]]:
+    variables = jax.eval_shape(
+        lambda key: init_variables(model, key, image_shape), jax.random.key(0)
+    )
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
