@@ -1,7 +1,8 @@
 """Budgeted-batch inference: confidence thresholds that spread a batch of examples over the exits.
 
-For a parameter p, exit k (1-based) is to answer a share q_k = p^k / sum_j p^j of all examples: small
-p spends little, large p much. Thresholds come from validation data, the report from other data.
+For a parameter p, exit k (1-based) is to answer a share q_k = p^k / sum_j p^j of all examples: a
+small p spends little, a large one much. Thresholds come from validation data, the report from test
+data.
 
 Reference: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification",
 ICLR 2018.

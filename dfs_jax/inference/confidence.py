@@ -84,8 +84,8 @@ def concatenate_predictions(
       ValueError: no batches, or another count of masks or of their elements.
 
     Example:
-      >>> part = ExitPredictions(*(np.zeros((2, 3)),) * 2, np.zeros(3), np.zeros((2, 3)), np.zeros(3))
-      >>> concatenate_predictions([part, part], [[1, 1, 1], [1, 0, 0]]).num_examples
+      >>> batch = exit_predictions(jnp.zeros((2, 3, 5)), jnp.zeros(3, int))
+      >>> concatenate_predictions([batch, batch], [[1, 1, 1], [1, 0, 0]]).num_examples
       4
     """
     if not parts:
