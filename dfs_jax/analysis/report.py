@@ -1,0 +1,195 @@
+"""A run's report: plain data from predictions and costs, written as JSON and as a readable page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.analysis.flops import ExitCost
+from dfs_jax.inference.budgeted import budgeted_curve
+from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
+from dfs_jax.types import UserError
+
+JSON_FILE = "report.json"
+MARKDOWN_FILE = "report.md"
+_SHOWN_BUDGETS = 10
+
+Report = dict[str, Any]
+
+
+def build_report(
+    validation: ExitPredictions,
+    test: ExitPredictions,
+    costs: Sequence[ExitCost],
+    *,
+    split: str,
+    run: Mapping[str, Any] | None = None,
+) -> Report:
+    """Puts a checkpoint's accuracies and costs into one dictionary that is valid JSON.
+
+        anytime    [{"exit", "accuracy", "macs", "params"}]       shallow first, exit 1-based
+        ensemble   {"accuracy"}                                   mean of all exits' probabilities
+        budgeted   [{"p", "thresholds", "accuracy", "macs"}]      see `dfs_jax.inference.budgeted`
+        run        {"split", "examples", "thresholds_from", ...}  what was evaluated
+
+    Accuracies are fractions. MACs are multiply-adds of one image, up to and including the exit in
+    `anytime`, their mean over the images in `budgeted`. A threshold of 1e8 is nobody's, one of
+    -1e8 takes everybody left.
+
+    Args:
+      validation: the predictions that thresholds are chosen on.
+      test: the predictions that everything else comes from.
+      costs: `exit_costs` of the network.
+      split: the name of the split that `test` is of.
+      run: more context for the section `run`: `thresholds_from` (the split `validation` is of, by
+        default "validation"), `step`, the names of `model`, `data`, `fork` and `loss`.
+
+    Raises:
+      ValueError: predictions and costs of different counts of exits, or no examples.
+    """
+    points = budgeted_curve(validation, test, [cost.macs for cost in costs])
+    return {
+        "run": {
+            "split": split,
+            "examples": int(test.num_examples),
+            "thresholds_from": "validation",
+            **(run or {}),
+        },
+        "anytime": [
+            {
+                "exit": cost.exit,
+                "accuracy": float(accuracy),
+                "macs": cost.macs,
+                "params": cost.params,
+            }
+            for accuracy, cost in zip(anytime_accuracy(test), costs, strict=True)
+        ],
+        "ensemble": {"accuracy": float(ensemble_accuracy(test))},
+        "budgeted": [{**point._asdict(), "thresholds": list(point.thresholds)} for point in points],
+    }
+
+
+def run_title(run: Mapping[str, Any]) -> str:
+    """Names a run in a line, as far as its section `run` says.
+
+    >>> run_title({"model": "vgg7", "data": "digits", "fork": "dfs", "loss": "byot"})
+    'vgg7 on digits, dfs fork, byot loss'
+    """
+    parts = [" on ".join(str(run[key]) for key in ("model", "data") if run.get(key))]
+    parts += [f"{run[key]} {key}" for key in ("fork", "loss") if run.get(key)]
+    return ", ".join(part for part in parts if part) or "Multi-exit network"
+
+
+def describe_evaluation(run: Mapping[str, Any]) -> str:
+    """Says what was evaluated.
+
+    >>> describe_evaluation({"split": "test", "examples": 10000, "step": 400})
+    'test split, 10,000 examples, checkpoint of step 400'
+    """
+    described = f"{run['split']} split, {run['examples']:,} examples"
+    return f"{described}, checkpoint of step {run['step']}" if "step" in run else described
+
+
+def table_for_terminal(report: Report) -> str:
+    """Returns a compact table of the exits and the ensemble, without a newline at its end."""
+    lines = [
+        describe_evaluation(report["run"]),
+        f"{'exit':>8}  {'accuracy':>9}  {'M MACs':>10}  {'M params':>9}",
+    ]
+    for row in report["anytime"]:
+        lines.append(
+            f"{row['exit']:>8}  {_percent(row['accuracy']):>9}  "
+            f"{_millions(row['macs']):>10}  {_millions(row['params']):>9}"
+        )
+    return "\n".join([*lines, f"ensemble  {_percent(report['ensemble']['accuracy']):>9}"])
+
+
+def render_markdown(report: Report) -> str:
+    """Renders the report as a short page: anytime table, ensemble, some of the budgets."""
+    run, points = report["run"], report["budgeted"]
+    anytime = _table(
+        ["exit", "accuracy", "M MACs", "M parameters"],
+        [
+            [row["exit"], _percent(row["accuracy"])]
+            + [_millions(row[count]) for count in ("macs", "params")]
+            for row in report["anytime"]
+        ],
+    )
+    shown = np.unique(np.linspace(0, len(points) - 1, _SHOWN_BUDGETS).round().astype(int))
+    budgets = _table(
+        ["p", "accuracy", "mean M MACs"],
+        [
+            [f"{point['p']:.2f}", _percent(point["accuracy"]), _millions(point["macs"])]
+            for point in (points[i] for i in shown)
+        ],
+    )
+    return f"""# {run_title(run)}
+
+{describe_evaluation(run).capitalize()}. One MAC is a multiply-add of one image, 2 FLOPs.
+
+## Anytime: each exit on every image
+
+Operations and parameters are those up to and including the exit, with the heads passed on the way.
+
+{anytime}
+
+Ensemble (mean of all exits' probabilities): **{_percent(report["ensemble"]["accuracy"])}**
+
+## Budgeted batch: each image leaves at the first exit that is confident enough
+
+Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
+{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; `{JSON_FILE}` holds them \
+all, with their thresholds.
+
+{budgets}
+"""
+
+
+def write_report(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Writes `report.json` and `report.md` into `directory`; each is whole or not there.
+
+    Returns:
+      The two paths.
+
+    Raises:
+      ValueError: the report holds a number that is not finite.
+      UserError: a file could not be written.
+    """
+    directory = Path(directory)
+    page, data = render_markdown(report), json.dumps(report, indent=2, allow_nan=False)
+    return (
+        _write_whole(directory / JSON_FILE, data + "\n"),
+        _write_whole(directory / MARKDOWN_FILE, page),
+    )
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} could not be written: {error.strerror}") from error
+    return path
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---:"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.3f}"
