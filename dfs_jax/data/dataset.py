@@ -1,0 +1,134 @@
+"""What an image classification set is: arrays in memory, class names, statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from dfs_jax.types import UserError
+
+
+class Split(NamedTuple):
+    """Some examples of a set.
+
+    Attributes:
+      images: uint8 `[n, height, width, 3]`.
+      labels: int32 `[n]`, in `[0, classes)`.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Returns the examples at `indices`, in that order (a copy)."""
+        return Split(self.images[indices], self.labels[indices])
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.labels)
+
+
+class RawDataset(NamedTuple):
+    """What a source returns: the set as it was published, before anything is held out.
+
+    Attributes:
+      train: the training examples.
+      test: the examples that are reported on once.
+      class_names: one for each class.
+      validation: the set's own validation part, or None.
+    """
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    validation: Split | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An image classification set, ready for training.
+
+    Attributes:
+      name: what it was asked for by.
+      train: the examples to train on.
+      validation: the examples that every choice is made on; None where nothing is held out.
+      test: the examples that are reported on once.
+      class_names: one for each class.
+      mean: by channel, in units in which white is 1.
+      std: likewise.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(height, width, channels)`."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+
+def check_raw_dataset(name: str, raw: RawDataset) -> RawDataset:
+    """Returns `raw` with labels as int32, after checking what a source may have got wrong.
+
+    Args:
+      name: for messages.
+      raw: a `RawDataset`, or a plain tuple of its fields with plain pairs as splits.
+
+    Raises:
+      UserError: wrong fields, dtypes, shapes, counts or labels.
+    """
+    try:
+        train, test, class_names, *rest = raw
+        (validation,) = rest or [None]
+        named = {"train": Split(*train), "test": Split(*test)}
+        if validation is not None:
+            named["validation"] = Split(*validation)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"data set {name!r} must return (train, test, class_names) or (train, test, "
+            f"class_names, validation), each split a pair (images, labels): {error}"
+        ) from error
+    size = np.shape(named["train"].images)[1:]
+    checked = {
+        key: _check_split(f"{name} {key}", split, size, len(class_names))
+        for key, split in named.items()
+    }
+    return RawDataset(class_names=tuple(str(c) for c in class_names), **checked)
+
+
+def _check_split(where: str, split: Split, size: tuple[int, ...], num_classes: int) -> Split:
+    images, labels = np.asarray(split.images), np.asarray(split.labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(
+            f"the images of {where} must be uint8 [n, height, width, 3], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    if images.shape[1:] != size:
+        raise UserError(
+            f"the images of {where} are {list(images.shape[1:])}, those of train {list(size)}"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"the labels of {where} must be {len(images)} integers, one for each image, "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    if not labels.size:
+        raise UserError(f"{where} has no examples")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(
+            f"the labels of {where} run from {labels.min()} to {labels.max()}: "
+            f"with {num_classes} classes they must lie in [0, {num_classes})"
+        )
+    return Split(images, labels.astype(np.int32))

@@ -1,0 +1,124 @@
+"""From arrays in memory to batches: a sampler without state, and evaluation in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from dfs_jax.data.dataset import Split
+from dfs_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSampler:
+    """Says which examples a step trains on; a function of the step alone, so resuming is exact.
+
+    Epoch e goes through a permutation drawn from (seed, e). The `num_examples % batch_size`
+    examples at its end are left out, other ones every epoch.
+
+    Args:
+      num_examples: size of the training set.
+      batch_size: examples a step.
+      seed: of the order.
+
+    Raises:
+      UserError: a batch of fewer than one or more than all examples.
+
+    Example:
+      >>> sampler = TrainSampler(num_examples=7, batch_size=3, seed=0)
+      >>> sampler.steps_per_epoch, sampler.epoch_of(5), sampler.indices(5).shape
+      (2, 2, (3,))
+    """
+
+    num_examples: int
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.batch_size <= self.num_examples:
+            raise UserError(
+                f"batch_size {self.batch_size} must lie between 1 and the number of training "
+                f"examples, {self.num_examples}"
+            )
+        if self.seed < 0:
+            raise UserError(f"the sampler's seed must not be negative, got {self.seed}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_examples // self.batch_size
+
+    def epoch_of(self, step: int) -> int:
+        """Returns the epoch (0-based) that step `step` (0-based) belongs to."""
+        return step // self.steps_per_epoch
+
+    def indices(self, step: int) -> np.ndarray:
+        """Returns the examples of one step, `[batch_size]`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(self.num_examples, self.seed, epoch)
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+# Two, for programs that look at the last step of one epoch and the first of the next in turn.
+@functools.lru_cache(maxsize=2)
+def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    entropy = np.random.SeedSequence((seed, epoch))
+    order = np.random.Generator(np.random.Philox(entropy)).permutation(num_examples)
+    order.setflags(write=False)
+    return order
+
+
+def train_batches(
+    split: Split, sampler: TrainSampler, start_step: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields `(images, labels)` for `start_step`, `start_step + 1`, ... without end.
+
+    Args:
+      split: the examples to train on.
+      sampler: made for that many examples.
+      start_step: 0-based.
+
+    Yields:
+      uint8 `[batch_size, height, width, 3]` and int32 `[batch_size]`.
+    """
+    if sampler.num_examples != split.num_examples:
+        raise ValueError(
+            f"the sampler is for {sampler.num_examples} examples, the split has "
+            f"{split.num_examples}"
+        )
+    step = start_step
+    while True:
+        images, labels = split.take(sampler.indices(step))
+        yield images, labels
+        step += 1
+
+
+def eval_batches(
+    split: Split, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields `(images, labels, mask)` in order, every example once, all batches of one shape.
+
+    Args:
+      split: the examples.
+      batch_size: examples a batch; the last one is filled up with zeros that the mask leaves out.
+
+    Yields:
+      uint8 `[batch_size, height, width, 3]`, int32 `[batch_size]`, bool `[batch_size]`.
+
+    Example:
+      >>> split = Split(np.zeros((5, 2, 2, 3), np.uint8), np.arange(5, dtype=np.int32))
+      >>> [mask.sum().item() for _, _, mask in eval_batches(split, 3)]
+      [3, 2]
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, split.num_examples, batch_size):
+        images, labels = (part[start : start + batch_size] for part in split)
+        missing = batch_size - len(labels)
+        mask = np.arange(batch_size) < len(labels)
+        if missing:
+            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
+            labels = np.concatenate([labels, np.zeros(missing, np.int32)])
+        yield images, labels, mask

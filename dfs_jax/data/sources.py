@@ -1,0 +1,113 @@
+"""From a name to a data set: find it, hold a validation part out, get its statistics."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from dfs_jax.data.dataset import Dataset, RawDataset, Split, check_raw_dataset
+from dfs_jax.data.statistics import NAMED_STATISTICS, channel_statistics, named_statistics
+from dfs_jax.registry import Registry
+from dfs_jax.types import UserError
+
+DATASETS = Registry(
+    "data set",
+    {
+        "digits": "dfs_jax.data.digits:load_digits",
+        "folder": "dfs_jax.data.folder:load_folder",
+    },
+)
+
+# "package.module:attribute"; in a TFDS name a colon is followed by a version's digits.
+_USERS_OWN = re.compile(r"[\w.]+:[^\W\d][\w.]*")
+_VALIDATION_EXAMPLES = {"cifar10": 5000, "cifar100": 5000}
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    validation_examples: int | None = None,
+    split_seed: int = 0,
+    image_size: int | None = None,
+    statistics: str | None = None,
+) -> Dataset:
+    """Reads an image classification set into memory.
+
+    Args:
+      name: `digits`, `folder`, a TFDS name (`cifar10`, `cifar100`, `name/config`, `name:1.2.3`),
+        or one's own `package.module:attribute`, a function that returns a `RawDataset` and is given
+        `data_dir` and `image_size` where they are set.
+      data_dir: where the set lies; for TFDS names the directory above them, None being TFDS's own.
+      validation_examples: how many training examples are held out. None: the set's own validation
+        part where it has one, else 5,000 for CIFAR and a tenth of the others. 0: none, all of them
+        are trained on. Any other number: held out of train and validation together.
+      split_seed: which examples are held out, by a permutation that nothing else depends on.
+      image_size: side in pixels that images are scaled to; needed where their sizes vary.
+      statistics: the name of a set whose mean and standard deviation are used in place of this
+        set's own (published CIFAR-100 runs took those of `cifar10`). Own ones come from a table, or
+        from the examples trained on.
+
+    Raises:
+      UserError: no such set, option or statistics; fewer examples than are to be held out.
+
+    Example:
+      >>> digits = load_dataset("digits")
+      >>> digits.image_shape, len(digits.train.labels), len(digits.validation.labels)
+      ((32, 32, 3), 1197, 300)
+    """
+    chosen = named_statistics(statistics) if statistics is not None else NAMED_STATISTICS.get(name)
+    raw = check_raw_dataset(name, _read(name, data_dir, image_size))
+    train, validation = hold_out(raw, _default_held_out(name, raw, validation_examples), split_seed)
+    mean, std = chosen or channel_statistics(train.images)
+    return Dataset(name, train, validation, raw.test, raw.class_names, mean, std)
+
+
+def _read(name: str, data_dir: str | None, image_size: int | None) -> RawDataset:
+    if name in DATASETS.table or _USERS_OWN.fullmatch(name):
+        return DATASETS.create(name, data_dir=data_dir, image_size=image_size)
+    # Here, because TFDS takes two seconds to import.
+    from dfs_jax.data.tfds_source import load_tfds
+
+    return load_tfds(name, data_dir=data_dir, image_size=image_size)
+
+
+def _default_held_out(name: str, raw: RawDataset, asked: int | None) -> int | None:
+    if asked is not None or raw.validation is not None:
+        return asked
+    return _VALIDATION_EXAMPLES.get(name, max(1, raw.train.num_examples // 10))
+
+
+def hold_out(
+    raw: RawDataset, validation_examples: int | None, split_seed: int
+) -> tuple[Split, Split | None]:
+    """Returns what is trained on, and the validation part or None.
+
+    Args:
+      raw: the set as published.
+      validation_examples: None keeps the set's own validation part; otherwise that many examples of
+        train and validation together, drawn without replacement.
+      split_seed: of that draw.
+
+    Raises:
+      UserError: a negative number, or one that leaves nothing to train on.
+    """
+    if validation_examples is None:
+        return raw.train, raw.validation
+    whole = raw.train if raw.validation is None else _join(raw.train, raw.validation)
+    if not 0 <= validation_examples < whole.num_examples:
+        raise UserError(
+            f"validation_examples must lie in [0, {whole.num_examples}), the number of training "
+            f"examples, got {validation_examples}"
+        )
+    if validation_examples == 0:
+        return whole, None
+    order = np.random.Generator(np.random.Philox(split_seed)).permutation(whole.num_examples)
+    # Sorted, so that reading them later goes through memory in order.
+    held_out, kept = np.sort(order[:validation_examples]), np.sort(order[validation_examples:])
+    return whole.take(kept), whole.take(held_out)
+
+
+def _join(first: Split, second: Split) -> Split:
+    return Split(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))

@@ -1,0 +1,240 @@
+"""TFDS sets, read from the array_record format without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.data.dataset import RawDataset, Split
+from dfs_jax.data.images import decode_images
+from dfs_jax.types import UserError
+
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_INFO_FILE = "dataset_info.json"
+_RECORDS_A_READ = 2048
+DEFAULT_DATA_DIR = "~/tensorflow_datasets"
+
+
+def load_tfds(name: str, data_dir: str | None = None, image_size: int | None = None) -> RawDataset:
+    """Reads a prepared TFDS image classification set.
+
+    Splits: `train`; `test`, or `validation` where there is no labelled `test`, as in ImageNet; and
+    a `validation` that is not the test set is the set's own validation part.
+
+    Args:
+      name: `NAME`, `NAME/CONFIG`, `NAME:VERSION` or `NAME/CONFIG:VERSION`.
+      data_dir: the directory that holds `NAME/[CONFIG/]VERSION`, or a prepared set's own directory;
+        None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      image_size: side in pixels that images are scaled to; needed where sizes vary.
+
+    A set that is absent is prepared (downloaded, then converted) where TensorFlow is installed.
+
+    Raises:
+      UserError: the set is unknown, absent, in another format, damaged, or not one of images with
+        one label each.
+    """
+    directory = find_prepared(name, data_dir) or _prepare_or_explain(name, data_dir)
+    _check_format(name, directory, data_dir)
+    return _read(name, directory, image_size)
+
+
+def tfds_data_dir(data_dir: str | None) -> Path:
+    """Returns the directory that sets lie in: the given one, or TFDS's default."""
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DATA_DIR
+    return Path(chosen).expanduser().absolute()
+
+
+def find_prepared(name: str, data_dir: str | None) -> Path | None:
+    """Returns the newest prepared version's directory, or None.
+
+    Raises:
+      UserError: `data_dir` does not exist, or holds another set, or several configurations of this.
+    """
+    root = tfds_data_dir(data_dir)
+    if data_dir is not None and not root.is_dir():
+        raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
+    path, version = parse_name(name)
+    if (root / _INFO_FILE).is_file():
+        return _check_is(path, root)
+    found = _newest(root / path, version)
+    if found is None and "/" not in path and (root / path).is_dir():
+        configs = {p.name: _newest(p, version) for p in (root / path).iterdir() if p.is_dir()}
+        prepared = {config: where for config, where in configs.items() if where is not None}
+        if len(prepared) > 1:
+            choices = ", ".join(f"{path}/{config}" for config in sorted(prepared))
+            raise UserError(
+                f"data set {name!r} has several configurations: choose one of {choices}"
+            )
+        found = next(iter(prepared.values()), None)
+    return found
+
+
+def parse_name(name: str) -> tuple[str, str | None]:
+    """Returns `NAME[/CONFIG]` and the version or None.
+
+    >>> parse_name("imagenet_resized/32x32:0.1.0")
+    ('imagenet_resized/32x32', '0.1.0')
+    """
+    path, _, version = name.partition(":")
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path) or (
+        version and not _VERSION.fullmatch(version)
+    ):
+        raise UserError(f"{name!r} is no data set name: write NAME, NAME/CONFIG or NAME:1.2.3")
+    return path, version or None
+
+
+def _newest(directory: Path, version: str | None) -> Path | None:
+    if not directory.is_dir():
+        return None
+    versions = [
+        p
+        for p in directory.iterdir()
+        if _VERSION.fullmatch(p.name) and (p / _INFO_FILE).is_file() and version in (None, p.name)
+    ]
+    return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+
+
+def _check_is(path: str, directory: Path) -> Path:
+    held = _read_info(directory).get("name")
+    if held != path.partition("/")[0]:
+        raise UserError(f"data_dir {directory} holds the data set {held!r}, not {path!r}")
+    return directory
+
+
+def _read_info(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / _INFO_FILE).read_text())
+    except ValueError as error:
+        raise UserError(f"{directory / _INFO_FILE} is damaged: {error}") from error
+
+
+def _check_format(name: str, directory: Path, data_dir: str | None) -> None:
+    # Sets from before the field existed are tfrecord files.
+    file_format = _read_info(directory).get("fileFormat", "tfrecord")
+    if file_format != "array_record":
+        raise UserError(
+            f"{directory} is in {file_format} format, which needs TensorFlow to read: prepare it "
+            f"as array_record with `{prepare_command(name, data_dir)}`"
+        )
+
+
+def prepare_command(name: str, data_dir: str | None) -> str:
+    """Returns the command that downloads a set and converts it."""
+    where = f" --data_dir={data_dir}" if data_dir is not None else ""
+    return f"python -m dfs_jax.data.prepare {name}{where}"
+
+
+def _prepare_or_explain(name: str, data_dir: str | None) -> Path:
+    if importlib.util.find_spec("tensorflow") is not None:
+        from dfs_jax.data.prepare import prepare
+
+        return prepare(name, data_dir)
+    check_registered(name)
+    raise UserError(
+        f"data set {name!r} is not in {tfds_data_dir(data_dir)}: run "
+        f"`pip install -r requirements-prepare.txt` and `{prepare_command(name, data_dir)}` once "
+        f"(only the preparation needs TensorFlow)"
+    )
+
+
+def check_registered(name: str) -> None:
+    """Raises `UserError` unless TFDS knows the set."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    base = parse_name(name)[0].partition("/")[0]
+    if base not in known:
+        close = difflib.get_close_matches(base, [*known, "digits", "folder"], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see the TFDS catalogue"
+        raise UserError(
+            f"unknown data set {name!r}: it is not digits, folder or a TFDS name; {hint}"
+        )
+
+
+def _read(name: str, directory: Path, image_size: int | None) -> RawDataset:
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(directory)
+    image_key, label_key = _feature_keys(name, builder.info)
+    reader = _SplitReader(name, builder, image_key, label_key, image_size)
+    names = set(builder.info.splits)
+    has_test = "test" in names and reader.is_labelled("test")
+    if "train" not in names or not (has_test or "validation" in names):
+        raise UserError(
+            f"data set {name!r} needs a train split and a labelled test or validation split, "
+            f"it has {', '.join(sorted(names))}"
+        )
+    own_validation = has_test and "validation" in names
+    return RawDataset(
+        reader.read("train"),
+        reader.read("test" if has_test else "validation"),
+        tuple(builder.info.features[label_key].names),
+        reader.read("validation") if own_validation else None,
+    )
+
+
+def _feature_keys(name: str, info: Any) -> tuple[str, str]:
+    """The image and the label: the set's supervised pair, or the only features of their kinds."""
+    import tensorflow_datasets as tfds
+
+    def keys(kind: type) -> list[str]:
+        found = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+        paired = [key for key in found if key in (info.supervised_keys or ())]
+        return paired if len(paired) == 1 else found
+
+    images, labels = keys(tfds.features.Image), keys(tfds.features.ClassLabel)
+    if len(images) != 1 or len(labels) != 1:
+        raise UserError(
+            f"data set {name!r} is not one of images with one label each: "
+            f"its features are {', '.join(info.features)}"
+        )
+    return images[0], labels[0]
+
+
+class _SplitReader:
+    """Reads one set's splits: records in bulk, of them only the label and the encoded image."""
+
+    def __init__(self, name: str, builder: Any, image_key: str, label_key: str, size: int | None):
+        import tensorflow_datasets as tfds
+
+        self._name, self._builder, self._size = name, builder, size
+        self._image_key, self._label_key = image_key, label_key
+        features = {key: builder.info.features[key] for key in (image_key, label_key)}
+        # Decoding below is a third faster than TFDS's own, and does not need OpenCV for it.
+        self._features = tfds.features.FeaturesDict(features)
+        self._decoders = {image_key: tfds.decode.SkipDecoding()}
+
+    def is_labelled(self, split: str) -> bool:
+        """Whether the first label is a class (unpublished labels are -1)."""
+        return self._examples(split, [0])[0][self._label_key] >= 0
+
+    def read(self, split: str) -> Split:
+        count = self._builder.info.splits[split].num_examples
+        labels: list[int] = []
+
+        def encoded() -> Iterator[bytes]:
+            for start in range(0, count, _RECORDS_A_READ):
+                positions = list(range(start, min(start + _RECORDS_A_READ, count)))
+                for example in self._examples(split, positions):
+                    labels.append(example[self._label_key])
+                    yield example[self._image_key]
+
+        images = decode_images(
+            encoded(), count, self._size, lambda i: f"{i} of {self._name} {split}"
+        )
+        return Split(images, np.array(labels, np.int32))
+
+    def _examples(self, split: str, positions: list[int]) -> list[Any]:
+        records = self._builder.as_data_source(split).data_source.__getitems__(positions)
+        return [
+            self._features.deserialize_example_np(record, decoders=self._decoders)
+            for record in records
+        ]
