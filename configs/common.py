@@ -1,0 +1,68 @@
+"""Every field of a run, with its default. A config file overrides a few of them.
+
+Component options default to None and are then the component's own default; one that is set is
+passed on, and a component that lacks it refuses. Any field can be set on the command line:
+`--config.optimizer.learning_rate=0.05`.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the defaults."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # reaches initialisation, sampling, augmentation and dropout
+    config.batch_size = 128  # over all devices together
+    config.eval_batch_size = 500
+    config.epochs = 100
+    config.eval_every_epochs = 1  # evaluate on validation data and save; the last epoch always does
+    config.checkpoint_every_steps = 0  # save within epochs too; 0: only after an evaluation
+    config.log_every_steps = 20  # move the progress bar and look for a non-finite loss
+    # Start the trunk from a single-exit network: a .safetensors, .npz or .pth file.
+    config.init_from = placeholder(str)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "vgg7"  # or your own "package.module:attribute"; so fork, loss and data
+    config.model.width = placeholder(int)
+
+    config.fork = ml_collections.ConfigDict()
+    config.fork.name = "dfs"  # "plain": an ordinary multi-exit network
+    config.fork.partition_ratio = placeholder(tuple)  # beta: one for all exits, or one for each but the last
+    config.fork.referencing = placeholder(str)  # "symmetric", "trunk_only" or "none"
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.name = "deep_supervision"  # or "byot"
+    config.loss.label_smoothing = placeholder(float)
+    config.loss.exit_weights = placeholder(tuple)  # deep supervision: one for each exit
+    config.loss.kd_weight = placeholder(float)  # byot, as the next two
+    config.loss.temperature = placeholder(float)
+    config.loss.feature_weight = placeholder(float)
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "cifar10"  # any TFDS image-classification set, "folder" or "digits"
+    config.data.data_dir = placeholder(str)  # None: where TFDS keeps its sets
+    config.data.validation_examples = placeholder(int)  # held out of train; 0: none
+    config.data.split_seed = 0  # which ones
+    config.data.image_size = placeholder(int)  # resize to a square of this side
+    config.data.statistics = placeholder(str)  # normalise with another set's mean and deviation
+    config.data.augmentation = "crop,flip"  # in this order; also autoaugment, cutout; "none"
+    config.data.crop_padding = placeholder(int)  # pixels on each side
+    config.data.crop_fill = placeholder(int)  # 0..255
+    config.data.cutout_size = placeholder(int)  # side in pixels
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "sgd"  # or "adamw"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = placeholder(float)
+    config.optimizer.momentum = placeholder(float)  # sgd
+    config.optimizer.nesterov = placeholder(bool)  # sgd
+    config.optimizer.gradient_clip = placeholder(float)  # largest global norm
+    config.optimizer.ema_decay = placeholder(float)  # evaluate a moving average of the parameters
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.name = "cosine"  # "multistep" or "constant"
+    config.schedule.warmup_epochs = placeholder(float)
+    config.schedule.decay_epochs = placeholder(tuple)  # multistep
+    config.schedule.decay_factor = placeholder(float)  # multistep
+    return config

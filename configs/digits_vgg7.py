@@ -1,0 +1,15 @@
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.data.name = "digits"
+    config.data.augmentation = "crop"  # a mirrored digit is another sign
+    config.model.width = 16
+    config.batch_size = 64
+    config.epochs = 40
+    config.eval_every_epochs = 2
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.warmup_epochs = 2.0
+    return config

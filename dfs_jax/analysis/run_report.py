@@ -1,0 +1,81 @@
+"""The report and the pictures of one run, from its directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.analysis.plots import plot_accuracy_against_operations, plot_accuracy_over_time
+from dfs_jax.analysis.report import Report, build_report, table_for_terminal, write_report
+from dfs_jax.training.config import read_config
+from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
+from dfs_jax.training.metrics import read_metrics
+
+OVER_TIME_PICTURE = "accuracy_over_time.png"
+OPERATIONS_PICTURE = "accuracy_against_operations.png"
+
+
+def report_run(
+    workdir: Path,
+    *,
+    split: str = "test",
+    checkpoint: str = "best",
+    output: Path | None = None,
+    data_dir: str | None = None,
+) -> Report:
+    """Evaluates a checkpoint of a run, writes its report and pictures, and prints a table.
+
+    Args:
+      workdir: the run's directory.
+      split: what is reported; thresholds always come from validation data (from the training data
+        of a run that holds none out).
+      checkpoint: "best", "latest" or a step's number.
+      output: the JSON file, with a readable page beside it; `report.json` in `workdir` for the test
+        split, `report_SPLIT.json` for others.
+      data_dir: where the data lies now; None for where it lay in training.
+
+    Returns:
+      The report (see `dfs_jax.analysis.report.build_report`).
+
+    Raises:
+      UserError: no run, no such checkpoint or split, a file that cannot be written.
+    """
+    config = read_config(workdir)
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    evaluation = evaluate_run(workdir, config, split=split, checkpoint=checkpoint)
+    report = _build(evaluation)
+    name = "report.json" if split == "test" else f"report_{split}.json"
+    written = write_report(report, output or workdir / name)
+    if output is None and split == "test":
+        written += _draw(workdir, report)
+    sys.stdout.write(f"{table_for_terminal(report)}\n")
+    sys.stdout.write("".join(f"wrote {path}\n" for path in written))
+    return report
+
+
+def _build(evaluation: RunEvaluation) -> Report:
+    experiment = evaluation.experiment
+    config = experiment.config
+    return build_report(
+        evaluation.fitting,
+        evaluation.reported,
+        exit_costs(experiment.model, experiment.dataset.image_shape),
+        split=evaluation.reported_split,
+        run={
+            "thresholds_from": evaluation.fitting_split,
+            "step": evaluation.step,
+            **{part: config[part].name for part in ("model", "data", "fork", "loss")},
+        },
+    )
+
+
+def _draw(workdir: Path, report: Report) -> tuple[Path, ...]:
+    over_time, operations = workdir / OVER_TIME_PICTURE, workdir / OPERATIONS_PICTURE
+    plot_accuracy_against_operations(report, operations)
+    lines = [line for line in read_metrics(workdir) if line["split"] == "validation"]
+    if not lines:
+        return (operations,)
+    plot_accuracy_over_time(lines, over_time)
+    return over_time, operations

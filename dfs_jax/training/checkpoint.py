@@ -1,0 +1,216 @@
+"""Checkpoints that can be trusted: the best and the latest ones, every leaf under a checksum."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from dfs_jax.types import PyTree, UserError
+
+DIRECTORY = "checkpoints"
+DAMAGED_DIRECTORY = "damaged_checkpoints"
+LATEST_TO_KEEP = 2
+NEVER_BEST = -math.inf
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files cannot be read or hold other values than were saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `DIR/checkpoints`.
+
+    The two latest and the best by score are kept. Each holds the state and a checksum of every
+    leaf; a checkpoint exists only when all of it has been written.
+
+    Args:
+      workdir: the run's directory.
+      read_only: never write, delete or set aside anything (evaluation).
+    """
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        self._directory = Path(workdir).resolve() / DIRECTORY
+        self._read_only = read_only
+        if read_only and not self._directory.is_dir():
+            raise UserError(f"there are no checkpoints in {workdir}: train there first")
+        self._manager = self._open()
+
+    def save(self, state: PyTree, step: int, score: float | None) -> None:
+        """Writes the state after `step` steps and returns when it is safely on disk.
+
+        Args:
+          score: what the best checkpoint has most of; None or a non-finite number is never best.
+
+        Raises:
+          UserError: it could not be written (a full disk); earlier checkpoints stay as they were.
+        """
+        if step in self._manager.all_steps():
+            return
+        score = score if score is not None and math.isfinite(score) else NEVER_BEST
+        document = {"checksums": leaf_checksums(state)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), document=ocp.args.JsonSave(document)
+                ),
+                metrics={"score": score},
+            )
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise UserError(
+                f"the checkpoint of step {step} could not be written to {self._directory} "
+                f"({first_line(error)}); {self._describe_last_good(step)}"
+            ) from error
+
+    def restore_latest(self, target: PyTree) -> tuple[PyTree, int] | None:
+        """Returns the newest state that is whole and its step; None when none was ever saved.
+
+        Damaged checkpoints are named in the log, set aside in `DIR/damaged_checkpoints`, and the
+        one before is used.
+
+        Args:
+          target: a pytree of `jax.ShapeDtypeStruct` with shardings, shaped as the state.
+
+        Raises:
+          UserError: there are checkpoints and every one is damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, target), step
+            except DamagedCheckpoint as error:
+                logging.error("%s; using the one before it", error)
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self._directory.parent} is damaged (steps {steps}): "
+                f"start again in another --workdir"
+            )
+        return None
+
+    def restore(self, which: str, target: PyTree) -> tuple[PyTree, int]:
+        """Returns the state and the step of `"best"`, `"latest"` or a step's number.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is damaged.
+        """
+        step = self._step_of(which)
+        try:
+            return self._restore(step, target), step
+        except DamagedCheckpoint as error:
+            others = [s for s in self._manager.all_steps() if s != step]
+            raise UserError(f"{error}; others here: {others or 'none'}") from error
+
+    def best_step(self) -> int | None:
+        """Returns the step with the highest score, the latest of equals; None when there is none."""
+        return max(self._manager.all_steps(), key=lambda s: (self._score(s), s), default=None)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step; None when there is none."""
+        return max(self._manager.all_steps(), default=None)
+
+    def close(self) -> None:
+        """Waits for everything to be on disk and frees the files."""
+        self._manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        best = BestN(get_metric_fn=_score_of, n=1)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(LATEST_TO_KEEP), best]),
+            best_fn=_score_of,
+            cleanup_tmp_directories=not self._read_only,
+            create=not self._read_only,
+            read_only=self._read_only,
+            enable_async_checkpointing=False,
+        )
+        try:
+            return ocp.CheckpointManager(
+                self._directory,
+                options=options,
+                item_names=("state", "document"),
+            )
+        except OSError as error:
+            raise UserError(f"cannot write to {self._directory}: {first_line(error)}") from error
+
+    def _restore(self, step: int, target: PyTree) -> PyTree:
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), document=ocp.args.JsonRestore()
+                ),
+            )
+            expected = restored.document["checksums"]
+        except Exception as error:  # truncated files raise many kinds
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {step} is damaged ({first_line(error)})"
+            ) from error
+        found = leaf_checksums(restored.state)
+        wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+        if wrong:
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {step} is damaged (checksums differ: {', '.join(wrong[:3])})"
+            )
+        return restored.state
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        destination = self._directory.parent / DAMAGED_DIRECTORY / str(step)
+        shutil.rmtree(destination, ignore_errors=True)
+        destination.parent.mkdir(exist_ok=True)
+        self._manager.close()
+        shutil.move(self._directory / str(step), destination)
+        self._manager = self._open()
+
+    def _step_of(self, which: str) -> int:
+        steps = sorted(self._manager.all_steps())
+        named: dict[str, Callable[[], int | None]] = {
+            "best": self.best_step,
+            "latest": self.latest_step,
+        }
+        step = named[which]() if which in named else int(which) if which.isdigit() else None
+        if step not in steps:
+            raise UserError(
+                f"there is no checkpoint {which!r} in {self._directory}: "
+                f"choose best, latest or one of {steps or 'none'}"
+            )
+        return step
+
+    def _score(self, step: int) -> float:
+        metrics = self._manager.metrics(step)
+        return NEVER_BEST if metrics is None else _score_of(metrics)
+
+    def _describe_last_good(self, failed_step: int) -> str:
+        steps = [s for s in self._manager.all_steps() if s != failed_step]
+        if not steps:
+            return "no checkpoint exists yet"
+        return f"the last good one is step {max(steps)}: make room and start the same command again"
+
+
+def leaf_checksums(state: PyTree) -> dict[str, int]:
+    """Returns the CRC-32 of every leaf's bytes, by its path in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+        for path, leaf in leaves
+    }
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an exception says, shortened to its first line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _score_of(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]

@@ -1,0 +1,111 @@
+"""A run's configuration: checked before anything heavy starts, kept beside the run, compared on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dfs_jax.training.optimizer import check_optimizer
+from dfs_jax.types import UserError
+
+FILE = "config.json"
+# What may differ between a run and its continuation: where things lie and what is shown.
+MAY_CHANGE = ("data.data_dir", "init_from", "log_every_steps", "checkpoint_every_steps")
+_AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for a value that no run can be meant to have."""
+    for field in _AT_LEAST_ONE:
+        if config[field] < 1:
+            raise UserError(f"{field} must be at least 1, got {config[field]}")
+    if config.checkpoint_every_steps < 0:
+        raise UserError(
+            f"checkpoint_every_steps must be at least 0, got {config.checkpoint_every_steps}"
+        )
+    check_optimizer(config.optimizer)
+
+
+def options(section: ConfigDict) -> dict[str, Any]:
+    """Returns a component's options: every field of its section but the name."""
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def open_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Makes the run's directory and records its config; on resume compares the two.
+
+    Raises:
+      UserError: the path is a file or cannot be written, or holds a run of another config.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _check_writable(workdir)
+        known = read_config(workdir) if (workdir / FILE).exists() else None
+        if known is not None:
+            _check_same_run(workdir, known, config)
+        _write_atomically(workdir / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"workdir {workdir} is a file: name a directory") from error
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Returns the config of the run in `workdir`.
+
+    Raises:
+      UserError: there is no run there, or its config cannot be read.
+    """
+    path = workdir / FILE
+    try:
+        return ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8"))))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"there is no run in {workdir}: {FILE} is missing") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def _check_same_run(workdir: Path, known: ConfigDict, config: ConfigDict) -> None:
+    before, now = dict(_flatten(known.to_dict())), dict(_flatten(config.to_dict()))
+    different = [
+        f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
+        for field in sorted(before.keys() | now)
+        if before.get(field) != now.get(field) and field not in MAY_CHANGE
+    ]
+    if different:
+        raise UserError(
+            f"{workdir} holds a run of another config: {'; '.join(different)}; "
+            f"restore these fields or name another --workdir"
+        )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _with_tuples(tree: Any) -> Any:
+    """JSON knows lists alone; configs hold tuples."""
+    if isinstance(tree, dict):
+        return {key: _with_tuples(value) for key, value in tree.items()}
+    return tuple(_with_tuples(value) for value in tree) if isinstance(tree, list) else tree
+
+
+def _check_writable(workdir: Path) -> None:
+    probe = workdir / ".writable"
+    probe.write_text("")
+    probe.unlink()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,86 @@
+"""Every exit's answers on a split, each example counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dfs_jax.data import Split
+from dfs_jax.data.pipeline import eval_batches
+from dfs_jax.inference.confidence import ExitPredictions, concatenate_predictions
+from dfs_jax.training.checkpoint import Checkpoints
+from dfs_jax.training.experiment import (
+    Experiment,
+    abstract_state,
+    build_experiment,
+    evaluation_step,
+)
+from dfs_jax.training.sharding import put_batch, round_up_to_devices
+from dfs_jax.types import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+class RunEvaluation(NamedTuple):
+    """One checkpoint's answers: on the split that is reported and on the one that sets thresholds."""
+
+    experiment: Experiment
+    step: int
+    reported: ExitPredictions
+    reported_split: str
+    fitting: ExitPredictions
+    fitting_split: str
+
+
+def evaluate(
+    eval_step: Callable[..., ExitPredictions],
+    variables: dict[str, Any],
+    split: Split,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+) -> ExitPredictions:
+    """Returns every exit's answers on `split`, in its order, whatever the batch size."""
+    parts, masks = [], []
+    for images, labels, mask in eval_batches(split, round_up_to_devices(batch_size, mesh)):
+        parts.append(eval_step(variables, *put_batch((images, labels), mesh)))
+        masks.append(mask)
+    return concatenate_predictions(jax.device_get(parts), masks)
+
+
+def evaluate_run(
+    workdir: Path, config: ConfigDict, *, split: str = "test", checkpoint: str = "best"
+) -> RunEvaluation:
+    """Evaluates a checkpoint (`"best"`, `"latest"` or a step) of the run in `workdir`.
+
+    Raises:
+      UserError: an unknown split, no such checkpoint, or a split that the run does not have.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    experiment = build_experiment(config)
+    data: Split | None = getattr(experiment.dataset, split)
+    if data is None:
+        raise UserError(f"the run in {workdir} holds no {split} split out (validation_examples=0)")
+    state, step = checkpoints.restore(checkpoint, abstract_state(experiment))
+    eval_step = evaluation_step(experiment)
+
+    def answers(data: Split) -> ExitPredictions:
+        return evaluate(
+            eval_step,
+            state.eval_variables,
+            data,
+            batch_size=config.eval_batch_size,
+            mesh=experiment.mesh,
+        )
+
+    fitting_split = experiment.score_split
+    fitting = answers(getattr(experiment.dataset, fitting_split))
+    reported = fitting if split == fitting_split else answers(data)
+    return RunEvaluation(experiment, step, reported, split, fitting, fitting_split)

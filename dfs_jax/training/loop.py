@@ -1,0 +1,227 @@
+"""The training run: epochs of steps, evaluations, checkpoints, and a clean end at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from dfs_jax.data.pipeline import train_batches
+from dfs_jax.training.checkpoint import Checkpoints
+from dfs_jax.training.config import check_config, open_workdir
+from dfs_jax.training.evaluate import evaluate
+from dfs_jax.training.experiment import (
+    Experiment,
+    abstract_state,
+    build_experiment,
+    evaluation_step,
+    initial_state,
+    training_step,
+)
+from dfs_jax.training.metrics import (
+    MetricsWriter,
+    evaluation_line,
+    mean_exit_accuracy,
+    training_line,
+)
+from dfs_jax.training.progress import Progress
+from dfs_jax.training.sharding import put_batch, replicated
+from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
+from dfs_jax.types import UserError
+
+
+class TrainResult(NamedTuple):
+    """How a run ended: after its last step, or stopped by a signal (its number) and resumable."""
+
+    step: int
+    stopped_by: int | None
+
+
+def train(config: ConfigDict, workdir: Path) -> TrainResult:
+    """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
+
+    Started again with the same config, a run that was stopped at any moment ends with the same
+    parameters and metrics, bit for bit, as one that never was (on the same machine and devices).
+
+    Raises:
+      UserError: a mistake in the config or the directory, or a loss that became non-finite.
+    """
+    check_config(config)
+    open_workdir(workdir, config)
+    experiment = build_experiment(config)
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore_latest(abstract_state(experiment))
+    state, start = restored or (initial_state(experiment), 0)
+    with StopSignals() as signals:
+        run = _Run(experiment, checkpoints, MetricsWriter(workdir, start), signals)
+        try:
+            return run.steps(state, start)
+        finally:
+            run.close()
+
+
+class StopSignals:
+    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:  # asked twice: the user will not wait
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self.received = number
+
+
+class _Run:
+    """One process's part of a run: the loop and what it writes."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        checkpoints: Checkpoints,
+        metrics: MetricsWriter,
+        signals: StopSignals,
+    ):
+        self._experiment = experiment
+        self._config = experiment.config
+        self._checkpoints = checkpoints
+        self._metrics = metrics
+        self._signals = signals
+        self._train_step = training_step(experiment)
+        self._eval_step = evaluation_step(experiment)
+        self._progress = Progress(experiment)
+        self._clock = _Clock()
+
+    def steps(self, state: TrainState, start: int) -> TrainResult:
+        """Runs the steps from `start` on."""
+        experiment, total = self._experiment, self._experiment.total_steps
+        self._progress.start(start)
+        batches = train_batches(experiment.dataset.train, experiment.sampler, start)
+        self._clock.restart()
+        for step in range(start + 1, total + 1):
+            state = self._train_step(state, *self._next_batch(batches))
+            if step % self._config.log_every_steps == 0:
+                self._log(state, step)
+            if step % experiment.sampler.steps_per_epoch == 0:
+                state = self._end_epoch(state, step)
+            elif self._is_checkpoint_due(step):
+                self._save(state, step, score=None)
+            if self._signals.received is not None and step < total:
+                self._save(state, step, score=None)
+                return TrainResult(step, self._signals.received)
+        return TrainResult(total, None)
+
+    def close(self) -> None:
+        """Flushes and frees everything."""
+        self._progress.close()
+        self._metrics.close()
+        self._checkpoints.close()
+
+    def _next_batch(self, batches: Iterator) -> tuple[jax.Array, jax.Array]:
+        with self._clock.waiting_for_batch():
+            return put_batch(next(batches), self._experiment.mesh)
+
+    def _log(self, state: TrainState, step: int) -> None:
+        """Shows how it goes; the only place in an epoch where the host waits for the device."""
+        self._check_finite(state)
+        self._progress.update(step, jax.device_get(state.totals))
+
+    def _end_epoch(self, state: TrainState, step: int) -> TrainState:
+        """Evaluates and saves where the config asks for it, and starts the next epoch's sums."""
+        epoch = step // self._experiment.sampler.steps_per_epoch
+        totals = jax.device_get(state.totals)  # waits for the epoch's last step
+        timing = self._clock.read(self._config.batch_size)
+        state = state.replace(totals=self._zero_totals())
+        if epoch % self._config.eval_every_epochs == 0 or epoch == self._config.epochs:
+            self._check_finite(state)
+            self._metrics.write({**training_line(totals, step=step, epoch=epoch), **timing})
+            self._save(state, step, score=self._evaluate(state, step, epoch))
+        self._clock.restart()
+        return state
+
+    def _evaluate(self, state: TrainState, step: int, epoch: int) -> float:
+        """Writes the validation line and returns the score: the mean accuracy over the exits."""
+        split = self._experiment.dataset.validation
+        if split is None:
+            self._progress.evaluated(epoch, None)
+            return float(step)  # nothing to choose by: the last epoch is the best
+        begin = time.perf_counter()
+        predictions = evaluate(
+            self._eval_step,
+            state.eval_variables,
+            split,
+            batch_size=self._config.eval_batch_size,
+            mesh=self._experiment.mesh,
+        )
+        line = evaluation_line(predictions, step=step, epoch=epoch, split="validation")
+        speed = len(split.labels) / (time.perf_counter() - begin)
+        self._metrics.write({**line, "images_per_second": speed})
+        self._progress.evaluated(epoch, line)
+        return mean_exit_accuracy(predictions)
+
+    def _is_checkpoint_due(self, step: int) -> bool:
+        every = self._config.checkpoint_every_steps
+        return every > 0 and step % every == 0
+
+    def _save(self, state: TrainState, step: int, score: float | None) -> None:
+        self._check_finite(state)
+        self._checkpoints.save(state, step, score)
+
+    def _check_finite(self, state: TrainState) -> None:
+        bad = int(state.first_bad_step)
+        if bad == NO_BAD_STEP:
+            return
+        rate = float(self._experiment.schedule(bad))
+        last_good = self._checkpoints.latest_step()
+        kept = f"checkpoint of step {last_good}" if last_good is not None else "none was saved yet"
+        raise UserError(
+            f"the loss or its update became non-finite at step {bad + 1} (learning rate {rate:g}); "
+            f"last good checkpoint: {kept}; try a lower optimizer.learning_rate, "
+            f"schedule.warmup_epochs or optimizer.gradient_clip"
+        )
+
+    def _zero_totals(self) -> EpochTotals:
+        totals = EpochTotals.zero(self._experiment.model.num_exits)
+        return jax.device_put(totals, replicated(self._experiment.mesh))
+
+
+class _Clock:
+    """Times an epoch's steps, and how much of it was spent waiting for the next batch."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new epoch."""
+        self._begin, self._waited, self._batches = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting_for_batch(self) -> Iterator[None]:
+        """Counts a batch, and the time within as waiting for it."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+        self._batches += 1
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        """Returns the speed and the fraction of time spent waiting for data."""
+        seconds = time.perf_counter() - self._begin
+        speed = self._batches * batch_size / seconds
+        return {"images_per_second": speed, "data_wait": self._waited / seconds}

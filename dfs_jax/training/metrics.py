@@ -1,0 +1,120 @@
+"""Numbers of a run as lines of JSON and as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
+from dfs_jax.training.state import EpochTotals
+from dfs_jax.types import UserError
+
+FILE = "metrics.jsonl"
+EVENTS_DIRECTORY = "tensorboard"
+_COORDINATES = ("step", "epoch", "split")
+
+
+class MetricsWriter:
+    """Appends one line an evaluation to `DIR/metrics.jsonl`, and the same to TensorBoard.
+
+    Args:
+      workdir: the run's directory.
+      start_step: lines of later steps, left by a run that was stopped after its last checkpoint,
+        are cut off.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        self._path = workdir / FILE
+        _cut_back(self._path, start_step)
+        self._events = SummaryWriter(
+            str(workdir / EVENTS_DIRECTORY), purge_step=start_step + 1 if start_step else None
+        )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes a line (`step`, `epoch`, `split` and numbers) that survives the program's death.
+
+        Raises:
+          UserError: it could not be written (a full disk).
+        """
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            for name, value in line.items():
+                if name not in _COORDINATES:
+                    self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        except OSError as error:
+            raise UserError(
+                f"{self._path} could not be written ({error.strerror}): "
+                f"make room and start the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Flushes the events."""
+        self._events.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of `DIR/metrics.jsonl`, oldest first; a last line cut short is left out."""
+    path = workdir / FILE
+    return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+
+
+def evaluation_line(
+    predictions: ExitPredictions, *, step: int, epoch: int, split: str
+) -> dict[str, Any]:
+    """Returns the line of one evaluation: loss in nats summed over exits, accuracies as fractions."""
+    return {
+        "step": step,
+        "epoch": epoch,
+        "split": split,
+        "loss": float(predictions.loss.mean(axis=1).sum()),
+        **exit_accuracies(anytime_accuracy(predictions)),
+        "ensemble/accuracy": float(ensemble_accuracy(predictions)),
+    }
+
+
+def training_line(totals: EpochTotals, *, step: int, epoch: int) -> dict[str, Any]:
+    """Returns the line of one epoch of training: the training loss and the exits' accuracies."""
+    examples = max(int(totals.examples), 1)
+    return {
+        "step": step,
+        "epoch": epoch,
+        "split": "train",
+        "loss": float(totals.loss) / examples,
+        **exit_accuracies(totals.correct / examples),
+    }
+
+
+def exit_accuracies(accuracies: Sequence[float]) -> dict[str, float]:
+    """Names accuracies by exit, shallow first.
+
+    >>> exit_accuracies([0.25, 0.5])
+    {'exit1/accuracy': 0.25, 'exit2/accuracy': 0.5}
+    """
+    return {f"exit{i}/accuracy": float(value) for i, value in enumerate(accuracies, start=1)}
+
+
+def mean_exit_accuracy(predictions: ExitPredictions) -> float:
+    """Returns the mean over exits of their accuracy, a fraction: what the best checkpoint has most of."""
+    return float(anytime_accuracy(predictions).mean())
+
+
+def _cut_back(path: Path, start_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Returns the lines that end in a newline: a killed writer may leave a part of one."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]

@@ -1,0 +1,137 @@
+"""Optimizers and learning-rate schedules, on optax, with PyTorch's conventions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from dfs_jax.registry import Registry
+from dfs_jax.types import UserError
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    {"sgd": "dfs_jax.training.optimizer:sgd", "adamw": "dfs_jax.training.optimizer:adamw"},
+)
+SCHEDULES = Registry(
+    "schedule",
+    {
+        "constant": "dfs_jax.training.optimizer:constant",
+        "multistep": "dfs_jax.training.optimizer:multistep",
+        "cosine": "dfs_jax.training.optimizer:cosine",
+    },
+)
+
+
+def sgd(
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """SGD as PyTorch has it: weight decay is added to the gradient, of every parameter.
+
+    g += weight_decay * w;  m = momentum * m + g;  w -= learning_rate * m
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov),
+    )
+
+
+def adamw(
+    learning_rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW: weight decay apart from the gradient, `w -= learning_rate * weight_decay * w`."""
+    return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+def constant(learning_rate: float, total_epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """The same learning rate throughout."""
+    del total_epochs, steps_per_epoch
+    return optax.constant_schedule(learning_rate)
+
+
+def multistep(
+    learning_rate: float,
+    total_epochs: int,
+    steps_per_epoch: int,
+    *,
+    decay_epochs: Sequence[int],
+    decay_factor: float = 0.1,
+) -> optax.Schedule:
+    """Multiplies the learning rate by `decay_factor` at the start of each of `decay_epochs`.
+
+    >>> schedule = multistep(1.0, 5, 7, decay_epochs=(2,))
+    >>> float(schedule(13)), round(float(schedule(14)), 6)
+    (1.0, 0.1)
+    """
+    late = [epoch for epoch in decay_epochs if epoch >= total_epochs]
+    if late:
+        raise ValueError(f"decay_epochs {late} lie at or beyond the last of {total_epochs} epochs")
+    boundaries = {int(epoch * steps_per_epoch): decay_factor for epoch in decay_epochs}
+    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+
+
+def cosine(learning_rate: float, total_epochs: int, steps_per_epoch: int) -> optax.Schedule:
+    """Half a cosine from `learning_rate` to 0 over the whole run."""
+    return optax.cosine_decay_schedule(learning_rate, total_epochs * steps_per_epoch)
+
+
+def with_warmup(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
+    """Scales the first `warmup_steps` steps by 1/n, 2/n, ..., 1."""
+    if not warmup_steps:
+        return schedule
+    return lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+
+def create_schedule(
+    config: Mapping[str, Any], learning_rate: float, total_epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """Builds `config.schedule` (name, warmup_epochs, the schedule's own options): step -> rate."""
+    options = dict(config)
+    warmup_epochs = options.pop("warmup_epochs") or 0
+    if not 0 <= warmup_epochs < total_epochs:
+        raise UserError(
+            f"schedule.warmup_epochs must lie in [0, {total_epochs} epochs), got {warmup_epochs}"
+        )
+    schedule = SCHEDULES.create(
+        options.pop("name"), learning_rate, total_epochs, steps_per_epoch, **options
+    )
+    return with_warmup(schedule, round(warmup_epochs * steps_per_epoch))
+
+
+def create_optimizer(
+    config: Mapping[str, Any], schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Builds `config.optimizer`: clipping by global norm if asked for, then the optimizer."""
+    options = {key: value for key, value in config.items() if key not in _NOT_THE_OPTIMIZERS}
+    clip = config["gradient_clip"]
+    optimizer = OPTIMIZERS.create(options.pop("name"), schedule, **options)
+    if clip is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(_positive("gradient_clip", clip)), optimizer)
+
+
+def check_optimizer(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a value that no run can be meant to have (a NaN learning rate)."""
+    _positive("learning_rate", config["learning_rate"])
+    decay = config["ema_decay"]
+    if decay is not None and not 0 < decay < 1:
+        raise UserError(f"optimizer.ema_decay must lie between 0 and 1, got {decay!r}")
+    weight_decay = config["weight_decay"]
+    if weight_decay is not None and not 0 <= weight_decay < math.inf:
+        raise UserError(f"optimizer.weight_decay must be finite and >= 0, got {weight_decay!r}")
+
+
+_NOT_THE_OPTIMIZERS = ("learning_rate", "gradient_clip", "ema_decay")
+
+
+def _positive(field: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise UserError(f"optimizer.{field} must be a finite number above 0, got {value!r}")
+    return value

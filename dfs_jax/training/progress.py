@@ -1,0 +1,102 @@
+"""What a person watching a run sees: a bar on a terminal, a line an evaluation elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from dfs_jax.training.experiment import Experiment
+from dfs_jax.training.state import EpochTotals
+
+_BAR = "{desc} |{bar:16}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}"
+
+
+class Progress:
+    """Shows epoch, step, images/s, loss, each exit's accuracy and the time left.
+
+    Args:
+      experiment: the run that is shown.
+      stream: where to; a bar only where it is a terminal.
+    """
+
+    def __init__(self, experiment: Experiment, stream: TextIO | None = None):
+        self._experiment = experiment
+        self._stream = stream or sys.stdout
+        self._bar: tqdm | None = None
+
+    def start(self, step: int) -> None:
+        """Says what is trained, and from where."""
+        self._say(_describe(self._experiment))
+        if step >= self._experiment.total_steps:
+            self._say(f"the run is complete: {step} steps")
+            return
+        if step:
+            self._say(f"continuing after step {step}")
+        self._bar = tqdm(
+            total=self._experiment.total_steps,
+            initial=step,
+            desc="compiling",
+            bar_format=_BAR,
+            file=self._stream,
+            disable=not self._stream.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def update(self, step: int, totals: EpochTotals) -> None:
+        """Moves the bar to `step` with the epoch's loss and accuracies so far."""
+        if self._bar is None or self._bar.disable:
+            return
+        examples = max(int(totals.examples), 1)
+        epoch = (step - 1) // self._experiment.sampler.steps_per_epoch + 1
+        self._bar.set_description(f"epoch {epoch}/{self._experiment.config.epochs}", refresh=False)
+        self._bar.update(step - self._bar.n)
+        rate = self._bar.format_dict["rate"] or 0.0
+        speed = rate * self._experiment.config.batch_size
+        self._bar.set_postfix_str(
+            f"{speed:.0f} images/s, loss {float(totals.loss) / examples:.3f}, "
+            f"exits {percents(totals.correct / examples)}"
+        )
+
+    def evaluated(self, epoch: int, line: Mapping[str, Any] | None) -> None:
+        """Shows one evaluation on validation data; None where none is held out."""
+        label = f"epoch {epoch}/{self._experiment.config.epochs}"
+        if line is None:
+            self._say(f"{label}  saved (no validation data is held out)")
+            return
+        exits = [value for name, value in line.items() if name.startswith("exit")]
+        self._say(
+            f"{label}  validation: loss {line['loss']:.3f}, exits {percents(exits)}, "
+            f"ensemble {100 * line['ensemble/accuracy']:.1f} %"
+        )
+
+    def close(self) -> None:
+        """Leaves the bar as it is and frees the line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text, file=self._stream)
+        self._stream.flush()
+
+
+def percents(fractions: Iterable[float]) -> str:
+    """Writes fractions as percentages in a row.
+
+    >>> percents([0.5, 0.987])
+    '50.0 98.7 %'
+    """
+    return " ".join(f"{100 * float(fraction):.1f}" for fraction in fractions) + " %"
+
+
+def _describe(experiment: Experiment) -> str:
+    config, dataset = experiment.config, experiment.dataset
+    held_out = 0 if dataset.validation is None else len(dataset.validation.labels)
+    return (
+        f"{config.model.name} with {experiment.model.num_exits} exits, fork {config.fork.name}, "
+        f"loss {config.loss.name}, on {config.data.name}: {len(dataset.train.labels)} training, "
+        f"{held_out} validation, {len(dataset.test.labels)} test images; "
+        f"{experiment.total_steps} steps of {config.batch_size} on {experiment.mesh.size} device(s)"
+    )

@@ -1,0 +1,130 @@
+"""One training step and one evaluation step, as pure functions under jit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dfs_jax.data.augmentation import normalise
+from dfs_jax.forks import Fork
+from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
+from dfs_jax.losses import Loss
+from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.training.sharding import batch_sharded, replicated
+from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
+from dfs_jax.types import PyTree
+
+TrainStep = Callable[[TrainState, jax.Array, jax.Array], TrainState]
+
+
+def make_train_step(
+    model: MultiExitModel,
+    fork: Fork,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mesh: Mesh,
+    ema_decay: float | None = None,
+) -> TrainStep:
+    """Returns `step(state, images, labels) -> state`, compiled over the mesh, its state donated.
+
+    Args:
+      augment: `(images, key) -> images`, both uint8 `[batch, height, width, channels]`.
+      mean: of each channel, in 0..1, for normalisation; `std` likewise.
+      ema_decay: weight of the old average; None keeps none.
+
+    Returns:
+      A function of the state, uint8 images and whole-number labels, both split over the mesh's
+      data axis. Nothing it returns needs to be waited for: sums and the first bad step stay in the
+      state.
+    """
+
+    def loss_fn(params: PyTree, state: TrainState, images, labels, key):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        outputs, updated = model.apply(
+            variables, images, fork, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+        )
+        total = jnp.sum(loss(outputs, labels))
+        return total, (outputs.logits, updated.get("batch_stats", {}))
+
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+        augment_key, dropout_key = step_keys(state)
+        images = normalise(augment(images, augment_key), mean, std)
+        (total, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state, images, labels, dropout_key
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        trained = {"params": params, "batch_stats": batch_stats}
+        return state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            averaged=_average(state.averaged, trained, ema_decay),
+            totals=_add_to_totals(state.totals, total, logits, labels),
+            first_bad_step=_first_bad_step(state, total, updates),
+        )
+
+    whole, split = replicated(mesh), batch_sharded(mesh)
+    return jax.jit(
+        train_step, in_shardings=(whole, split, split), out_shardings=whole, donate_argnums=0
+    )
+
+
+def make_eval_step(
+    model: MultiExitModel,
+    fork: Fork,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mesh: Mesh,
+) -> Callable[[dict[str, Any], jax.Array, jax.Array], ExitPredictions]:
+    """Returns `step(variables, images, labels)`: every exit's answers, compiled over the mesh."""
+
+    def eval_step(variables: dict[str, Any], images: jax.Array, labels: jax.Array):
+        outputs = model.apply(variables, normalise(images, mean, std), fork, train=False)
+        return exit_predictions(outputs.logits, labels)
+
+    whole, split = replicated(mesh), batch_sharded(mesh)
+    return jax.jit(eval_step, in_shardings=(whole, split, split), out_shardings=whole)
+
+
+def step_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:
+    """Returns this step's keys for augmentation and for dropout, folded from the run's key."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+    augment_key, dropout_key = jax.random.split(key)
+    return augment_key, dropout_key
+
+
+def _average(averaged: PyTree, trained: PyTree, decay: float | None) -> PyTree:
+    if decay is None:
+        return None
+    return optax.incremental_update(trained, averaged, step_size=1 - decay)
+
+
+def _add_to_totals(
+    totals: EpochTotals, loss: jax.Array, logits: jax.Array, labels: jax.Array
+) -> EpochTotals:
+    count = labels.shape[0]
+    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, axis=1)
+    return EpochTotals(
+        loss=totals.loss + count * loss,
+        correct=totals.correct + correct,
+        examples=totals.examples + count,
+    )
+
+
+def _first_bad_step(state: TrainState, loss: jax.Array, updates: PyTree) -> jax.Array:
+    """Records the first step whose loss or update is not finite, without the host's help."""
+    is_fine = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
+    is_first = (state.first_bad_step == NO_BAD_STEP) & ~is_fine
+    return jnp.where(is_first, state.step, state.first_bad_step)

@@ -1,0 +1,30 @@
+"""Evaluates a run: python eval.py --workdir=DIR [--split=test] [--checkpoint=best] [--output=FILE]"""
+
+from pathlib import Path
+
+from absl import flags
+
+from dfs_jax import program
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+SPLIT = flags.DEFINE_string("split", "test", "What is reported: test, validation or train.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
+OUTPUT = flags.DEFINE_string("output", None, "The report; report.json in the run's directory.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+
+
+def main() -> None:
+    program.use_compilation_cache()
+    from dfs_jax.analysis.run_report import report_run
+
+    report_run(
+        Path(WORKDIR.value).absolute(),
+        split=SPLIT.value,
+        checkpoint=CHECKPOINT.value,
+        output=None if OUTPUT.value is None else Path(OUTPUT.value).absolute(),
+        data_dir=DATA_DIR.value,
+    )
+
+
+if __name__ == "__main__":
+    program.run(main)
