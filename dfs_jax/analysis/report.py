@@ -164,16 +164,21 @@ def write_report(report: Report, directory: str | os.PathLike[str]) -> tuple[Pat
     directory = Path(directory)
     page, data = render_markdown(report), json.dumps(report, indent=2, allow_nan=False)
     return (
-        _write_whole(directory / JSON_FILE, data + "\n"),
-        _write_whole(directory / MARKDOWN_FILE, page),
+        write_whole(directory / JSON_FILE, f"{data}\n".encode()),
+        write_whole(directory / MARKDOWN_FILE, page.encode()),
     )
 
 
-def _write_whole(path: Path, text: str) -> Path:
+def write_whole(path: Path, content: bytes) -> Path:
+    """Writes a file and its missing directories so that the old content or all of the new is there.
+
+    Raises:
+      UserError: it could not be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
