@@ -17,7 +17,6 @@ from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ense
 from dfs_jax.types import UserError
 
 JSON_FILE = "report.json"
-MARKDOWN_FILE = "report.md"
 _SHOWN_BUDGETS = 10
 
 Report = dict[str, Any]
@@ -144,29 +143,34 @@ Ensemble (mean of all exits' probabilities): **{_percent(report["ensemble"]["acc
 ## Budgeted batch: each image leaves at the first exit that is confident enough
 
 Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
-{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; `{JSON_FILE}` holds them \
-all, with their thresholds.
+{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file beside \
+this page holds them all, with their thresholds.
 
 {budgets}
 """
 
 
-def write_report(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Writes `report.json` and `report.md` into `directory`; each is whole or not there.
+def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Writes the report as JSON and as a readable page beside it; each is whole or not there.
+
+    Args:
+      report: of `build_report`.
+      path: the JSON file, or a directory for `report.json` in it; the page has the suffix `.md`.
 
     Returns:
-      The two paths.
+      The two paths, JSON first.
 
     Raises:
       ValueError: the report holds a number that is not finite.
-      UserError: a file could not be written.
+      UserError: a file could not be written, or the JSON file would be called `.md` itself.
     """
-    directory = Path(directory)
+    path = Path(path)
+    path = path / JSON_FILE if path.is_dir() else path
+    page_path = path.with_suffix(".md")
+    if page_path == path:
+        raise UserError(f"{path} is the page's own name: give the JSON file another suffix")
     page, data = render_markdown(report), json.dumps(report, indent=2, allow_nan=False)
-    return (
-        write_whole(directory / JSON_FILE, f"{data}\n".encode()),
-        write_whole(directory / MARKDOWN_FILE, page.encode()),
-    )
+    return write_whole(path, f"{data}\n".encode()), write_whole(page_path, page.encode())
 
 
 def write_whole(path: Path, content: bytes) -> Path:

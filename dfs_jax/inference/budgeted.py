@@ -94,10 +94,11 @@ def choose_thresholds(confidence: np.ndarray, p: float | Sequence[float]) -> np.
     confidence = np.asarray(confidence)
     if confidence.ndim != 2 or 0 in confidence.shape:
         raise ValueError(f"confidences must be [exits, examples], got shape {confidence.shape}")
-    if np.ndim(p) == 0:
-        return _thresholds_for_one(confidence, exit_distribution(p, len(confidence)))
-    rows = [_thresholds_for_one(confidence, exit_distribution(q, len(confidence))) for q in p]
-    return np.array(rows).reshape(-1, len(confidence))
+    rows = [
+        _thresholds_for_one(confidence, exit_distribution(float(one), len(confidence)))
+        for one in np.ravel(p)
+    ]
+    return np.reshape(rows, (*np.shape(p), len(confidence)))
 
 
 def _thresholds_for_one(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
