@@ -18,7 +18,7 @@ from dfs_jax.data.images import decode_images
 from dfs_jax.types import UserError
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
-_INFO_FILE = "dataset_info.json"
+INFO_FILE = "dataset_info.json"
 _RECORDS_A_READ = 2048
 DEFAULT_DATA_DIR = "~/tensorflow_datasets"
 
@@ -62,7 +62,7 @@ def find_prepared(name: str, data_dir: str | None) -> Path | None:
     if data_dir is not None and not root.is_dir():
         raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
     path, version = parse_name(name)
-    if (root / _INFO_FILE).is_file():
+    if (root / INFO_FILE).is_file():
         return _check_is(path, root)
     found = _newest(root / path, version)
     if found is None and "/" not in path and (root / path).is_dir():
@@ -97,7 +97,7 @@ def _newest(directory: Path, version: str | None) -> Path | None:
     versions = [
         p
         for p in directory.iterdir()
-        if _VERSION.fullmatch(p.name) and (p / _INFO_FILE).is_file() and version in (None, p.name)
+        if _VERSION.fullmatch(p.name) and (p / INFO_FILE).is_file() and version in (None, p.name)
     ]
     return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
 
@@ -111,19 +111,25 @@ def _check_is(path: str, directory: Path) -> Path:
 
 def _read_info(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / _INFO_FILE).read_text())
+        return json.loads((directory / INFO_FILE).read_text())
     except ValueError as error:
-        raise UserError(f"{directory / _INFO_FILE} is damaged: {error}") from error
+        raise UserError(f"{directory / INFO_FILE} is damaged: {error}") from error
 
 
 def _check_format(name: str, directory: Path, data_dir: str | None) -> None:
-    # Sets from before the field existed are tfrecord files.
-    file_format = _read_info(directory).get("fileFormat", "tfrecord")
-    if file_format != "array_record":
+    formats = stored_formats(directory)
+    if "array_record" not in formats:
         raise UserError(
-            f"{directory} is in {file_format} format, which needs TensorFlow to read: prepare it "
-            f"as array_record with `{prepare_command(name, data_dir)}`"
+            f"{directory} is in {' and '.join(formats)} format, which needs TensorFlow to read: "
+            f"convert it to array_record with `{prepare_command(name, data_dir)}`"
         )
+
+
+def stored_formats(directory: Path) -> list[str]:
+    """Returns the formats of a prepared set's files."""
+    info = _read_info(directory)
+    # Sets from before the field existed are tfrecord files.
+    return [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
 
 
 def prepare_command(name: str, data_dir: str | None) -> str:
@@ -233,7 +239,8 @@ class _SplitReader:
         return Split(images, np.array(labels, np.int32))
 
     def _examples(self, split: str, positions: list[int]) -> list[Any]:
-        records = self._builder.as_data_source(split).data_source.__getitems__(positions)
+        source = self._builder.as_data_source(split, file_format="array_record")
+        records = source.data_source.__getitems__(positions)
         return [
             self._features.deserialize_example_np(record, decoders=self._decoders)
             for record in records

@@ -1,0 +1,162 @@
+"""Downloads a TFDS set and converts it to array_record, once: the only step that needs TensorFlow.
+
+python -m dfs_jax.data.prepare cifar100 --data_dir=DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dfs_jax.data.tfds_source import (
+    DEFAULT_DATA_DIR,
+    INFO_FILE,
+    check_registered,
+    find_prepared,
+    prepare_command,
+    stored_formats,
+    tfds_data_dir,
+)
+from dfs_jax.types import UserError
+
+_CONNECT_SECONDS = 5
+_IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+
+
+def prepare(name: str, data_dir: str | None = None) -> Path:
+    """Returns the directory of a set in array_record format, after downloading or converting it.
+
+    Args:
+      name: a TFDS name, `NAME[/CONFIG][:VERSION]`.
+      data_dir: the directory for all sets, made where it is absent; None is TFDS's default.
+
+    Raises:
+      UserError: no TensorFlow, no such set, no network, archives that are to be fetched by hand, or
+        a download or conversion that fails.
+    """
+    check_registered(name)
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"preparing {name!r} needs TensorFlow: run `pip install -r requirements-prepare.txt` "
+            f"(training does not need it)"
+        )
+    root = tfds_data_dir(data_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        directory = find_prepared(name, str(root))
+        if directory is None:
+            directory = _download(name, root)
+        elif "array_record" not in stored_formats(directory):
+            _convert(directory)
+    except OSError as error:
+        raise UserError(f"cannot prepare {name!r} in {root}: {error}") from error
+    return directory
+
+
+def _download(name: str, root: Path) -> Path:
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+    builder: Any = tfds.builder(name, data_dir=str(root), file_format="array_record")
+    downloads = root / "downloads"
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        _check_manual_archives(name, downloads / "manual", builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
+    else:
+        _check_reachable(name, builder.url_infos or {}, downloads)
+    # Never TFDS's ready-made copies: they are tfrecord files.
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        builder.download_and_prepare(download_dir=str(downloads), download_config=config)
+    except (
+        requests.RequestException,
+        tfds.download.DownloadError,
+        NonMatchingChecksumError,
+    ) as error:
+        raise UserError(f"the download of {name!r} failed: {error}") from error
+    return Path(builder.data_path)
+
+
+def _convert(directory: Path) -> None:
+    """Writes array_record files beside a set's tfrecord files (TFDS's own way needs Beam)."""
+    import tensorflow as tf  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    for source in sorted(directory.glob("*.tfrecord-*")):
+        target = source.with_name(source.name.replace(".tfrecord-", ".array_record-"))
+        writer = ArrayRecordWriter(str(target), "group_size:1")
+        for record in tf.data.TFRecordDataset(str(source)).as_numpy_iterator():
+            writer.write(record)
+        writer.close()
+    # Last, so that a conversion that broke off is not taken for a finished one.
+    info_file = directory / INFO_FILE
+    info = json.loads(info_file.read_text())
+    info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", []), "array_record"]
+    info_file.write_text(json.dumps(info, indent=2))
+
+
+def _check_manual_archives(name: str, manual: Path, instructions: str) -> None:
+    if name.partition(":")[0] == "imagenet2012":
+        missing = [archive for archive in _IMAGENET_ARCHIVES if not (manual / archive).is_file()]
+        if missing:
+            raise UserError(
+                f"{name!r} has to be downloaded by hand: register at image-net.org, put "
+                f"{' and '.join(missing)} into {manual} and run this again"
+            )
+    elif not manual.is_dir() or not any(manual.iterdir()):
+        raise UserError(
+            f"{name!r} has to be downloaded by hand into {manual}: {' '.join(instructions.split())}"
+        )
+
+
+def _check_reachable(name: str, urls: Iterable[str], downloads: Path) -> None:
+    """TFDS tries again for minutes where there is no network: asks once before it starts."""
+    missing = [url for url in urls if url not in _downloaded(downloads)]
+    if not missing:
+        return
+    request = urllib.request.Request(missing[0], method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        # The server answers; what it refuses is the download's own business.
+        return
+    except OSError as error:
+        raise UserError(
+            f"cannot download {name!r}: {missing[0]} cannot be reached ({error}); run "
+            f"`{prepare_command(name, str(downloads.parent))}` on a machine with a network and "
+            f"copy the directory"
+        ) from error
+
+
+def _downloaded(downloads: Path) -> set[str]:
+    """The addresses that TFDS has noted beside its finished downloads."""
+    return {
+        url for note in downloads.glob("*.INFO") for url in json.loads(note.read_text())["urls"]
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dfs_jax.data.prepare", description=__doc__)
+    parser.add_argument("name", help="a TFDS name, such as cifar10, cifar100, imagenet2012")
+    parser.add_argument(
+        "--data_dir", help=f"directory of all sets ($TFDS_DATA_DIR or {DEFAULT_DATA_DIR})"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        directory = prepare(options.name, options.data_dir)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{options.name} is ready in {directory}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
