@@ -17,6 +17,7 @@ from dfs_jax.interop.golden import Comparison, compare, compute, read_golden
 from dfs_jax.types import UserError
 
 TOLERANCE = 1e-6
+TITLE = "worst relative difference"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +42,13 @@ def check_files(paths: Sequence[str]) -> bool:
       UserError: a file is missing or damaged, or its model unknown; told before the slow part.
     """
     cases = [(case, case.create_model()) for case in map(read_golden, paths)]
-    width = max(len(case.case) for case, _ in cases)
+    width = max(len(name) for name in (TITLE, *(case.case for case, _ in cases)))
     passed = True
     for i, (case, model) in enumerate(cases):
         comparison = compare(case, compute(case, model))
         if i == 0:
             titles = "".join(f"  {title:>12}" for title in comparison.differences)
-            sys.stdout.write(f"{'worst relative difference':{width}}{titles}  zero gradients\n")
+            sys.stdout.write(f"{TITLE:{width}}{titles}  zero gradients\n")
         sys.stdout.write(_line(f"{case.case:{width}}", comparison))
         sys.stdout.flush()
         passed = passed and comparison.passes(TOLERANCE)

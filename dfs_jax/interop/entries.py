@@ -102,9 +102,9 @@ def batch_norm(name: str, path: str) -> list[Entry]:
 def _weight_and_bias(
     names: str | tuple[str, str], path: str, layout: Layout, bias: bool
 ) -> list[Entry]:
-    names = (names,) if isinstance(names, str) else names
+    modules = (names,) if isinstance(names, str) else names
     where = ("params", *path.split("/"))
-    entries = [Entry(tuple(f"{name}.weight" for name in names), (*where, "kernel"), layout)]
+    entries = [Entry(tuple(f"{name}.weight" for name in modules), (*where, "kernel"), layout)]
     if bias:
-        entries.append(Entry((f"{names[0]}.bias",), (*where, "bias"), VECTOR))
+        entries.append(Entry((f"{modules[0]}.bias",), (*where, "bias"), VECTOR))
     return entries

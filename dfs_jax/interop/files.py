@@ -13,9 +13,11 @@ import safetensors.numpy
 from flax import traverse_util
 
 from dfs_jax.interop.torch_names import (
+    Key,
     check_names_and_shapes,
     convert_from_torch,
     family_of,
+    flatten,
 )
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.types import UserError
@@ -70,8 +72,7 @@ def save_weights(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> 
     writer = _WRITERS.get(path.suffix)
     if writer is None:
         raise UserError(f"{path}: weights are written to {' or '.join(_WRITERS)}, rename the file")
-    flat = traverse_util.flatten_dict(dict(variables), sep="/")
-    arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
+    arrays = {"/".join(key): np.asarray(x, order="C") for key, x in flatten(variables).items()}
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with unfinished.open("wb") as file:
@@ -100,7 +101,7 @@ def load_trunk(
         missing, unexpected or misshapen are listed.
     """
     weights = load_weights(path)
-    old = traverse_util.flatten_dict(dict(variables))
+    old = flatten(variables)
     shapes = {key: leaf.shape for key, leaf in old.items() if not _is_head(key)}
     ours = any(name.startswith(f"{COLLECTIONS[0]}/") for name in weights)
     read = _trunk_by_our_names if ours else _trunk_by_published_names
@@ -109,13 +110,13 @@ def load_trunk(
     return {**{key: {} for key in variables}, **traverse_util.unflatten_dict({**old, **new})}
 
 
-def _is_head(key: tuple[str, ...]) -> bool:
+def _is_head(key: Key) -> bool:
     return key[1].startswith("head")
 
 
 def _trunk_by_our_names(
-    model: MultiExitModel, shapes: Mapping, weights: Mapping[str, np.ndarray], path: str
-) -> dict[tuple[str, ...], np.ndarray]:
+    model: MultiExitModel, shapes: Mapping[Key, Any], weights: Mapping[str, np.ndarray], path: str
+) -> dict[Key, np.ndarray]:
     del model  # the shapes say it all
     flat = {tuple(name.split("/")): array for name, array in weights.items()}
     flat = {key: array for key, array in flat.items() if len(key) < 2 or not _is_head(key)}
@@ -128,8 +129,8 @@ def _trunk_by_our_names(
 
 
 def _trunk_by_published_names(
-    model: MultiExitModel, shapes: Mapping, weights: Mapping[str, np.ndarray], path: str
-) -> dict[tuple[str, ...], np.ndarray]:
+    model: MultiExitModel, shapes: Mapping[Key, Any], weights: Mapping[str, np.ndarray], path: str
+) -> dict[Key, np.ndarray]:
     family = family_of(model)
     entries = [entry for entry in family.entries(model) if not _is_head(entry.path)]
     trunk = {

@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ REFERENCINGS = {"exclusive": "symmetric", "full": "trunk_only"}
 # Gradients that vanish but for rounding (a bias before a norm) are compared with this share of the
 # largest gradient instead of with themselves.
 NEGLIGIBLE = 1e-9
-# Cheap code is enough: compiling takes longer than running a batch of four.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+# Compiling takes longer than running a batch of four; at level 0 float64 convolutions crawl.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +82,25 @@ class GoldenCase:
             object.__setattr__(self, name, logits)
             if logits.ndim != 3 or logits.shape[:0:-1] != shape:
                 raise ValueError(f"{name} has shape {logits.shape}, not [exits, *{shape[::-1]}]")
-        if self.exit_gradient not in REFERENCINGS or len(self.labels) != self.batch:
-            raise ValueError(f"exit_gradient {self.exit_gradient!r} or labels {self.labels}")
-        parameters = {name for name, _ in self.state_dict if not _is_statistic(name)}
+        if self.exit_gradient not in REFERENCINGS:
+            raise ValueError(f"exit_gradient is {self.exit_gradient!r}")
+        if len(self.labels) != self.batch or not set(self.labels) <= set(range(self.num_classes)):
+            raise ValueError(f"labels are {self.labels}")
+        self._check_digests()
+
+    def _check_digests(self) -> None:
+        statistics = {name for name, _ in self.state_dict if _is_statistic(name)}
+        parameters = {name for name, _ in self.state_dict} - statistics
+        counters = set(filter(is_counter, statistics))
+        if not self.losses or self.batch_stats_after.keys() != statistics - counters:
+            raise ValueError("losses or batch statistics are missing")
+        digests = list(self.batch_stats_after.values())
         for name, loss in self.losses.items():
             if not math.isfinite(loss["loss"]) or loss["grads"].keys() != parameters:
                 raise ValueError(f"the loss or the gradients' names of {name} do not fit")
+            digests += [digest for digest in loss["grads"].values() if digest is not None]
+        if not all(math.isfinite(digest["norm"]) and digest["head"] for digest in digests):
+            raise ValueError("a digest has no norm or no first values")
 
     @property
     def partition_ratio(self) -> float:
@@ -264,7 +277,7 @@ def _make_run(model: MultiExitModel, case: GoldenCase):
     fork = case.fork
 
     def run(variables: PyTree, images: jax.Array, labels: jax.Array):
-        evaluated = model.apply(variables, images, fork)
+        evaluated = cast(ExitOutputs, model.apply(variables, images, fork))
         stats = variables["batch_stats"]
 
         def train_pass(params: PyTree) -> tuple[ExitOutputs, PyTree]:

@@ -23,7 +23,7 @@ FAMILIES = Registry(
     },
 )
 
-Path = tuple[str, ...]
+Key = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 COUNTER = "num_batches_tracked"  # PyTorch's count of updates, which nothing of ours reads
 
@@ -111,6 +111,11 @@ def family_of(model: MultiExitModel) -> Family:
     )
 
 
+def flatten(variables: Mapping[str, Any]) -> dict[Key, Any]:
+    """Returns path -> leaf, the collection first in the path."""
+    return cast(dict[Key, Any], traverse_util.flatten_dict(dict(variables)))
+
+
 def is_counter(name: str) -> bool:
     """Whether a PyTorch name is that of a count of batches."""
     return name.rpartition(".")[2] == COUNTER
@@ -133,11 +138,11 @@ def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
 
 def convert_from_torch(
     entries: Iterable[Entry],
-    shapes: Mapping[Path, tuple[int, ...]],
+    shapes: Mapping[Key, tuple[int, ...]],
     state_dict: Mapping[str, Any],
     partition_ratio: float | None,
     what: str,
-) -> dict[Path, np.ndarray]:
+) -> dict[Key, np.ndarray]:
     """Returns path -> array for `entries`, whose shapes with us are `shapes`; counters are ignored.
 
     Raises:
@@ -149,9 +154,10 @@ def convert_from_torch(
     def boundary(entry: Entry, channels: int) -> int:
         if partition_ratio is not None:
             return partition_channels(channels, partition_ratio)
-        first_half = given.get(entry.names[0])
-        known = first_half is not None and first_half.ndim > INPUT_AXIS
-        return min(first_half.shape[INPUT_AXIS], channels) if known else channels
+        half = given.get(entry.names[0])
+        if half is None or half.ndim <= INPUT_AXIS:
+            return channels  # missing or misshapen, and told so below
+        return min(half.shape[INPUT_AXIS], channels)
 
     expected = {
         name: part.shape
@@ -165,7 +171,7 @@ def convert_from_torch(
 def _convert_to_torch(
     entries: list[Entry], variables: Mapping[str, Any], partition_ratio: float
 ) -> Iterable[tuple[str, np.ndarray]]:
-    flat = traverse_util.flatten_dict(dict(variables))
+    flat = flatten(variables)
     paths = {"/".join(entry.path): () for entry in entries}
     check_names_and_shapes(paths, {"/".join(path): () for path in flat}, "the tree of variables")
     for entry in entries:
@@ -201,8 +207,8 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 def _variable_shapes(
     model: MultiExitModel, image_shape: tuple[int, int, int]
-) -> dict[Path, tuple[int, ...]]:
+) -> dict[Key, tuple[int, ...]]:
     variables = jax.eval_shape(
         lambda key: init_variables(model, key, image_shape), jax.random.key(0)
     )
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
+    return {path: leaf.shape for path, leaf in flatten(variables).items()}
