@@ -60,11 +60,12 @@ class Registry:
         """Calls the component with `args` and with the options that are not None.
 
         Raises:
-          UserError: the component lacks an option that is set, or refuses a value.
+          UserError: the component lacks an option that is set, needs one that is not, or refuses
+            a value.
         """
         component = self.resolve(name)
         chosen = {key: value for key, value in options.items() if value is not None}
-        self._check_options(name, component, chosen)
+        self._check_options(name, component, args, chosen)
         try:
             return component(*args, **chosen)
         except UserError:
@@ -72,17 +73,23 @@ class Registry:
         except ValueError as error:
             raise UserError(f"{self.kind} {name!r}: {error}") from error
 
-    def _check_options(self, name: str, component: Callable[..., Any], chosen: dict) -> None:
-        parameters = inspect.signature(component).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return
-        accepted = sorted({p.name for p in parameters} - _NOT_OPTIONS)
-        for key, value in chosen.items():
-            if key not in accepted:
-                raise UserError(
-                    f"{self.kind} {name!r} has no option {key!r} (given {value!r}): "
-                    f"it takes {', '.join(accepted) or 'none'}"
-                )
+    def _check_options(
+        self, name: str, component: Callable[..., Any], args: tuple, chosen: dict[str, Any]
+    ) -> None:
+        signature = inspect.signature(component)
+        parameters = signature.parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            accepted = sorted({p.name for p in parameters} - _NOT_OPTIONS)
+            for key, value in chosen.items():
+                if key not in accepted:
+                    raise UserError(
+                        f"{self.kind} {name!r} has no option {key!r} (given {value!r}): "
+                        f"it takes {', '.join(accepted) or 'none'}"
+                    )
+        try:
+            signature.bind(*args, **chosen)
+        except TypeError as error:  # "missing a required argument: 'decay_epochs'"
+            raise UserError(f"{self.kind} {name!r}: {error}") from error
 
 
 def _is_prefix(missing: str | None, module_name: str) -> bool:

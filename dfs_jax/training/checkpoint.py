@@ -130,7 +130,6 @@ class Checkpoints:
             best_fn=_score_of,
             cleanup_tmp_directories=not self._read_only,
             create=not self._read_only,
-            read_only=self._read_only,
             enable_async_checkpointing=False,
         )
         try:
@@ -156,7 +155,9 @@ class Checkpoints:
                 f"the checkpoint of step {step} is damaged ({first_line(error)})"
             ) from error
         found = leaf_checksums(restored.state)
-        wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+        wrong = sorted(
+            name for name in expected.keys() | found if expected.get(name) != found.get(name)
+        )
         if wrong:
             raise DamagedCheckpoint(
                 f"the checkpoint of step {step} is damaged (checksums differ: {', '.join(wrong[:3])})"

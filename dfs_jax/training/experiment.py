@@ -24,6 +24,7 @@ from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.sharding import check_batch_size, create_mesh, replicated
 from dfs_jax.training.state import TrainState, create_state
 from dfs_jax.training.step import TrainStep, make_eval_step, make_train_step
+from dfs_jax.types import UserError
 
 # One key a purpose, so that changing what one of them draws leaves the others alone.
 _INIT, _TRAIN = 0, 1

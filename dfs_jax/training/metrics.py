@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,13 +42,14 @@ class MetricsWriter:
         Raises:
           UserError: it could not be written (a full disk).
         """
+        finite = {name: _none_unless_finite(value) for name, value in line.items()}
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            for name, value in line.items():
-                if name not in _COORDINATES:
+            for name, value in finite.items():
+                if name not in _COORDINATES and value is not None:
                     self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
         except OSError as error:
             raise UserError(
@@ -104,6 +106,11 @@ def exit_accuracies(accuracies: Sequence[float]) -> dict[str, float]:
 def mean_exit_accuracy(predictions: ExitPredictions) -> float:
     """Returns the mean over exits of their accuracy, a fraction: what the best checkpoint has most of."""
     return float(anytime_accuracy(predictions).mean())
+
+
+def _none_unless_finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cut_back(path: Path, start_step: int) -> None:

@@ -110,16 +110,19 @@ def create_optimizer(
 ) -> optax.GradientTransformation:
     """Builds `config.optimizer`: clipping by global norm if asked for, then the optimizer."""
     options = {key: value for key, value in config.items() if key not in _NOT_THE_OPTIMIZERS}
-    clip = config["gradient_clip"]
     optimizer = OPTIMIZERS.create(options.pop("name"), schedule, **options)
+    clip = config["gradient_clip"]
     if clip is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(_positive("gradient_clip", clip)), optimizer)
+    return optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
     """Raises UserError for a value that no run can be meant to have (a NaN learning rate)."""
-    _positive("learning_rate", config["learning_rate"])
+    for field in ("learning_rate", "gradient_clip"):
+        value = config[field]
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"optimizer.{field} must be a finite number above 0, got {value!r}")
     decay = config["ema_decay"]
     if decay is not None and not 0 < decay < 1:
         raise UserError(f"optimizer.ema_decay must lie between 0 and 1, got {decay!r}")
@@ -129,9 +132,3 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
 
 
 _NOT_THE_OPTIMIZERS = ("learning_rate", "gradient_clip", "ema_decay")
-
-
-def _positive(field: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise UserError(f"optimizer.{field} must be a finite number above 0, got {value!r}")
-    return value

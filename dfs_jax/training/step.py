@@ -125,6 +125,6 @@ def _add_to_totals(
 
 def _first_bad_step(state: TrainState, loss: jax.Array, updates: PyTree) -> jax.Array:
     """Records the first step whose loss or update is not finite, without the host's help."""
-    is_fine = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
+    is_fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
     is_first = (state.first_bad_step == NO_BAD_STEP) & ~is_fine
     return jnp.where(is_first, state.step, state.first_bad_step)

@@ -1,0 +1,145 @@
+"""Checkpoints: best and latest kept, damage found and named, the one before used."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dfs_jax.training.checkpoint import Checkpoints, leaf_checksums
+from dfs_jax.types import UserError
+
+
+def make_state(step):
+    draw = np.random.default_rng(step)
+    return {
+        "w": jnp.asarray(draw.standard_normal((53, 59)), jnp.float32),
+        "step": jnp.int32(step),
+        "nothing": None,
+    }
+
+
+def target_of(state):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path)
+    yield opened
+    opened.close()
+
+
+def kept(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def save_all(checkpoints, scores):
+    for step, score in scores.items():
+        checkpoints.save(make_state(step), step, score)
+
+
+def data_files(workdir, step):
+    paths = (workdir / "checkpoints" / str(step)).rglob("*")
+    return [path for path in paths if path.is_file() and "/d/" in path.as_posix()]
+
+
+def flip_bytes(workdir, step):
+    """Flips one byte in the middle of each data file of a checkpoint."""
+    for path in data_files(workdir, step):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+
+
+def truncate(workdir, step):
+    for path in data_files(workdir, step):
+        path.write_bytes(path.read_bytes()[:11])
+
+
+def test_best_and_two_latest_are_kept(checkpoints, tmp_path):
+    save_all(checkpoints, {1: 0.2, 2: 0.9, 3: 0.5, 5: 0.4, 7: 0.3})
+    assert kept(tmp_path) == [2, 5, 7]
+    assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 7)
+
+
+def test_the_latest_of_equals_is_best(checkpoints):
+    save_all(checkpoints, {1: 0.7, 2: 0.7, 3: 0.1})
+    assert checkpoints.best_step() == 2
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), None])
+def test_scores_that_are_no_number_harm_nothing(checkpoints, tmp_path, score):
+    save_all(checkpoints, {1: 0.4, 2: score, 3: score, 5: score})
+    assert checkpoints.best_step() == 1
+    assert kept(tmp_path) == [1, 3, 5]
+
+
+def test_a_state_comes_back_as_it_was(checkpoints, tmp_path):
+    state = make_state(3)
+    checkpoints.save(state, 3, 0.1)
+    restored, step = Checkpoints(tmp_path).restore_latest(target_of(state))
+    assert step == 3
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+
+
+def test_nothing_saved_restores_nothing(checkpoints):
+    assert checkpoints.restore_latest(target_of(make_state(0))) is None
+
+
+@pytest.mark.parametrize("harm", [flip_bytes, truncate])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(checkpoints, tmp_path, caplog, harm):
+    save_all(checkpoints, {1: 0.1, 2: 0.2, 3: 0.3})
+    harm(tmp_path, 3)
+    again = Checkpoints(tmp_path)
+    restored, step = again.restore_latest(target_of(make_state(0)))
+    assert step == 2
+    chex.assert_trees_all_equal(restored, make_state(2))
+    assert "step 3" in caplog.text and "damaged" in caplog.text
+    assert (tmp_path / "damaged_checkpoints" / "3").is_dir()
+    again.save(make_state(3), 3, 0.3)  # its step can be reached, and saved, again
+    assert Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))[1] == 3
+
+
+def test_when_all_are_damaged_the_run_does_not_start_over_unasked(checkpoints, tmp_path):
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    flip_bytes(tmp_path, 1)
+    flip_bytes(tmp_path, 2)
+    with pytest.raises(UserError, match=r"every checkpoint .* damaged \(steps \[2, 1\]\)"):
+        Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))
+
+
+def test_evaluation_names_a_damaged_checkpoint_and_leaves_it(checkpoints, tmp_path):
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    flip_bytes(tmp_path, 2)
+    reader = Checkpoints(tmp_path, read_only=True)
+    with pytest.raises(UserError, match=r"step 2 is damaged .* others here: \[1\]"):
+        reader.restore("best", target_of(make_state(0)))
+    assert kept(tmp_path) == [1, 2]
+    assert reader.restore("1", target_of(make_state(0)))[1] == 1
+
+
+@pytest.mark.parametrize("which", ["17", "worst", "-1"])
+def test_a_checkpoint_that_is_not_there(checkpoints, tmp_path, which):
+    save_all(checkpoints, {1: 0.1})
+    with pytest.raises(
+        UserError, match=rf"no checkpoint '{which}' .* best, latest or one of \[1\]"
+    ):
+        Checkpoints(tmp_path, read_only=True).restore(which, target_of(make_state(0)))
+
+
+def test_reading_where_nothing_was_saved(tmp_path):
+    with pytest.raises(UserError, match="no checkpoints in .*train there first"):
+        Checkpoints(tmp_path, read_only=True)
+
+
+def test_checksums_see_every_leaf_and_every_bit():
+    state = make_state(5)
+    sums = leaf_checksums(state)
+    assert len(sums) == 2
+    changed = {**state, "w": state["w"].at[2, 4].add(1e-7)}
+    assert [name for name in sums if leaf_checksums(changed)[name] != sums[name]] == ["['w']"]

@@ -1,0 +1,99 @@
+"""A run's config: checked, kept beside the run, and compared when it is picked up again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from dfs_jax.training.config import check_config, open_workdir, options, read_config
+from dfs_jax.types import UserError
+from tests.helpers import tiny_config
+
+CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
+
+
+def flat_names(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flat_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_has_the_common_fields_and_sensible_values(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert set(flat_names(config)) == set(flat_names(common.get_config()))
+    check_config(config)
+
+
+def test_a_config_comes_back_from_its_file(tmp_path):
+    config = tiny_config(**{"fork.partition_ratio": (0.3,), "optimizer.ema_decay": 0.9})
+    open_workdir(tmp_path / "run", config)
+    assert read_config(tmp_path / "run").to_dict() == config.to_dict()
+    open_workdir(tmp_path / "run", config)  # the same again is no other run
+
+
+def test_a_run_of_another_config_is_refused_by_field(tmp_path):
+    open_workdir(tmp_path, tiny_config())
+    other = tiny_config(**{"optimizer.learning_rate": 0.25, "fork.partition_ratio": (0.3,)})
+    with pytest.raises(UserError) as error:
+        open_workdir(tmp_path, other)
+    message = str(error.value)
+    assert "fork.partition_ratio (was None, is [0.3])" in message
+    assert "optimizer.learning_rate (was 0.05, is 0.25)" in message
+    assert "seed" not in message
+    assert read_config(tmp_path).optimizer.learning_rate == 0.05  # what was there stays
+
+
+def test_paths_and_logging_may_change(tmp_path):
+    open_workdir(tmp_path, tiny_config())
+    open_workdir(tmp_path, tiny_config(**{"data.data_dir": "/elsewhere", "log_every_steps": 3}))
+    assert read_config(tmp_path).data.data_dir == "/elsewhere"
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"workdir .*file.* is a file: name a directory"):
+            open_workdir(workdir, tiny_config())
+
+
+def test_a_workdir_that_cannot_be_written():
+    with pytest.raises(UserError, match="workdir /proc/run cannot be written: "):
+        open_workdir(Path("/proc/run"), tiny_config())
+
+
+def test_a_config_file_that_is_damaged(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        read_config(tmp_path)
+
+
+def test_where_there_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="there is no run in .*config.json is missing"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field", ["batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps"]
+)
+def test_counts_must_be_positive(field):
+    with pytest.raises(UserError, match=f"{field} must be at least 1, got 0"):
+        check_config(tiny_config(**{field: 0}))
+    with pytest.raises(UserError, match="checkpoint_every_steps must be at least 0, got -1"):
+        check_config(tiny_config(checkpoint_every_steps=-1))
+
+
+def test_options_are_a_section_without_its_name():
+    assert options(common.get_config().fork) == {"partition_ratio": None, "referencing": None}
+
+
+def test_config_json_is_plain(tmp_path):
+    open_workdir(tmp_path, tiny_config())
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 2
