@@ -140,9 +140,9 @@ def conv_multiply_adds(eqn: JaxprEqn, varying: Sequence[bool]) -> int:
     """
     if not all(varying):
         return 0
-    kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+    kernel, spec = _shape(eqn.invars[1]), eqn.params["dimension_numbers"].rhs_spec
     positions = math.prod(kernel[axis] for axis in spec[2:])
-    output = math.prod(eqn.outvars[0].aval.shape)
+    output = math.prod(_shape(eqn.outvars[0]))
     return output * positions * kernel[spec[1]] // math.prod(eqn.params["lhs_dilation"])
 
 
@@ -151,8 +151,12 @@ def dot_multiply_adds(eqn: JaxprEqn, varying: Sequence[bool]) -> int:
     if not all(varying):
         return 0
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    return math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    shape = _shape(eqn.invars[0])
+    return math.prod(_shape(eqn.outvars[0])) * math.prod(shape[axis] for axis in contracted)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 # A product with a constant (the matrices that resize an image, the kernel that cuts patches) is no

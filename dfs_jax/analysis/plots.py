@@ -140,7 +140,7 @@ def _new_figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _exit_colors(num_exits: int) -> list[tuple[float, ...]]:
+def _exit_colors(num_exits: int) -> list[Any]:
     """Returns a color an exit, light (shallow) to dark (deep)."""
     colormap = matplotlib.colormaps["viridis_r"]
     # The palest fifth is hard to see on white.

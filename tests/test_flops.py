@@ -1,0 +1,220 @@
+"""Costs of the exits: VGG7 by hand, every kind of inner jaxpr, and what must not count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from dfs_jax.analysis.flops import ExitCost, count_operations, exit_costs
+from dfs_jax.models import create_model
+from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.types import HeadOutput, UserError
+
+
+def count(function, *shapes):
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return count_operations(jax.make_jaxpr(function)(*inputs))
+
+
+def conv(x, kernel, **options):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    options = {"window_strides": (1, 1), "padding": "SAME", **options}
+    return lax.conv_general_dilated(x, kernel, dimension_numbers=numbers, **options)
+
+
+# VGG7 on 32x32x3 with c channels: (side, channels in, channels out) of the six convolutions. A
+# convolution costs side^2 * 9 * in * out; a head reads `out` channels and has no bias.
+def vgg7_layers(c):
+    first, second = [(32, 3, c), (32, c, c)], [(16, c, 2 * c), (16, 2 * c, 2 * c)]
+    return [*first, *second, (8, 2 * c, 4 * c), (8, 4 * c, 4 * c)]
+
+
+@pytest.mark.parametrize(
+    ("width", "classes", "first_and_last"),
+    [
+        (64, 100, ((8_320, 1_775_872), (1_235_968, 152_854_016))),
+        (16, 10, ((640, 442_528), (74_560, 9_881_792))),
+    ],
+)
+def test_vgg7_by_hand(width, classes, first_and_last):
+    got = exit_costs(create_model("vgg7", num_classes=classes, width=width), (32, 32, 3))
+    params, macs = width, 0  # the first convolution's bias
+    for i, (side, c_in, c_out) in enumerate(vgg7_layers(width)):
+        params += 9 * c_in * c_out + 2 * c_out + c_out * classes  # convolution, norm, head
+        macs += side * side * 9 * c_in * c_out + c_out * classes
+        assert got[i] == ExitCost(exit=i + 1, params=params, macs=macs)
+    assert (got[0][1:], got[-1][1:]) == first_and_last
+
+
+def test_parameters_are_the_initialised_ones():
+    model = create_model("vgg7", num_classes=7, width=3)
+    params = init_variables(model, jax.random.key(0), (8, 8, 3))["params"]
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert exit_costs(model, (8, 8, 3))[-1].params == total
+
+
+def test_adaptation_layers_are_left_out():
+    plain = create_model("vgg7", num_classes=7, width=3)
+    adapting = create_model("vgg7", num_classes=7, width=3, adapt_features=True)
+    assert exit_costs(adapting, (8, 8, 3)) == exit_costs(plain, (8, 8, 3))
+
+
+def test_counts_are_plain_numbers():
+    cost = exit_costs(create_model("vgg7", num_classes=7, width=3), (8, 8, 3))[0]
+    assert [type(value) for value in cost] == [int, int, int]
+
+
+def test_nothing_is_executed():
+    # These weights would take some 20 PB.
+    macs = exit_costs(create_model("vgg7", num_classes=10, width=2**22), (32, 32, 3))[-1].macs
+    assert macs > 2**59
+
+
+def test_images_that_the_model_refuses():
+    with pytest.raises(UserError, match="too small"):
+        exit_costs(create_model("vgg7", num_classes=10, width=2), (4, 4, 3))
+
+
+class TwoScales(MultiExitModel):
+    """A carry of two scales, of which heads read one; nothing ever reads the other."""
+
+    @property
+    def num_exits(self):
+        return 2
+
+    def setup(self):
+        self.block1, self.block2 = nn.Dense(11, use_bias=False), nn.Dense(13, use_bias=False)
+        self.head1, self.head2 = nn.Dense(self.num_classes), nn.Dense(self.num_classes)
+
+    def block(self, i, carry, live=None, *, train):
+        if i == 0:
+            flat = carry.reshape(1, -1)
+            return {"unused": self.block1(flat), "read": self.block1(flat)}
+        return {"read": self.block2(carry["read"])}
+
+    def feature(self, carry):
+        return carry["read"]
+
+    def with_feature(self, carry, x):
+        return carry | {"read": x}
+
+    def head(self, i, x, live=None, *, train):
+        return HeadOutput((self.head1 if i == 0 else self.head2)(x), x)
+
+
+def test_what_an_exit_does_not_need_counts_too():
+    first, second = exit_costs(TwoScales(num_classes=5), (2, 3, 1))
+    assert first.macs == 2 * 6 * 11 + 11 * 5
+    assert second.macs == first.macs + 11 * 13 + 13 * 5
+    assert first.params == 6 * 11 + 11 * 5 + 5
+    assert second.params == first.params + 11 * 13 + 13 * 5 + 5
+
+
+class Astray(TwoScales):
+    """A model with a parameter outside its blocks and heads."""
+
+    def setup(self):
+        super().setup()
+        self.stem = self.param("stem", nn.initializers.zeros_init(), (3,))
+
+
+def test_parameters_outside_blocks_and_heads_are_refused():
+    with pytest.raises(ValueError, match="stem"):
+        exit_costs(Astray(num_classes=5), (2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel", "expected"),
+    [
+        ({}, (3, 3, 5, 7), 11 * 13 * 7 * 9 * 5),
+        ({"padding": [(1, 1), (1, 1)], "window_strides": (2, 2)}, (3, 3, 5, 7), 6 * 7 * 7 * 9 * 5),
+        ({"padding": "VALID"}, (2, 3, 5, 7), 10 * 11 * 7 * 6 * 5),
+        ({"feature_group_count": 5}, (3, 3, 1, 5), 11 * 13 * 5 * 9),  # depthwise
+        ({"feature_group_count": 5}, (3, 3, 1, 10), 11 * 13 * 10 * 9),
+        ({"rhs_dilation": (2, 2)}, (3, 3, 5, 7), 11 * 13 * 7 * 9 * 5),
+    ],
+)
+def test_convolutions_by_hand(options, kernel, expected):
+    assert count(lambda x, k: conv(x, k, **options), (1, 11, 13, 5), kernel) == expected
+
+
+def test_gradients_of_a_convolution_cost_what_it_costs():
+    def forward(x, k):
+        return conv(x, k, padding=[(1, 1), (1, 1)], window_strides=(2, 2))
+
+    def backward(x, k, y):
+        return jax.vjp(forward, x, k)[1](y)
+
+    # Input gradients are convolutions over dilated inputs: the zeros in between do not count.
+    shapes = (3, 8, 12, 5), (3, 3, 5, 7)
+    once = count(forward, *shapes)
+    assert once == 3 * 4 * 6 * 7 * 9 * 5
+    assert count(backward, *shapes, (3, 4, 6, 7)) == 3 * once
+
+
+def test_matrix_products_by_hand():
+    assert count(lambda a, b: a @ b, (2, 3), (3, 5)) == 2 * 3 * 5
+    batched = count(lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k), (2, 3, 5, 7), (2, 11, 5, 7))
+    assert batched == 2 * 3 * 5 * 7 * 11
+    assert count(lambda a, b: jnp.outer(a, b) + jnp.sum(a), (3,), (5,)) == 0  # no product by layer
+
+
+def matmul(a):
+    return a @ a
+
+
+@jax.custom_vjp
+def custom_gradient(a):
+    return a @ a
+
+
+custom_gradient.defvjp(lambda a: (a @ a, a), lambda a, g: (g @ a.T + a.T @ g,))
+
+
+@jax.custom_jvp
+def custom_tangent(a):
+    return a @ a
+
+
+custom_tangent.defjvp(lambda primals, tangents: (primals[0] @ primals[0], tangents[0]))
+
+
+@pytest.mark.parametrize(
+    ("function", "products"),
+    [
+        (matmul, 1),
+        (jax.jit(matmul), 1),
+        (jax.jit(lambda a: jax.jit(matmul)(jax.jit(matmul)(a))), 2),
+        (jax.checkpoint(matmul), 1),
+        (custom_gradient, 1),
+        (custom_tangent, 1),
+        (jax.jit(jax.checkpoint(custom_gradient)), 1),
+        (jax.grad(lambda a: (custom_gradient(a) ** 2).sum()), 3),
+        (lambda a: lax.scan(lambda c, _: (custom_gradient(c), None), a, length=7)[0], 7),
+        (lambda a: lax.fori_loop(0, 7, lambda _, c: c @ c, a), 7),
+        (lambda a: lax.cond(a[0, 0] > 0, lambda b: b @ b @ b, matmul, a), 2),
+        (lambda a: lax.switch(2, [lambda b: b, matmul, lambda b: b @ b @ b @ b], a), 3),
+        (lambda a: lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c - 1, a) @ a, 1),
+    ],
+)
+def test_inner_programs(function, products):
+    assert count(function, (3, 3)) == products * 27
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="no fixed length"):
+        count(lambda a: lax.while_loop(lambda c: c[0, 0] > 0, matmul, a), (3, 3))
+
+
+def test_products_with_constants_are_no_layers():
+    # Bilinear resizing multiplies by matrices that depend on no input, also under jit.
+    assert count(lambda x: jax.image.resize(x, (1, 8, 8, 3), "bilinear"), (1, 4, 4, 3)) == 0
+    # Cutting patches is a convolution with a constant kernel.
+    patches = lambda x: lax.conv_general_dilated_patches(x, (2, 2), (2, 2), "VALID")  # noqa: E731
+    assert count(patches, (1, 3, 4, 4)) == 0
+    # What comes after, on real operands, counts; so does a carry that only comes to depend on them.
+    resized = lambda x, k: conv(jax.image.resize(x, (1, 8, 8, 3), "bilinear"), k)  # noqa: E731
+    assert count(resized, (1, 4, 4, 3), (1, 1, 3, 5)) == 64 * 15
+    grown = lambda a: lax.scan(lambda c, _: (c + a, a @ c), jnp.zeros((3, 3)), length=5)  # noqa: E731
+    assert count(grown, (3, 3)) == 5 * 27
