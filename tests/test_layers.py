@@ -1,0 +1,80 @@
+"""BatchNorm by hand, and the padding of convolutions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3
+
+RNG = np.random.default_rng(0)
+
+
+def batch_norm_variables(channels, seed=1):
+    draw = np.random.default_rng(seed).uniform(0.5, 1.5, (4, channels)).astype(np.float32)
+    return {
+        "params": {"scale": draw[0], "bias": draw[1]},
+        "batch_stats": {"mean": draw[2], "var": draw[3]},
+    }
+
+
+def test_running_variance_is_unbiased():
+    # mean 3, deviations -2 -1 0 3: the sum of squares is 14, over 4 biased, over 3 unbiased.
+    x = jnp.asarray([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1)
+    variables = {
+        "params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)},
+        "batch_stats": {"mean": jnp.asarray([10.0]), "var": jnp.asarray([2.0])},
+    }
+    norm = BatchNorm(momentum=0.75, epsilon=0.5)
+    y, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.ravel(), np.array([-2, -1, 0, 3]) / 2, rtol=1e-6)  # sqrt(3.5 + .5)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.75 * 10 + 0.25 * 3], rtol=1e-6)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], [1.5 + 0.25 * 14 / 3], rtol=1e-6)
+
+
+def test_training_mode_matches_the_formula_and_pytorchs_convention():
+    x = RNG.normal(2, 3, (2, 3, 5, 7)).astype(np.float32)
+    variables = batch_norm_variables(7)
+    y, updated = BatchNorm().apply(variables, x, train=True, mutable=["batch_stats"])
+    params, stats = variables["params"], variables["batch_stats"]
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+    new = updated["batch_stats"]
+    np.testing.assert_allclose(new["mean"], 0.9 * stats["mean"] + 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.9 * stats["var"] + 0.1 * var * 30 / 29, rtol=1e-5)
+
+
+def test_evaluation_uses_running_statistics_and_leaves_them_alone():
+    x = RNG.normal(size=(2, 3, 5, 7)).astype(np.float32)
+    variables = batch_norm_variables(7)
+    y, updated = BatchNorm().apply(variables, x, train=False, mutable=["batch_stats"])
+    params, stats = variables["params"], variables["batch_stats"]
+    expected = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+    np.testing.assert_array_equal(updated["batch_stats"]["var"], stats["var"])
+
+
+def test_statistics_of_one_value_a_channel_stay_finite():
+    x = jnp.ones((1, 1, 1, 2))
+    _, updated = BatchNorm().apply(batch_norm_variables(2), x, train=True, mutable=["batch_stats"])
+    assert np.isfinite(updated["batch_stats"]["var"]).all()
+
+
+def test_initialising_leaves_fresh_statistics():
+    variables = BatchNorm().init(jax.random.key(0), jnp.full((2, 3), 5.0), train=True)
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+
+
+def test_strided_3x3_pads_one_on_each_side():
+    x = RNG.normal(size=(1, 4, 6, 2)).astype(np.float32)
+    conv = Conv3x3(3, strides=2, use_bias=False)
+    variables = conv.init(jax.random.key(0), x)
+    y = conv.apply(variables, x)
+    kernel = np.asarray(variables["params"]["kernel"])
+    corner = np.einsum("hwi,hwio->o", x[0, :2, :2], kernel[1:, 1:])  # the first row is padding
+    assert y.shape == (1, 2, 3, 3)
+    np.testing.assert_allclose(y[0, 0, 0], corner, atol=1e-5)
+    assert Conv1x1(3).bind(Conv1x1(3).init(jax.random.key(0), x))(x).shape == (1, 4, 6, 3)
