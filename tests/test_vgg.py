@@ -1,0 +1,145 @@
+"""VGG: sizes, parameters, and whose gradient each weight receives."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dfs_jax.losses import create_loss
+from dfs_jax.models import create_model
+from dfs_jax.models.contract import init_variables
+from dfs_jax.models.vgg import VGG
+from dfs_jax.surgery import FeatureSurgery, partition_channels
+from dfs_jax.types import UserError
+
+BATCH, CLASSES, IMAGE_SHAPE = 2, 7, (11, 13, 3)
+
+
+def variable_shapes(model, image_shape=IMAGE_SHAPE):
+    return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("width", [3, 5, 64])
+def test_vgg7_parameter_count(width):
+    c = width
+    convs = 9 * (3 * c + c * c + 2 * c * c + 4 * c * c + 8 * c * c + 16 * c * c) + c  # one bias
+    norms = 2 * (c + c + 2 * c + 2 * c + 4 * c + 4 * c)
+    heads = 14 * c * CLASSES  # no biases
+    shapes = variable_shapes(create_model("vgg7", num_classes=CLASSES, width=width))
+    assert count(shapes["params"]) == convs + norms + heads
+    assert count(shapes["batch_stats"]) == norms
+
+
+def test_vgg7_parameters_for_100_classes_layer_by_layer():
+    # 64: 1728 + 64 + 36864; 128: 73728 + 147456; 256: 294912 + 589824; norms 1792; heads 89600.
+    shapes = variable_shapes(create_model("vgg7", num_classes=100))
+    by_hand = 1728 + 64 + 36864 + 73728 + 147456 + 294912 + 589824 + 1792 + 89600
+    assert count(shapes["params"]) == by_hand == 1_235_968
+
+
+def test_adaptation_layers_map_to_the_last_width():
+    params = variable_shapes(
+        create_model("vgg7", num_classes=CLASSES, width=5, adapt_features=True)
+    )["params"]
+    kernels = [params[f"head{i}"]["adaptation"]["kernel"].shape for i in range(1, 6)]
+    assert kernels == [(5, 20), (5, 20), (10, 20), (10, 20), (20, 20)]
+    assert "adaptation" not in params["head6"]
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    model = create_model("vgg7", num_classes=CLASSES, width=5)
+    return model, init_variables(model, jax.random.key(0), IMAGE_SHAPE)
+
+
+def test_maps_halve_after_every_second_convolution(narrow):
+    model, variables = narrow
+
+    def maps(variables, images):
+        carry, shapes = images, []
+        for i in range(model.num_exits):
+            carry = model.apply(variables, i, carry, train=False, method="block")
+            shapes.append(carry)
+        return shapes
+
+    shapes = jax.eval_shape(maps, variables, jnp.zeros((BATCH, *IMAGE_SHAPE)))
+    assert [carry.shape[1:] for carry in shapes] == [
+        (11, 13, 5),
+        (5, 6, 5),
+        (5, 6, 10),
+        (2, 3, 10),
+        (2, 3, 20),
+        (1, 1, 20),
+    ]
+
+
+def test_only_the_first_convolution_and_no_classifier_has_a_bias(narrow):
+    params = narrow[1]["params"]
+    assert [name for name in sorted(params) if "bias" in params[name].get("conv", {})] == ["block1"]
+    assert all(params[f"head{i}"]["classifier"].keys() == {"kernel"} for i in range(1, 7))
+
+
+@pytest.mark.parametrize("beta", [0.3, (0.2, 0.4, 0.6, 0.8, 0.3)])
+def test_each_output_channel_is_trained_by_its_owner_alone(narrow, beta):
+    """w_i- receives the gradient of exit i only, w_i+ the sum of the deeper exits' only."""
+    model, variables = narrow
+    images = jax.random.normal(jax.random.key(1), (BATCH, *IMAGE_SHAPE))
+    surgeon, loss = FeatureSurgery(beta), create_loss("deep_supervision")
+
+    @jax.jit
+    def per_exit(params):
+        def losses(params):
+            outputs, _ = model.apply(
+                {**variables, "params": params}, images, surgeon, train=True, mutable="batch_stats"
+            )
+            return loss(outputs, jnp.asarray([3, 5]))
+
+        _, pullback = jax.vjp(losses, params)
+        return jax.vmap(lambda seed: pullback(seed)[0])(jnp.eye(6)), jax.grad(
+            lambda p: losses(p).sum()
+        )(params)
+
+    by_exit, total = per_exit(variables["params"])
+    chex.assert_trees_all_close(jax.tree.map(lambda g: g.sum(0), by_exit), total, atol=1e-5)
+    for i in range(5):
+        k = partition_channels(5 * (1, 1, 2, 2, 4)[i], surgeon.ratio_at(i, 6))
+        for leaf in jax.tree.leaves(by_exit[f"block{i + 1}"]):
+            shared, specific = np.asarray(leaf[..., :k]), np.asarray(leaf[..., k:])
+            assert not specific[np.arange(6) != i].any()
+            assert not shared[: i + 1].any()
+            assert specific[i].any()
+            assert shared[i + 1 :].any()
+
+
+@pytest.mark.parametrize("shape", [(7, 32, 3), (32, 7, 3)])
+def test_images_too_small_for_the_pools_are_refused(shape):
+    model = create_model("vgg7", num_classes=CLASSES, width=3)
+    message = f"{shape[0]}x{shape[1]} are too small for 3 max-pools: .* at least 8 pixels"
+    with pytest.raises(UserError, match=message):
+        variable_shapes(model, shape)
+
+
+@pytest.mark.parametrize("width", [0, -3, 2.5, True, "wide"])
+def test_a_width_that_is_no_positive_whole_number_is_refused(width):
+    with pytest.raises(UserError, match=f"whole number of at least 1, got {width!r}"):
+        create_model("vgg7", num_classes=CLASSES, width=width)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(UserError, match="model 'vgg7' has no option 'depth'"):
+        create_model("vgg7", num_classes=CLASSES, depth=3)
+
+
+def test_stages_are_arguments():
+    model = VGG(num_classes=CLASSES, width=2, stage_sizes=(1, 3), stage_multipliers=(3, 5))
+    params = variable_shapes(model)["params"]
+    assert model.num_exits == 4
+    kernels = [params[f"block{i}"]["conv"]["kernel"].shape for i in range(1, 5)]
+    assert kernels == [(3, 3, 3, 6), (3, 3, 6, 10), (3, 3, 10, 10), (3, 3, 10, 10)]
