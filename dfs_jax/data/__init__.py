@@ -1,12 +1,13 @@
 """Data sets in memory, batches of them, and augmentation on the device."""
 
-from dfs_jax.data.augmentation import create_augmentation, normalise
+from dfs_jax.data.augmentation import AUGMENTATIONS, create_augmentation, normalise
 from dfs_jax.data.dataset import Dataset, RawDataset, Split
 from dfs_jax.data.pipeline import TrainSampler, eval_batches, train_batches
 from dfs_jax.data.sources import DATASETS, load_dataset
 from dfs_jax.data.statistics import NAMED_STATISTICS, channel_statistics
 
 __all__ = [
+    "AUGMENTATIONS",
     "DATASETS",
     "NAMED_STATISTICS",
     "Dataset",
