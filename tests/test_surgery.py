@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,14 +142,3 @@ def test_another_number_of_ratios_than_early_exits_is_refused():
 def test_exit_index_out_of_range_is_refused(exit_index):
     with pytest.raises(ValueError, match=rf"\[0, 3\), got {exit_index}"):
         FeatureSurgery()(X, exit_index=exit_index, num_exits=3)
-
-
-def test_surgery_needs_jax_and_the_standard_library_alone():
-    tree = ast.parse(Path(surgery.__file__).read_text())
-    modules = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add((node.module or "").split(".")[0])
-    assert modules - set(sys.stdlib_module_names) == {"jax"}

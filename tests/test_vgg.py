@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +87,7 @@ def test_only_the_first_convolution_and_no_classifier_has_a_bias(narrow):
 
 @pytest.mark.parametrize("beta", [0.3, (0.2, 0.4, 0.6, 0.8, 0.3)])
 def test_each_output_channel_is_trained_by_its_owner_alone(narrow, beta):
-    """w_i- receives the gradient of exit i only, w_i+ the sum of the deeper exits' only."""
+    """w_i- receives the gradient of exit i only, w_i+ those of deeper exits only."""
     model, variables = narrow
     images = jax.random.normal(jax.random.key(1), (BATCH, *IMAGE_SHAPE))
     surgeon, loss = FeatureSurgery(beta), create_loss("deep_supervision")
@@ -102,12 +101,9 @@ def test_each_output_channel_is_trained_by_its_owner_alone(narrow, beta):
             return loss(outputs, jnp.asarray([3, 5]))
 
         _, pullback = jax.vjp(losses, params)
-        return jax.vmap(lambda seed: pullback(seed)[0])(jnp.eye(6)), jax.grad(
-            lambda p: losses(p).sum()
-        )(params)
+        return jax.vmap(lambda seed: pullback(seed)[0])(jnp.eye(6))
 
-    by_exit, total = per_exit(variables["params"])
-    chex.assert_trees_all_close(jax.tree.map(lambda g: g.sum(0), by_exit), total, atol=1e-5)
+    by_exit = per_exit(variables["params"])
     for i in range(5):
         k = partition_channels(5 * (1, 1, 2, 2, 4)[i], surgeon.ratio_at(i, 6))
         for leaf in jax.tree.leaves(by_exit[f"block{i + 1}"]):

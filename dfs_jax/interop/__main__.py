@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 
 from dfs_jax.interop.golden import Comparison, compare, compute, read_golden
+from dfs_jax.program import fail, say
 from dfs_jax.types import UserError
 
 TOLERANCE = 1e-6
@@ -31,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return 0 if check_files(files) else 1
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return fail(str(error))
 
 
 def check_files(paths: Sequence[str]) -> bool:
@@ -48,9 +48,8 @@ def check_files(paths: Sequence[str]) -> bool:
         comparison = compare(case, compute(case, model))
         if i == 0:
             titles = "".join(f"  {title:>12}" for title in comparison.differences)
-            sys.stdout.write(f"{TITLE:{width}}{titles}  zero gradients\n")
-        sys.stdout.write(_line(f"{case.case:{width}}", comparison))
-        sys.stdout.flush()
+            say(f"{TITLE:{width}}{titles}  zero gradients")
+        say(_line(f"{case.case:{width}}", comparison))
         passed = passed and comparison.passes(TOLERANCE)
     return passed
 
@@ -62,7 +61,7 @@ def _line(name: str, comparison: Comparison) -> str:
     else:
         zeros = f"{comparison.zeros} exact" if comparison.zeros else "none"
     verdict = "ok" if comparison.passes(TOLERANCE) else f"FAILS (above {TOLERANCE:g})"
-    return f"{name}{numbers}  {zeros:14}  {verdict}\n"
+    return f"{name}{numbers}  {zeros:14}  {verdict}"
 
 
 if __name__ == "__main__":

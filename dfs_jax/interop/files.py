@@ -140,7 +140,8 @@ def _trunk_by_published_names(
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    # Opened here, since np.load leaves the file open where it is damaged.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
