@@ -1,4 +1,4 @@
-"""Evaluates a run: python eval.py --workdir=DIR [--split=test] [--checkpoint=best] [--output=FILE]"""
+"""Evaluates a run: python eval.py --workdir=DIR [--split=test] [--checkpoint=best]"""
 
 from pathlib import Path
 

@@ -5,6 +5,8 @@ def get_config():
     config = common.get_config()
     config.data.name = "digits"
     config.data.augmentation = "crop"  # a mirrored digit is another sign
+    config.data.crop_padding = 2
+    config.data.crop_fill = 0  # the digits' own background
     config.model.width = 16
     config.batch_size = 64
     config.epochs = 40

@@ -44,15 +44,29 @@ def _guarded(main: Callable[[], int | None], argv: Sequence[str]) -> int:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags; ml_collections answers unknown fields and missing files with a traceback."""
     try:
+        _check_config_file(argv)
         return app.parse_flags_with_usage(argv)
+    except UserError as error:
+        sys.exit(fail(str(error)))
     except (AttributeError, KeyError) as error:
-        # repr(AttributeError("'foo'")) reads best stripped of the quotes the library adds
-        sys.exit(fail(f"the config has no field {str(error.args[0]).replace(chr(10), '. ')}"))
-    except FileNotFoundError:
-        paths = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
-        sys.exit(fail(f"there is no config file {', '.join(paths)}"))
+        sys.exit(fail(f"the config has no such field: {_innermost(error)}"))
     except TypeError as error:
         sys.exit(fail(f"a config field was given a value of the wrong type: {error}"))
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    for argument in argv:
+        name, is_given, value = argument.lstrip("-").partition("=")
+        path = Path(value.partition(":")[0])  # what follows a colon is the config's own argument
+        if name == "config" and is_given and (path.suffix != ".py" or not path.is_file()):
+            raise UserError(f"there is no config file {path}: give the path of a .py file")
+
+
+def _innermost(error: BaseException) -> str:
+    """Returns on one line what was said first: the library wraps one exception in another."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    return ". ".join(str(error.args[0] if error.args else error).splitlines())
 
 
 def use_compilation_cache() -> None:

@@ -99,7 +99,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(checkpoints, tmp_
     restored, step = again.restore_latest(target_of(make_state(0)))
     assert step == 2
     chex.assert_trees_all_equal(restored, make_state(2))
-    assert "step 3" in caplog.text and "damaged" in caplog.text
+    assert "step 3" in caplog.text
+    assert "damaged" in caplog.text
     assert (tmp_path / "damaged_checkpoints" / "3").is_dir()
     again.save(make_state(3), 3, 0.3)  # its step can be reached, and saved, again
     assert Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))[1] == 3
@@ -133,7 +134,7 @@ def test_a_checkpoint_that_is_not_there(checkpoints, tmp_path, which):
 
 
 def test_reading_where_nothing_was_saved(tmp_path):
-    with pytest.raises(UserError, match="no checkpoints in .*train there first"):
+    with pytest.raises(UserError, match=r"no checkpoints in .*train there first"):
         Checkpoints(tmp_path, read_only=True)
 
 

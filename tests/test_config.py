@@ -76,7 +76,7 @@ def test_a_config_file_that_is_damaged(tmp_path):
 
 
 def test_where_there_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="there is no run in .*config.json is missing"):
+    with pytest.raises(UserError, match=r"there is no run in .*config.json is missing"):
         read_config(tmp_path)
 
 

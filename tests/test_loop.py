@@ -83,7 +83,8 @@ def test_a_run_writes_a_line_for_each_split_and_evaluation(uninterrupted):
     for line in lines:
         accuracies = [line[f"exit{i}/accuracy"] for i in range(1, 7)]
         assert all(0 <= accuracy <= 1 for accuracy in accuracies)
-        assert line["images_per_second"] > 0 and line["loss"] > 0
+        assert line["images_per_second"] > 0
+        assert line["loss"] > 0
     assert lines[-1]["ensemble/accuracy"] in [k / 11 for k in range(12)]
 
 

@@ -79,7 +79,8 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
 def test_a_number_that_is_not_finite_leaves_the_file_valid_json(tmp_path):
     write_all(tmp_path, [{**LINES[0], "loss": float("nan")}, {**LINES[1], "loss": np.inf}])
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert "NaN" not in text and "Infinity" not in text
+    assert "NaN" not in text
+    assert "Infinity" not in text
     assert [line["loss"] for line in map(json.loads, text.splitlines())] == [None, None]
 
 

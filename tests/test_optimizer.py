@@ -98,7 +98,8 @@ def test_every_schedule_starts_at_the_rate_and_never_rises(name):
     schedule = create_schedule(config_of("schedule", name=name, **SCHEDULE_ROWS[name]), 0.3, 5, 7)
     rates = np.array([float(schedule(step)) for step in range(35)])
     assert rates[0] == pytest.approx(0.3)
-    assert (np.diff(rates) <= 1e-9).all() and rates[-1] > 0
+    assert (np.diff(rates) <= 1e-9).all()
+    assert rates[-1] > 0
 
 
 def test_multistep_decays_at_the_start_of_its_epochs():

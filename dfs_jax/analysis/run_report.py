@@ -7,7 +7,13 @@ from pathlib import Path
 
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.analysis.plots import plot_accuracy_against_operations, plot_accuracy_over_time
-from dfs_jax.analysis.report import Report, build_report, table_for_terminal, write_report
+from dfs_jax.analysis.report import (
+    Report,
+    build_report,
+    run_title,
+    table_for_terminal,
+    write_report,
+)
 from dfs_jax.training.config import read_config
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.metrics import read_metrics
@@ -77,5 +83,5 @@ def _draw(workdir: Path, report: Report) -> tuple[Path, ...]:
     lines = [line for line in read_metrics(workdir) if line["split"] == "validation"]
     if not lines:
         return (operations,)
-    plot_accuracy_over_time(lines, over_time)
+    plot_accuracy_over_time(lines, over_time, title=run_title(report["run"]))
     return over_time, operations

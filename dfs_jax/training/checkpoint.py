@@ -112,7 +112,7 @@ class Checkpoints:
             raise UserError(f"{error}; others here: {others or 'none'}") from error
 
     def best_step(self) -> int | None:
-        """Returns the step with the highest score, the latest of equals; None when there is none."""
+        """Returns the step with the highest score, the latest of equals; None without any."""
         return max(self._manager.all_steps(), key=lambda s: (self._score(s), s), default=None)
 
     def latest_step(self) -> int | None:
@@ -160,7 +160,8 @@ class Checkpoints:
         )
         if wrong:
             raise DamagedCheckpoint(
-                f"the checkpoint of step {step} is damaged (checksums differ: {', '.join(wrong[:3])})"
+                f"the checkpoint of step {step} is damaged "
+                f"(checksums differ: {', '.join(wrong[:3])})"
             )
         return restored.state
 

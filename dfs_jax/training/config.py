@@ -1,4 +1,4 @@
-"""A run's configuration: checked before anything heavy starts, kept beside the run, compared on resume."""
+"""A run's configuration: checked first of all, kept beside the run, compared on resume."""
 
 from __future__ import annotations
 

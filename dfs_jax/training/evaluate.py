@@ -27,7 +27,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class RunEvaluation(NamedTuple):
-    """One checkpoint's answers: on the split that is reported and on the one that sets thresholds."""
+    """One checkpoint's answers, on the split that is reported and the one that sets thresholds."""
 
     experiment: Experiment
     step: int

@@ -71,7 +71,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 def evaluation_line(
     predictions: ExitPredictions, *, step: int, epoch: int, split: str
 ) -> dict[str, Any]:
-    """Returns the line of one evaluation: loss in nats summed over exits, accuracies as fractions."""
+    """Returns one evaluation's line: loss in nats summed over exits, accuracies as fractions."""
     return {
         "step": step,
         "epoch": epoch,
@@ -104,7 +104,7 @@ def exit_accuracies(accuracies: Sequence[float]) -> dict[str, float]:
 
 
 def mean_exit_accuracy(predictions: ExitPredictions) -> float:
-    """Returns the mean over exits of their accuracy, a fraction: what the best checkpoint has most of."""
+    """Returns the mean of the exits' accuracies, a fraction: the score of a checkpoint."""
     return float(anytime_accuracy(predictions).mean())
 
 
