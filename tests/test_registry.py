@@ -39,6 +39,7 @@ PARTS = Registry(
 def test_create_passes_the_options_that_are_set():
     assert PARTS.create("component", size=None, shape="flat") == Component(3, "flat")
     assert PARTS.create("component", 5) == Component(5)
+    assert PARTS.create("component", size=0, shape="") == Component(0, "")  # set, if to nothing
     assert PARTS.create("anything", x=1, y=None) == {"x": 1}
 
 
