@@ -44,20 +44,35 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def variables(model):
-    """Random variables, every tensor different."""
-    entries = family_of(model).entries(model)
-    shape = (1, *family_of(model).image_shape)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
-    leaves = {
-        entry.path: normal(i, traverse_util.flatten_dict(shapes)[entry.path].shape)
-        for i, entry in enumerate(entries)
-    }
-    return traverse_util.unflatten_dict(leaves)
+    return random_variables(model)
 
 
 @pytest.fixture(scope="module")
 def state_dict(model, variables):
     return to_torch_state_dict(model, variables, partition_ratio=BETA)
+
+
+def random_variables(model):
+    """Random variables, every tensor different."""
+    images = jnp.zeros((1, *family_of(model).image_shape))
+    shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
+    leaves = {path: normal(i, leaf.shape) for i, (path, leaf) in enumerate(shapes.items())}
+    return traverse_util.unflatten_dict(leaves)
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    return create_model("vgg7", num_classes=CLASSES, width=5)
+
+
+@pytest.fixture(scope="module")
+def vgg_variables(vgg):
+    return random_variables(vgg)
+
+
+@pytest.fixture(scope="module")
+def vgg_state_dict(vgg, vgg_variables):
+    return to_torch_state_dict(vgg, vgg_variables, partition_ratio=BETA)
 
 
 # Names and layouts
@@ -71,11 +86,6 @@ def test_there_and_back(model, variables, state_dict):
 
 def test_every_family_has_its_row():
     assert FAMILY_ROWS.keys() == FAMILIES.table.keys()
-
-
-@pytest.fixture(scope="module")
-def vgg():
-    return create_model("vgg7", num_classes=CLASSES, width=5)
 
 
 def test_vgg_weights_by_hand(vgg):
@@ -119,11 +129,13 @@ def test_order_and_counters_of_the_file_do_not_matter(model, variables, state_di
     chex.assert_trees_all_equal(back, variables)
 
 
-def test_halves_of_any_width_where_no_ratio_is_given(vgg, state_dict):
-    back = from_torch_state_dict(vgg, state_dict, partition_ratio=None)
-    chex.assert_trees_all_equal(back, from_torch_state_dict(vgg, state_dict, partition_ratio=BETA))
+def test_halves_of_any_width_where_no_ratio_is_given(vgg, vgg_state_dict):
+    back = from_torch_state_dict(vgg, vgg_state_dict, partition_ratio=None)
+    chex.assert_trees_all_equal(
+        back, from_torch_state_dict(vgg, vgg_state_dict, partition_ratio=BETA)
+    )
     with pytest.raises(UserError, match=r"conv_p.weight is \[10, 2, 3, 3\] instead of \[10, 4,"):
-        from_torch_state_dict(vgg, state_dict, partition_ratio=0.8)
+        from_torch_state_dict(vgg, vgg_state_dict, partition_ratio=0.8)
 
 
 @pytest.mark.parametrize("beta", [0, 1])
@@ -153,8 +165,8 @@ def test_adaptation_layers_go_along(vgg):
     )
 
 
-def test_all_names_that_do_not_fit_are_listed(vgg, state_dict):
-    wrong = dict(state_dict)
+def test_all_names_that_do_not_fit_are_listed(vgg, vgg_state_dict):
+    wrong = dict(vgg_state_dict)
     wrong["extra.weight"] = np.zeros(2)
     del wrong["classifers.1.fc_p.weight"]
     del wrong["feature_extractors.2.bn.running_var"]
@@ -184,12 +196,12 @@ def test_a_model_without_published_names_is_refused():
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".npz"])
-def test_saved_weights_load_the_same(tmp_path, variables, ending):
-    transposed = jax.tree.map(np.asfortranarray, variables)
+def test_saved_weights_load_the_same(tmp_path, vgg_variables, ending):
+    transposed = jax.tree.map(np.asfortranarray, vgg_variables)
     save_weights(tmp_path / f"w{ending}", transposed)
     flat = load_weights(tmp_path / f"w{ending}")
     assert "params/block1/conv/kernel" in flat
-    chex.assert_trees_all_equal(traverse_util.unflatten_dict(flat, sep="/"), variables)
+    chex.assert_trees_all_equal(traverse_util.unflatten_dict(flat, sep="/"), vgg_variables)
     assert [path.name for path in tmp_path.iterdir()] == [f"w{ending}"]
 
 
@@ -246,6 +258,11 @@ def fresh(variables):
     return jax.tree.map(lambda x: jnp.zeros(x.shape), variables)
 
 
+@pytest.fixture(scope="module")
+def vgg_fresh(vgg_variables):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape), vgg_variables)
+
+
 def check_trunk(loaded, variables):
     for collection, tree in loaded.items():
         for name, leaves in tree.items():
@@ -278,14 +295,14 @@ def test_trunk_from_published_names_of_any_ratio(tmp_path, model, variables, fre
     check_trunk(load_trunk(tmp_path / "w.npz", model, fresh), variables)
 
 
-def test_a_trunk_that_does_not_fit_is_refused_by_name(tmp_path, model, variables, fresh):
-    flat = traverse_util.flatten_dict(variables, sep="/")
+def test_a_trunk_that_does_not_fit_is_refused_by_name(tmp_path, vgg, vgg_variables, vgg_fresh):
+    flat = traverse_util.flatten_dict(vgg_variables, sep="/")
     path = "params/block1/conv/kernel"
     wrong = {name: array for name, array in flat.items() if name != path}
     wrong |= {"params/block99/conv/kernel": np.zeros(2), "batch_stats/block2/norm/var": np.zeros(4)}
     np.savez(tmp_path / "w.npz", **wrong)
     with pytest.raises(UserError) as caught:
-        load_trunk(tmp_path / "w.npz", model, fresh)
+        load_trunk(tmp_path / "w.npz", vgg, vgg_fresh)
     message = str(caught.value)
     assert "w.npz does not fit the model, nothing was loaded" in message
     assert f"missing: {path};" in message
@@ -293,10 +310,12 @@ def test_a_trunk_that_does_not_fit_is_refused_by_name(tmp_path, model, variables
     assert "misshapen: batch_stats/block2/norm/var is [4] instead of" in message
 
 
-def test_a_published_trunk_that_does_not_fit_is_refused_by_name(tmp_path, vgg, fresh, state_dict):
-    wrong = dict(state_dict)
+def test_a_published_trunk_that_does_not_fit_is_refused_by_name(
+    tmp_path, vgg, vgg_fresh, vgg_state_dict
+):
+    wrong = dict(vgg_state_dict)
     del wrong["feature_extractors.1.conv_p.weight"]
     np.savez(tmp_path / "w.npz", **wrong, stray=np.zeros(2))
     message = r"missing: feature_extractors.1.conv_p.weight; unexpected: stray"
     with pytest.raises(UserError, match=message):
-        load_trunk(tmp_path / "w.npz", vgg, fresh)
+        load_trunk(tmp_path / "w.npz", vgg, vgg_fresh)
