@@ -21,7 +21,7 @@ def main() -> None:
     if result.stopped_by is not None:
         program.say(f"stopped after step {result.step}: the same command continues")
     else:
-        report_run(workdir)
+        report_run(workdir, experiment=result.experiment)
 
 
 def _config_name() -> str:

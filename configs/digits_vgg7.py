@@ -1,3 +1,5 @@
+"""Handwritten digits, which come with scikit-learn: the main job in a minute or two, offline."""
+
 from configs import common
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -144,3 +146,13 @@ def test_checksums_see_every_leaf_and_every_bit():
     assert len(sums) == 2
     changed = {**state, "w": state["w"].at[2, 4].add(1e-7)}
     assert [name for name in sums if leaf_checksums(changed)[name] != sums[name]] == ["['w']"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(checkpoints, tmp_path, monkeypatch):
+    checkpoints.save(make_state(1), 1, 0.1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**19)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = r"step 2 needs 1.0 MiB .* 0.5 MiB left; the last good one is step 1: make room"
+    with pytest.raises(UserError, match=message):
+        checkpoints.save(make_state(2), 2, 0.2)
+    assert kept(tmp_path) == [1]

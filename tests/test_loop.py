@@ -68,6 +68,10 @@ def interrupt_at(monkeypatch, step, action):
     monkeypatch.setattr(loop, "training_step", wrapped)
 
 
+def ending(result):
+    return result.step, result.stopped_by
+
+
 def assert_same_run(workdir, reference):
     state, step = final_state(workdir)
     expected, expected_step = final_state(reference)
@@ -101,7 +105,7 @@ def test_killed_and_started_again_ends_the_same(uninterrupted, tmp_path, monkeyp
         interrupt_at(patch, step, kill)
         with pytest.raises(Killed):
             train(CONFIG, tmp_path)
-    assert train(CONFIG, tmp_path) == loop.TrainResult(18, None)
+    assert ending(train(CONFIG, tmp_path)) == (18, None)
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -110,7 +114,7 @@ def test_sigterm_saves_and_the_run_goes_on(uninterrupted, tmp_path, monkeypatch,
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(CONFIG, tmp_path) == loop.TrainResult(step, signal.SIGTERM)
+        assert ending(train(CONFIG, tmp_path)) == (step, signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == handler
     assert final_state(tmp_path)[1] == step
     train(CONFIG, tmp_path)
@@ -119,7 +123,7 @@ def test_sigterm_saves_and_the_run_goes_on(uninterrupted, tmp_path, monkeypatch,
 
 def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path_factory):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    assert train(CONFIG, uninterrupted) == loop.TrainResult(18, None)
+    assert ending(train(CONFIG, uninterrupted)) == (18, None)
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
@@ -130,7 +134,7 @@ def test_the_best_checkpoint_is_the_best_on_validation_data(uninterrupted):
         if line["split"] == "validation"
     }
     best = max(scores, key=lambda step: (scores[step], step))
-    evaluation = evaluate_run(uninterrupted, CONFIG, split="validation")
+    evaluation = evaluate_run(uninterrupted, build_experiment(CONFIG), split="validation")
     assert evaluation.step == best
     found = evaluation.reported.correct().mean()
     assert found == pytest.approx(scores[best])
@@ -165,12 +169,12 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
 
 def test_without_validation_the_last_epoch_is_best_and_thresholds_come_from_train(tmp_path):
     config = tiny_config(**{"data.validation_examples": 0, "epochs": 1})
-    train(config, tmp_path)
-    evaluation = evaluate_run(tmp_path, config)
+    experiment = train(config, tmp_path).experiment
+    evaluation = evaluate_run(tmp_path, experiment)
     assert (evaluation.step, evaluation.fitting_split) == (8, "train")
     assert evaluation.fitting.num_examples == 41
     with pytest.raises(UserError, match="no validation split"):
-        evaluate_run(tmp_path, config, split="validation")
+        evaluate_run(tmp_path, experiment, split="validation")
 
 
 def test_a_seed_changes_everything_it_reaches(tmp_path):

@@ -30,9 +30,11 @@ TINY = [
 ]
 
 
-def environment():
+def environment(devices=1):
     """The tests' own, so that what they compiled is found again."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     cache = {
+        "XLA_FLAGS": flags if devices > 1 else os.environ["XLA_FLAGS"],
         "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "tests"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(REPOSITORY),
@@ -40,19 +42,19 @@ def environment():
     return {**os.environ, **cache}
 
 
-def start(program, *arguments):
+def start(program, *arguments, devices=1):
     return subprocess.Popen(
         [sys.executable, program, *arguments],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(program, *arguments):
-    process = start(program, *arguments)
+def run(program, *arguments, devices=1):
+    process = start(program, *arguments, devices=devices)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -121,6 +123,28 @@ def test_killed_runs_end_as_if_nothing_had_happened(finished, tmp_path):
     assert final_checksums(tmp_path) == final_checksums(reference)
     assert untimed(tmp_path) == untimed(reference)
     assert (tmp_path / "report.json").read_bytes() == (reference / "report.json").read_bytes()
+
+
+def test_two_devices_equal_one(tmp_path):
+    """Data-parallel training: the same metrics but for rounding, batch statistics included."""
+    lines = []
+    for devices in (1, 2):
+        workdir = tmp_path / str(devices)
+        changed = ["--config.batch_size=6", "--config.epochs=1", "--config.schedule.name=constant"]
+        status, out, err = run("train.py", *TINY, *changed, f"--workdir={workdir}", devices=devices)
+        assert status == 0, err
+        assert f"on {devices} device(s)" in out
+        lines.append(untimed(workdir))
+    for one, two in zip(*lines, strict=True):
+        assert one == {
+            key: pytest.approx(v, rel=1e-4) if key == "loss" else v for key, v in two.items()
+        }
+
+
+def test_a_batch_that_devices_cannot_divide(tmp_path):
+    status, _, err = run("train.py", *TINY, f"--workdir={tmp_path}", devices=3)
+    assert status == 2
+    assert "batch_size 5 cannot be divided over 3 device(s)" in err
 
 
 def test_eval_reports_what_was_asked_for(finished, tmp_path):

@@ -16,6 +16,7 @@ from dfs_jax.analysis.report import (
 )
 from dfs_jax.training.config import read_config
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
+from dfs_jax.training.experiment import Experiment, build_experiment
 from dfs_jax.training.metrics import read_metrics
 
 OVER_TIME_PICTURE = "accuracy_over_time.png"
@@ -28,7 +29,7 @@ def report_run(
     split: str = "test",
     checkpoint: str = "best",
     output: Path | None = None,
-    data_dir: str | None = None,
+    experiment: Experiment | None = None,
 ) -> Report:
     """Evaluates a checkpoint of a run, writes its report and pictures, and prints a table.
 
@@ -39,7 +40,7 @@ def report_run(
       checkpoint: "best", "latest" or a step's number.
       output: the JSON file, with a readable page beside it; `report.json` in `workdir` for the test
         split, `report_SPLIT.json` for others.
-      data_dir: where the data lies now; None for where it lay in training.
+      experiment: what the run's config describes, where it is at hand; None builds it.
 
     Returns:
       The report (see `dfs_jax.analysis.report.build_report`).
@@ -47,10 +48,8 @@ def report_run(
     Raises:
       UserError: no run, no such checkpoint or split, a file that cannot be written.
     """
-    config = read_config(workdir)
-    if data_dir is not None:
-        config.data.data_dir = data_dir
-    evaluation = evaluate_run(workdir, config, split=split, checkpoint=checkpoint)
+    experiment = experiment or build_experiment(read_config(workdir))
+    evaluation = evaluate_run(workdir, experiment, split=split, checkpoint=checkpoint)
     report = _build(evaluation)
     name = "report.json" if split == "test" else f"report_{split}.json"
     written = write_report(report, output or workdir / name)

@@ -19,6 +19,7 @@ from dfs_jax.types import PyTree, UserError
 DIRECTORY = "checkpoints"
 DAMAGED_DIRECTORY = "damaged_checkpoints"
 LATEST_TO_KEEP = 2
+OVERHEAD_BYTES = 2**20  # names, shapes and block rounding of some hundred small files
 NEVER_BEST = -math.inf
 
 
@@ -56,6 +57,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         score = score if score is not None and math.isfinite(score) else NEVER_BEST
+        self._check_space(state, step)
         document = {"checksums": leaf_checksums(state)}
         try:
             self._manager.save(
@@ -165,6 +167,17 @@ class Checkpoints:
             )
         return restored.state
 
+    def _check_space(self, state: PyTree, step: int) -> None:
+        """Asks before writing: libraries that meet a full disk fill the screen with tracebacks."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + OVERHEAD_BYTES
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise UserError(
+                f"the checkpoint of step {step} needs {needed / 2**20:.1f} MiB and the disk of "
+                f"{self._directory} has {free / 2**20:.1f} MiB left; "
+                f"{self._describe_last_good(step)}"
+            )
+
     def _set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
         destination = self._directory.parent / DAMAGED_DIRECTORY / str(step)
@@ -195,7 +208,7 @@ class Checkpoints:
     def _describe_last_good(self, failed_step: int) -> str:
         steps = [s for s in self._manager.all_steps() if s != failed_step]
         if not steps:
-            return "no checkpoint exists yet"
+            return "no checkpoint exists yet: make room and start the same command again"
         return f"the last good one is step {max(steps)}: make room and start the same command again"
 
 

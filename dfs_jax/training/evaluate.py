@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from dfs_jax.data import Split
 from dfs_jax.data.pipeline import eval_batches
@@ -17,7 +16,6 @@ from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.experiment import (
     Experiment,
     abstract_state,
-    build_experiment,
     evaluation_step,
 )
 from dfs_jax.training.sharding import put_batch, round_up_to_devices
@@ -54,7 +52,7 @@ def evaluate(
 
 
 def evaluate_run(
-    workdir: Path, config: ConfigDict, *, split: str = "test", checkpoint: str = "best"
+    workdir: Path, experiment: Experiment, *, split: str = "test", checkpoint: str = "best"
 ) -> RunEvaluation:
     """Evaluates a checkpoint (`"best"`, `"latest"` or a step) of the run in `workdir`.
 
@@ -64,7 +62,6 @@ def evaluate_run(
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     checkpoints = Checkpoints(workdir, read_only=True)
-    experiment = build_experiment(config)
     data: Split | None = getattr(experiment.dataset, split)
     if data is None:
         raise UserError(f"the run in {workdir} holds no {split} split out (validation_examples=0)")
@@ -76,7 +73,7 @@ def evaluate_run(
             eval_step,
             state.eval_variables,
             data,
-            batch_size=config.eval_batch_size,
+            batch_size=experiment.config.eval_batch_size,
             mesh=experiment.mesh,
         )
 

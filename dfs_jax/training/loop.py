@@ -40,6 +40,7 @@ from dfs_jax.types import UserError
 class TrainResult(NamedTuple):
     """How a run ended: after its last step, or stopped by a signal (its number) and resumable."""
 
+    experiment: Experiment
     step: int
     stopped_by: int | None
 
@@ -125,8 +126,8 @@ class _Run:
                 self._save(state, step, score=None)
             if self._signals.received is not None and step < total:
                 self._save(state, step, score=None)
-                return TrainResult(step, self._signals.received)
-        return TrainResult(total, None)
+                return TrainResult(experiment, step, self._signals.received)
+        return TrainResult(experiment, total, None)
 
     def close(self) -> None:
         """Flushes and frees everything."""

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
 from dfs_jax.training.state import EpochTotals
+from dfs_jax.training.tensorboard import EventsFile
 from dfs_jax.types import UserError
 
 FILE = "metrics.jsonl"
@@ -32,9 +31,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, start_step: int):
         self._path = workdir / FILE
         _cut_back(self._path, start_step)
-        self._events = SummaryWriter(
-            str(workdir / EVENTS_DIRECTORY), purge_step=start_step + 1 if start_step else None
-        )
+        self._events = EventsFile(workdir / EVENTS_DIRECTORY, start_step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Writes a line (`step`, `epoch`, `split` and numbers) that survives the program's death.
@@ -48,9 +45,7 @@ class MetricsWriter:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            for name, value in finite.items():
-                if name not in _COORDINATES and value is not None:
-                    self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
+            self._events.write(line["step"], _scalars(finite))
         except OSError as error:
             raise UserError(
                 f"{self._path} could not be written ({error.strerror}): "
@@ -111,6 +106,11 @@ def mean_exit_accuracy(predictions: ExitPredictions) -> float:
 def _none_unless_finite(value: Any) -> Any:
     """JSON has no word for NaN and infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {name: value for name, value in line.items() if name not in _COORDINATES}
+    return {f"{line['split']}/{k}": value for k, value in numbers.items() if value is not None}
 
 
 def _cut_back(path: Path, start_step: int) -> None:

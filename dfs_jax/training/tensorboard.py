@@ -1,0 +1,57 @@
+"""Scalars as TensorBoard events, written at once: a full disk is seen where it happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
+
+
+class EventsFile:
+    """A new events file in `directory`, opened with its first scalar.
+
+    tensorboardX's own `SummaryWriter` hands events to a thread, whose errors nobody hears.
+
+    Args:
+      directory: where TensorBoard will look.
+      start_step: what earlier files of this directory hold of later steps no longer counts.
+    """
+
+    def __init__(self, directory: Path, start_step: int):
+        self._directory = directory
+        self._start_step = start_step
+        self._writer: EventsWriter | None = None
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of one step.
+
+        Raises:
+          OSError: they could not be written.
+        """
+        if self._writer is None:
+            self._writer = self._open()
+        for name, value in scalars.items():
+            summary = scalar(name, value)
+            self._writer.write_event(
+                event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+            )
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self) -> EventsWriter:
+        self._directory.mkdir(exist_ok=True)
+        writer = EventsWriter(str(self._directory / "events"))
+        if self._start_step:
+            begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            writer.write_event(
+                event_pb2.Event(wall_time=time.time(), step=self._start_step + 1, session_log=begun)
+            )
+        return writer
