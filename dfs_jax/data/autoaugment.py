@@ -103,19 +103,18 @@ class AutoAugment:
     def __call__(self, images: jax.Array, key: jax.Array) -> jax.Array:
         """Augments uint8 `[batch, height, width, 3]`."""
         batch, height, width, _ = images.shape
-        table = _operation_table(height, width)
         policy_key, chance_key, sign_key = jax.random.split(key, 3)
         policies = jax.random.randint(policy_key, (batch,), 0, len(CIFAR10_POLICY))
-        signs = jax.random.randint(sign_key, (_STAGES, batch), 0, len(_SIGNS))
-        chances = jax.random.uniform(chance_key, (_STAGES, batch))
+        signs = jax.random.randint(sign_key, (batch, _STAGES), 0, len(_SIGNS))
+        chances = jax.random.uniform(chance_key, (batch, _STAGES))
         probabilities = jnp.array([[p for _, p, _ in pair] for pair in CIFAR10_POLICY])
-        for stage in range(_STAGES):
-            applied = chances[stage] < probabilities[policies, stage]
-            row = (policies * _STAGES + stage) * len(_SIGNS) + signs[stage]
-            row = jnp.where(applied, row, len(table.value) - 1)
-            chosen = Operation(*(jnp.asarray(column)[row] for column in table))
-            images = apply_operations(images, chosen, fill=self.fill)
-        return images
+        table = _operation_table(height, width)
+        rows = (policies[:, None] * _STAGES + jnp.arange(_STAGES)) * len(_SIGNS) + signs
+        rows = jnp.where(chances < probabilities[policies], rows, len(table.value) - 1)
+
+        chosen = Operation(*(jnp.asarray(column)[rows] for column in table))
+        stages = [Operation(*(column[:, k] for column in chosen)) for k in range(_STAGES)]
+        return apply_operations(images, *stages, fill=self.fill)
 
 
 def _operation_table(height: int, width: int) -> Operation:

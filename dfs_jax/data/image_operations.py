@@ -1,8 +1,7 @@
 """Pillow's image operations on a whole batch, each example with an operation of its own.
 
-Nothing branches by example: a geometric operation is an affine map, one that maps levels to levels
-(invert, equalize, ...) is a look-up table, and saturation and sharpness are a blend with a
-degenerate image. Each example goes through all three, of which two leave it as it is.
+Nothing branches by example: every image is warped by an affine map (most by the identity), and then
+takes one of the recoloured versions of itself.
 """
 
 from __future__ import annotations
@@ -14,20 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-BLENDS = ("color", "sharpness")
-LOOKUPS = (
+WARPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+RECOLOURINGS = (
+    "color",
+    "sharpness",
+    "brightness",
+    "contrast",
     "invert",
     "posterize",
     "solarize",
-    "brightness",
-    "contrast",
     "autocontrast",
     "equalize",
 )
-OPERATIONS = (*GEOMETRIC, *BLENDS, *LOOKUPS)
+OPERATIONS = (*WARPS, *RECOLOURINGS)
 
 _LEVELS = 256
+_HIGHEST = 255
 # Pillow's nearest affine transform counts in 1/65536 pixel.
 _FIXED_BITS = 16
 _IDENTITY_MAP = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -38,14 +39,12 @@ class Operation(NamedTuple):
 
     Attributes:
       affine: int32 `[..., 6]`, output pixel to input pixel in fixed point.
-      lookup: int32 `[...]`, 0 for none, else 1 + the index in `LOOKUPS`.
-      blend: int32 `[...]`, 0 for none, else 1 + the index in `BLENDS`.
-      value: float32 `[...]`, the parameter of a look-up or a blend.
+      kind: int32 `[...]`, 0 to keep the colours, else 1 + the index in `RECOLOURINGS`.
+      value: float32 `[...]`, the parameter of a recolouring.
     """
 
     affine: jax.Array | np.ndarray
-    lookup: jax.Array | np.ndarray
-    blend: jax.Array | np.ndarray
+    kind: jax.Array | np.ndarray
     value: jax.Array | np.ndarray
 
 
@@ -60,31 +59,58 @@ def encode_operation(name: str | None, value: float, height: int, width: int) ->
       height: of the images, in pixels.
       width: likewise.
     """
-    affine = _affine_map(name, value, height, width) if name in GEOMETRIC else _IDENTITY_MAP
+    affine = _affine_map(name, value, height, width) if name in WARPS else _IDENTITY_MAP
+    kind = 1 + RECOLOURINGS.index(name) if name in RECOLOURINGS else 0
     return Operation(
         affine=np.array(_fixed_point(*affine), np.int32),
-        lookup=np.array(1 + LOOKUPS.index(name) if name in LOOKUPS else 0, np.int32),
-        blend=np.array(1 + BLENDS.index(name) if name in BLENDS else 0, np.int32),
+        kind=np.array(kind, np.int32),
         value=np.array(value, np.float32),
     )
 
 
-def apply_operations(images: jax.Array, operations: Operation, *, fill: int) -> jax.Array:
-    """Applies to each image its own operation; within one level of Pillow's result.
+def apply_operations(images: jax.Array, *stages: Operation, fill: int) -> jax.Array:
+    """Applies to each image its own operation of every stage; each within one level of Pillow's.
 
     Args:
       images: uint8 `[batch, height, width, 3]`.
-      operations: one for each example.
+      *stages: one operation for each example, one stage after the other.
       fill: level of pixels that a geometric operation takes from outside of the image.
 
     Returns:
       uint8, the shape of `images`.
     """
-    grey = _grey(images)
-    looked_up = _apply_lookup(images, _lookup_tables(images, grey, operations))
-    blended = _apply_blend(images, grey, operations)
-    recoloured = jnp.where(operations.blend[:, None, None, None] > 0, blended, looked_up)
-    return _warp_nearest(recoloured, operations.affine, fill)
+    # Planes, [batch, channels, height, width]: what is done to many pixels then lies side by side.
+    planes = jnp.moveaxis(images, -1, 1)
+    for operations in stages:
+        planes = _recolour(planes, operations)
+        planes = _warp_nearest(planes, operations.affine, fill)
+    return jnp.moveaxis(planes, 1, -1)
+
+
+def _recolour(planes: jax.Array, operations: Operation) -> jax.Array:
+    kind, value = (
+        jnp.asarray(column)[:, None, None, None] for column in (operations.kind, operations.value)
+    )
+    pixels = planes.astype(jnp.int32)
+    grey = _grey(pixels)
+    is_equalize = kind == 1 + RECOLOURINGS.index("equalize")
+    results = {
+        "color": _blend(grey, pixels, value),
+        "sharpness": _blend(_smooth(pixels), pixels, value),
+        "brightness": _blend(jnp.zeros_like(pixels), pixels, value),
+        "contrast": _blend(_rounded_mean(grey), pixels, value),
+        "invert": 255 - pixels,
+        "posterize": pixels & (256 - jnp.exp2(8 - value).astype(jnp.int32)),
+        "solarize": jnp.where(pixels < value, pixels, 255 - pixels),
+        "autocontrast": _autocontrast(pixels),
+        # The condition also keeps XLA from fusing the look-up with all the rest, which costs a CPU
+        # its vector instructions there.
+        "equalize": jax.lax.cond(is_equalize.any(), _equalize, lambda same: same, pixels),
+    }
+    choices = [pixels, *(results[name] for name in RECOLOURINGS)]
+    return jax.lax.select_n(
+        jnp.broadcast_to(kind, pixels.shape), *(choice.astype(jnp.uint8) for choice in choices)
+    )
 
 
 def _affine_map(name: str, value: float, height: int, width: int) -> tuple[float, ...]:
@@ -111,112 +137,95 @@ def _fixed_point(
     return a, b, c, d, e, f
 
 
-def _warp_nearest(images: jax.Array, affine: jax.Array | np.ndarray, fill: int) -> jax.Array:
-    batch, height, width, channels = images.shape
-    a, b, c, d, e, f = jnp.moveaxis(jnp.asarray(affine), -1, 0)[:, :, None, None]
-    y, x = jnp.arange(height)[:, None], jnp.arange(width)
-    source_x = (a * x + b * y + c) >> _FIXED_BITS
-    source_y = (d * x + e * y + f) >> _FIXED_BITS
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    index = jnp.where(inside, source_y * width + source_x, 0).reshape(batch, -1, 1)
-    pixels = images.reshape(batch, -1, channels)
-    taken = jnp.take_along_axis(pixels, index, axis=1, mode="promise_in_bounds")
-    return jnp.where(inside[..., None], taken.reshape(images.shape), jnp.uint8(fill))
+def _warp_nearest(planes: jax.Array, affine: jax.Array | np.ndarray, fill: int) -> jax.Array:
+    affine = jnp.asarray(affine)
+    batch, channels, height, width = planes.shape
+
+    def warp(planes: jax.Array) -> jax.Array:
+        a, b, c, d, e, f = jnp.moveaxis(affine, -1, 0)[:, :, None, None]
+        y, x = jnp.arange(height)[:, None], jnp.arange(width)
+        source_x = (a * x + b * y + c) >> _FIXED_BITS
+        source_y = (d * x + e * y + f) >> _FIXED_BITS
+        inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+        index = jnp.where(inside, source_y * width + source_x, 0).reshape(batch, 1, -1)
+        flat = planes.reshape(batch, channels, -1)
+        taken = jnp.take_along_axis(flat, index, axis=-1, mode="promise_in_bounds")
+        return jnp.where(inside[:, None], taken.reshape(planes.shape), jnp.uint8(fill))
+
+    identity = jnp.array(_fixed_point(*_IDENTITY_MAP), jnp.int32)
+    # Like the other condition, this one also ends a fusion: its operand is computed once.
+    return jax.lax.cond((affine != identity).any(), warp, lambda same: same, planes)
 
 
-def _grey(images: jax.Array) -> jax.Array:
-    """Luma (ITU-R 601) as int32 `[batch, height, width, 1]`, in Pillow's integer arithmetic."""
-    red, green, blue = jnp.moveaxis(images.astype(jnp.int32), -1, 0)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[..., None]
+def _grey(pixels: jax.Array) -> jax.Array:
+    """Luma (ITU-R 601), `[batch, 1, height, width]`, in Pillow's integer arithmetic."""
+    red, green, blue = jnp.moveaxis(pixels, 1, 0)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[:, None]
 
 
-def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Extrapolates from the degenerate image through the image; fractions are cut off."""
+def _rounded_mean(grey: jax.Array) -> jax.Array:
+    count = grey.shape[2] * grey.shape[3]
+    return (2 * grey.sum((2, 3), keepdims=True) + count) // (2 * count)
+
+
+def _blend(degenerate: jax.Array, pixels: jax.Array, factor: jax.Array) -> jax.Array:
+    """From the degenerate image through the image and beyond; fractions are cut off."""
     start = degenerate.astype(jnp.float32)
-    value = start + factor * (image.astype(jnp.float32) - start)
-    return jnp.clip(value, 0, _LEVELS - 1).astype(jnp.uint8)
+    value = start + factor * (pixels.astype(jnp.float32) - start)
+    return jnp.clip(value, 0, _HIGHEST).astype(jnp.int32)
 
 
-def _apply_blend(images: jax.Array, grey: jax.Array, operations: Operation) -> jax.Array:
-    is_color = operations.blend == 1 + BLENDS.index("color")
-    degenerate = jnp.where(is_color[:, None, None, None], grey, _smooth(images))
-    return _blend(degenerate, images, jnp.asarray(operations.value)[:, None, None, None])
-
-
-def _smooth(images: jax.Array) -> jax.Array:
-    """3x3 mean in which the centre counts five times, as int32; the border is left as it is."""
-    height, width = images.shape[1:3]
-    exact = images.astype(jnp.int32)
-    padded = jnp.pad(exact, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = padded[:, :height] + padded[:, 1 : height + 1] + padded[:, 2:]
-    total = rows[:, :, :width] + rows[:, :, 1 : width + 1] + rows[:, :, 2:] + 4 * exact
-    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[:, None]
+def _smooth(pixels: jax.Array) -> jax.Array:
+    """3x3 mean in which the centre counts five times; the border is left as it is."""
+    height, width = pixels.shape[2:]
+    padded = jnp.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    rows = padded[:, :, :height] + padded[:, :, 1 : height + 1] + padded[:, :, 2:]
+    total = rows[..., :width] + rows[..., 1 : width + 1] + rows[..., 2:] + 4 * pixels
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)
     inner = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
-    return jnp.where(inner, (2 * total + 13) // 26, exact)
+    return jnp.where(inner, _floor_divide(2 * total + 13, 26), pixels)
 
 
-def _apply_lookup(images: jax.Array, tables: jax.Array) -> jax.Array:
-    """Replaces each level by its entry of `tables` `[batch, channels, 256]`."""
-    batch, height, width, channels = images.shape
-    levels = jnp.moveaxis(images.reshape(batch, -1, channels), -1, 1).astype(jnp.int32)
-    mapped = jnp.take_along_axis(tables, levels, axis=2, mode="promise_in_bounds")
-    return jnp.moveaxis(mapped, 1, -1).reshape(batch, height, width, channels)
+def _autocontrast(pixels: jax.Array) -> jax.Array:
+    """Stretches each channel to the whole range; one that has a single level is kept."""
+    low, high = pixels.min((2, 3), keepdims=True), pixels.max((2, 3), keepdims=True)
+    stretched = _floor_divide((pixels - low) * _HIGHEST, jnp.maximum(high - low, 1))
+    return jnp.where(high > low, stretched, pixels)
 
 
-def _lookup_tables(images: jax.Array, grey: jax.Array, operations: Operation) -> jax.Array:
-    """Each example's table, uint8 `[batch, channels, 256]`."""
-    batch, height, width, channels = images.shape
-    levels = jnp.arange(_LEVELS, dtype=jnp.int32)
-    value = jnp.asarray(operations.value)[:, None, None]
-    step = jnp.exp2(8 - value).astype(jnp.int32)
-    pixels = height * width
-    mean_grey = (2 * grey.sum((1, 2))[..., None] + pixels) // (2 * pixels)
-    counts = _histogram(images)
-    tables = {
-        "invert": 255 - levels,
-        "posterize": levels - levels % jnp.maximum(step, 1),
-        "solarize": jnp.where(levels < value, levels, 255 - levels),
-        "brightness": _blend(jnp.zeros_like(levels), levels, value),
-        "contrast": _blend(mean_grey, levels, value),
-        "autocontrast": _autocontrast_table(counts),
-        "equalize": _equalize_table(counts, pixels),
-    }
-    shape = (batch, channels, _LEVELS)
-    choices = [levels, *(tables[name] for name in LOOKUPS)]
-    chosen = jnp.asarray(operations.lookup)[:, None, None]
-    return jax.lax.select_n(
-        jnp.broadcast_to(chosen, shape),
-        *(jnp.broadcast_to(table, shape).astype(jnp.uint8) for table in choices),
-    )
+def _equalize(pixels: jax.Array) -> jax.Array:
+    """Makes each channel's cumulative histogram straight, with Pillow's integer step."""
+    batch, channels, height, width = pixels.shape
+    levels = jnp.arange(_LEVELS)
+    counts = _histogram(pixels)
+    highest = jnp.where(counts > 0, levels, 0).max(-1, keepdims=True)
+    at_highest = jnp.take_along_axis(counts, highest, axis=-1)
+    step = (height * width - at_highest) // _HIGHEST
+    # A cumulative sum as a product; whole numbers below 2^24 are exact in float32.
+    lower = jnp.triu(jnp.ones((_LEVELS, _LEVELS), jnp.float32), 1)
+    precision = jax.lax.Precision.HIGHEST
+    below = jnp.matmul(counts.astype(jnp.float32), lower, precision=precision).astype(jnp.int32)
+    straight = _floor_divide(step // 2 + below, jnp.maximum(step, 1))
+    table = jnp.where(step > 0, jnp.minimum(straight, _HIGHEST), levels)
+    flat = pixels.reshape(batch, channels, -1)
+    return jnp.take_along_axis(table, flat, axis=-1, mode="promise_in_bounds").reshape(pixels.shape)
 
 
-def _histogram(images: jax.Array) -> jax.Array:
+def _histogram(pixels: jax.Array) -> jax.Array:
     """How many pixels have each level, int32 `[batch, channels, 256]`."""
-    batch, _, _, channels = images.shape
+    batch, channels = pixels.shape[:2]
     # One flat scatter-add: 40 times as fast on a CPU as comparing with every level.
-    row = jnp.arange(batch)[:, None, None, None] * channels + jnp.arange(channels)
-    index = row * _LEVELS + images.astype(jnp.int32)
+    row = jnp.arange(batch * channels).reshape(batch, channels, 1, 1)
     counts = jnp.zeros(batch * channels * _LEVELS, jnp.int32)
-    counts = counts.at[index.ravel()].add(1, mode="promise_in_bounds")
+    counts = counts.at[(row * _LEVELS + pixels).ravel()].add(1, mode="promise_in_bounds")
     return counts.reshape(batch, channels, _LEVELS)
 
 
-def _autocontrast_table(counts: jax.Array) -> jax.Array:
-    """Stretches the levels that occur to the whole range; a channel with one level is kept."""
-    levels = jnp.arange(_LEVELS, dtype=jnp.int32)
-    occurs = counts > 0
-    low = jnp.argmax(occurs, axis=-1, keepdims=True).astype(jnp.int32)
-    high = 255 - jnp.argmax(occurs[..., ::-1], axis=-1, keepdims=True).astype(jnp.int32)
-    stretched = (levels - low) * 255 // jnp.maximum(high - low, 1)
-    return jnp.where(high > low, jnp.clip(stretched, 0, 255), levels)
+def _floor_divide(numerator: jax.Array, denominator: jax.Array | int) -> jax.Array:
+    """Integer division through float32, which CPUs do many at a time.
 
-
-def _equalize_table(counts: jax.Array, pixels: int) -> jax.Array:
-    """Makes the cumulative histogram straight, with Pillow's integer step."""
-    levels = jnp.arange(_LEVELS, dtype=jnp.int32)
-    highest = jnp.max(jnp.where(counts > 0, levels, 0), axis=-1, keepdims=True)
-    at_highest = jnp.take_along_axis(counts, highest, axis=-1)
-    step = (pixels - at_highest) // 255
-    below = jnp.cumsum(counts, axis=-1) - counts
-    equalized = (step // 2 + below) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, jnp.minimum(equalized, 255), levels)
+    Exact here: numerators lie below 2^24 and quotients below 2^10, so that a quotient that is not
+    whole is further from the next whole number than float32's rounding.
+    """
+    quotient = numerator.astype(jnp.float32) / jnp.asarray(denominator, jnp.float32)
+    return jnp.floor(quotient).astype(jnp.int32)

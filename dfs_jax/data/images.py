@@ -47,10 +47,12 @@ def decode_images(
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None:
+        _check_memory(count, image_size, image_size)
     images = np.empty(0, np.uint8)
     for position, image in enumerate(_decode_all(encoded, image_size, describe)):
         if position == 0:
-            _check_memory(count, image)
+            _check_memory(count, *image.shape[:2])
             images = np.empty((count, *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
             raise UserError(
@@ -110,11 +112,11 @@ def _resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
     )
 
 
-def _check_memory(count: int, image: np.ndarray) -> None:
-    needed = count * image.nbytes
+def _check_memory(count: int, height: int, width: int) -> None:
+    needed = count * height * width * 3
     if needed > _MAX_BYTES:
         raise UserError(
-            f"{count} images of {_size(image)} pixels would take {needed / 2**30:.0f} GiB of "
+            f"{count} images of {width}x{height} pixels would take {needed / 2**30:.0f} GiB of "
             f"memory (at most {_MAX_BYTES // 2**30}): set a smaller image_size"
         )
 

@@ -84,7 +84,7 @@ def parse_name(name: str) -> tuple[str, str | None]:
     ('imagenet_resized/32x32', '0.1.0')
     """
     path, _, version = name.partition(":")
-    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path) or (
+    if not re.fullmatch(r"\w[\w.\-]*(/\w[\w.\-]*)?", path) or (
         version and not _VERSION.fullmatch(version)
     ):
         raise UserError(f"{name!r} is no data set name: write NAME, NAME/CONFIG or NAME:1.2.3")
@@ -168,9 +168,12 @@ def check_registered(name: str) -> None:
 def _read(name: str, directory: Path, image_size: int | None) -> RawDataset:
     import tensorflow_datasets as tfds
 
-    builder: Any = tfds.builder_from_directory(directory)
+    try:
+        builder: Any = tfds.builder_from_directory(directory)
+    except (ValueError, OSError) as error:
+        raise _damaged(name, directory, error) from error
     image_key, label_key = _feature_keys(name, builder.info)
-    reader = _SplitReader(name, builder, image_key, label_key, image_size)
+    reader = _SplitReader(name, directory, builder, image_key, label_key, image_size)
     names = set(builder.info.splits)
     has_test = "test" in names and reader.is_labelled("test")
     if "train" not in names or not (has_test or "validation" in names):
@@ -184,6 +187,13 @@ def _read(name: str, directory: Path, image_size: int | None) -> RawDataset:
         reader.read("test" if has_test else "validation"),
         tuple(builder.info.features[label_key].names),
         reader.read("validation") if own_validation else None,
+    )
+
+
+def _damaged(name: str, directory: Path, error: Exception | str) -> UserError:
+    return UserError(
+        f"data set {name!r} in {directory} is damaged or incomplete, delete that directory and "
+        f"prepare it again: {error}"
     )
 
 
@@ -208,10 +218,19 @@ def _feature_keys(name: str, info: Any) -> tuple[str, str]:
 class _SplitReader:
     """Reads one set's splits: records in bulk, of them only the label and the encoded image."""
 
-    def __init__(self, name: str, builder: Any, image_key: str, label_key: str, size: int | None):
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        builder: Any,
+        image_key: str,
+        label_key: str,
+        image_size: int | None,
+    ):
         import tensorflow_datasets as tfds
 
-        self._name, self._builder, self._size = name, builder, size
+        self._name, self._directory = name, directory
+        self._builder, self._size = builder, image_size
         self._image_key, self._label_key = image_key, label_key
         features = {key: builder.info.features[key] for key in (image_key, label_key)}
         # Decoding below is a third faster than TFDS's own, and does not need OpenCV for it.
@@ -239,8 +258,14 @@ class _SplitReader:
         return Split(images, np.array(labels, np.int32))
 
     def _examples(self, split: str, positions: list[int]) -> list[Any]:
-        source = self._builder.as_data_source(split, file_format="array_record")
-        records = source.data_source.__getitems__(positions)
+        try:
+            source = self._builder.as_data_source(split, file_format="array_record")
+            records = source.data_source.__getitems__(positions)
+        except (RuntimeError, IndexError, OSError) as error:
+            raise _damaged(self._name, self._directory, error) from error
+        # What array_record makes of a file that ends too early.
+        if not all(records):
+            raise _damaged(self._name, self._directory, f"{split} has empty records")
         return [
             self._features.deserialize_example_np(record, decoders=self._decoders)
             for record in records
