@@ -28,7 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.fork = ml_collections.ConfigDict()
     config.fork.name = "dfs"  # "plain": an ordinary multi-exit network
-    config.fork.partition_ratio = placeholder(tuple)  # beta: one for all exits, or one for each but the last
+    # The paper's beta, 0.5 unless set: one for all exits, or one for each but the last.
+    config.fork.partition_ratio = placeholder(tuple)
     config.fork.referencing = placeholder(str)  # "symmetric", "trunk_only" or "none"
 
     config.loss = ml_collections.ConfigDict()
@@ -49,7 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.augmentation = "crop,flip"  # in this order; also autoaugment, cutout; "none"
     config.data.crop_padding = placeholder(int)  # pixels on each side
     config.data.crop_fill = placeholder(int)  # 0..255
+    config.data.autoaugment_fill = placeholder(int)
     config.data.cutout_size = placeholder(int)  # side in pixels
+    config.data.cutout_fill = placeholder(object)  # 0..255, or "mean": the data set's mean colour
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "sgd"  # or "adamw"

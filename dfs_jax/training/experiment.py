@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dfs_jax.data import Dataset, load_dataset
-from dfs_jax.data.augmentation import create_augmentation
+from dfs_jax.data.augmentation import Augmentation, create_augmentation
 from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.interop import load_trunk
@@ -43,7 +42,7 @@ class Experiment(NamedTuple):
     loss: Loss
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    augment: Augmentation
 
     @property
     def total_steps(self) -> int:
@@ -67,9 +66,11 @@ def build_experiment(config: ConfigDict) -> Experiment:
     check_batch_size(config.batch_size, mesh)
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
-    augment = _create_augmentation(config.data)
-    _create_model(config.model, loss, num_classes=2)  # its options are checked before the data
+    # Options are checked before the data, which takes its time, is read.
+    _create_augmentation(config.data, mean=(0.0, 0.0, 0.0))
+    _create_model(config.model, loss, num_classes=2)
     dataset = load_dataset(config.data.name, **{key: config.data[key] for key in _LOAD_OPTIONS})
+    augment = _create_augmentation(config.data, dataset.mean)
     model = _create_model(config.model, loss, num_classes=dataset.num_classes)
     _check_shapes(model, fork, loss, dataset)
     sampler = TrainSampler(len(dataset.train.labels), config.batch_size, config.seed)
@@ -135,10 +136,10 @@ def _create_model(section: ConfigDict, loss: Loss, *, num_classes: int) -> Multi
     )
 
 
-def _create_augmentation(section: ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    known = {"name", "augmentation", *_LOAD_OPTIONS}
-    chosen = {k: value for k, value in section.items() if k not in known and value is not None}
-    return create_augmentation(section.augmentation, **chosen)
+def _create_augmentation(section: ConfigDict, mean: tuple[float, ...]) -> Augmentation:
+    other = {"name", "augmentation", *_LOAD_OPTIONS}
+    chosen = {key: value for key, value in section.items() if key not in other}
+    return create_augmentation(section.augmentation, mean=mean, **chosen)
 
 
 def _check_shapes(model: MultiExitModel, fork: Fork, loss: Loss, dataset: Dataset) -> None:
