@@ -139,6 +139,16 @@ def test_newest_version_unless_one_is_named(tmp_path):
     assert len(load_dataset("small_set:1.9.0", data_dir=str(tmp_path)).test.labels) == 3
 
 
+def test_known_sets_are_known_with_a_version_too(tmp_path):
+    splits = {"train": examples(0, 23), "test": examples(0, 7)}
+    write_set(tmp_path / "cifar100" / "3.0.2", splits, name="cifar100")
+    dataset = load_dataset("cifar100:3.0.2", data_dir=str(tmp_path), validation_examples=5)
+    assert dataset.mean == NAMED_STATISTICS["cifar100"].mean
+    # Too few to hold the usual 5,000 out.
+    with pytest.raises(UserError, match=r"23\).*5000"):
+        load_dataset("cifar100", data_dir=str(tmp_path))
+
+
 def test_configurations(tmp_path):
     write_set(tmp_path / "small_set" / "red" / "1.0.0", TWO_SPLITS)
     assert len(load_dataset("small_set", data_dir=str(tmp_path)).test.labels) == 7

@@ -91,7 +91,7 @@ class AutoAugment:
 
     Example:
       >>> images = jnp.full((2, 8, 8, 3), 100, jnp.uint8)
-      >>> AutoAugment(fill=128)(images, jax.random.key(0)).shape
+      >>> jax.eval_shape(AutoAugment(fill=128), images, jax.random.key(0)).shape
       (2, 8, 8, 3)
     """
 

@@ -57,9 +57,11 @@ def load_dataset(
       >>> digits.image_shape, len(digits.train.labels), len(digits.validation.labels)
       ((32, 32, 3), 1197, 300)
     """
-    chosen = named_statistics(statistics) if statistics is not None else NAMED_STATISTICS.get(name)
+    known_as = name if _USERS_OWN.fullmatch(name) else name.partition(":")[0]
+    chosen = NAMED_STATISTICS.get(known_as) if statistics is None else named_statistics(statistics)
     raw = check_raw_dataset(name, _read(name, data_dir, image_size))
-    train, validation = hold_out(raw, _default_held_out(name, raw, validation_examples), split_seed)
+    held_out = _default_held_out(known_as, raw, validation_examples)
+    train, validation = hold_out(raw, held_out, split_seed)
     mean, std = chosen or channel_statistics(train.images)
     return Dataset(name, train, validation, raw.test, raw.class_names, mean, std)
 
