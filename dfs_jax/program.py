@@ -41,7 +41,7 @@ def _guarded(main: Callable[[], int | None], argv: Sequence[str]) -> int:
         return fail(str(error))
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; ml_collections answers unknown fields and missing files with a traceback."""
     try:
         _check_config_file(argv)

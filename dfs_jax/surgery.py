@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-# Which channels can carry gradient: disjoint, ascending, static [start, stop) intervals; None = all.
+# Which channels can carry gradient: disjoint ascending [start, stop) intervals, static; None = all.
 # A hint for cheaper backward passes, never the mechanism, which is always `stop_gradient`.
 LiveChannels: TypeAlias = tuple[tuple[int, int], ...] | None
 
@@ -96,16 +96,15 @@ class FeatureSurgery:
 
     def ratio_at(self, exit_index: int, num_exits: int) -> float:
         """Returns beta at one exit (0-based)."""
-        if not isinstance(self.partition_ratio, tuple):
-            return self.partition_ratio
-        if len(self.partition_ratio) == 1:
-            return self.partition_ratio[0]
-        if len(self.partition_ratio) != num_exits - 1:
+        ratios = self.partition_ratio
+        if not isinstance(ratios, Sequence):
+            return ratios
+        if len(ratios) not in (1, num_exits - 1):
             raise ValueError(
                 f"{num_exits} exits take 1 or {num_exits - 1} partition ratios (the last exit is "
-                f"never partitioned), got {len(self.partition_ratio)}: {self.partition_ratio}"
+                f"never partitioned), got {len(ratios)}: {ratios}"
             )
-        return self.partition_ratio[exit_index]
+        return ratios[0] if len(ratios) == 1 else ratios[exit_index]
 
     def __call__(
         self, x: jax.Array, live: LiveChannels = None, *, exit_index: int, num_exits: int

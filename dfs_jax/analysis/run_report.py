@@ -71,7 +71,10 @@ def _build(evaluation: RunEvaluation) -> Report:
         run={
             "thresholds_from": evaluation.fitting_split,
             "step": evaluation.step,
-            **{part: config[part].name for part in ("model", "data", "fork", "loss")},
+            "model": config.model.name,
+            "data": config.data.name,
+            "fork": config.fork.name,
+            "loss": config.loss.name,
         },
     )
 

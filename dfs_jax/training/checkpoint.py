@@ -7,6 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -144,28 +145,24 @@ class Checkpoints:
             raise UserError(f"cannot write to {self._directory}: {first_line(error)}") from error
 
     def _restore(self, step: int, target: PyTree) -> PyTree:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), document=ocp.args.JsonRestore()
+        )
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), document=ocp.args.JsonRestore()
-                ),
-            )
-            expected = restored.document["checksums"]
+            restored: Any = self._manager.restore(step, args=items)
+            state, expected = restored.state, restored.document["checksums"]
         except Exception as error:  # truncated files raise many kinds
             raise DamagedCheckpoint(
                 f"the checkpoint of step {step} is damaged ({first_line(error)})"
             ) from error
-        found = leaf_checksums(restored.state)
-        wrong = sorted(
-            name for name in expected.keys() | found if expected.get(name) != found.get(name)
-        )
+        found = leaf_checksums(state)
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if wrong:
             raise DamagedCheckpoint(
                 f"the checkpoint of step {step} is damaged "
                 f"(checksums differ: {', '.join(wrong[:3])})"
             )
-        return restored.state
+        return state
 
     def _check_space(self, state: PyTree, step: int) -> None:
         """Asks before writing: libraries that meet a full disk fill the screen with tracebacks."""

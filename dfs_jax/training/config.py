@@ -22,8 +22,9 @@ _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs",
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for a value that no run can be meant to have."""
     for field in _AT_LEAST_ONE:
-        if config[field] < 1:
-            raise UserError(f"{field} must be at least 1, got {config[field]}")
+        value: Any = config[field]
+        if value < 1:
+            raise UserError(f"{field} must be at least 1, got {value}")
     if config.checkpoint_every_steps < 0:
         raise UserError(
             f"checkpoint_every_steps must be at least 0, got {config.checkpoint_every_steps}"

@@ -138,7 +138,7 @@ def _create_model(section: ConfigDict, loss: Loss, *, num_classes: int) -> Multi
 
 def _create_augmentation(section: ConfigDict, mean: tuple[float, ...]) -> Augmentation:
     other = {"name", "augmentation", *_LOAD_OPTIONS}
-    chosen = {key: value for key, value in section.items() if key not in other}
+    chosen: dict[str, Any] = {k: value for k, value in section.items() if k not in other}
     return create_augmentation(section.augmentation, mean=mean, **chosen)
 
 

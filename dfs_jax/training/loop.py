@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dfs_jax.data.pipeline import train_batches
@@ -85,7 +86,7 @@ class StopSignals:
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:  # asked twice: the user will not wait
-            signal.signal(number, self._before[number])
+            signal.signal(number, self._before[signal.Signals(number)])
             signal.raise_signal(number)
         self.received = number
 
@@ -189,7 +190,7 @@ class _Run:
         bad = int(state.first_bad_step)
         if bad == NO_BAD_STEP:
             return
-        rate = float(self._experiment.schedule(bad))
+        rate = np.asarray(self._experiment.schedule(bad)).item()
         last_good = self._checkpoints.latest_step()
         kept = f"checkpoint of step {last_good}" if last_good is not None else "none was saved yet"
         raise UserError(

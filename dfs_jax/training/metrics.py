@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def training_line(totals: EpochTotals, *, step: int, epoch: int) -> dict[str, An
     }
 
 
-def exit_accuracies(accuracies: Sequence[float]) -> dict[str, float]:
+def exit_accuracies(accuracies: Iterable[Any]) -> dict[str, float]:
     """Names accuracies by exit, shallow first.
 
     >>> exit_accuracies([0.25, 0.5])

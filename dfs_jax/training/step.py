@@ -91,7 +91,7 @@ def make_eval_step(
     """Returns `step(variables, images, labels)`: every exit's answers, compiled over the mesh."""
 
     def eval_step(variables: dict[str, Any], images: jax.Array, labels: jax.Array):
-        outputs = model.apply(variables, normalise(images, mean, std), fork, train=False)
+        outputs: Any = model.apply(variables, normalise(images, mean, std), fork, train=False)
         return exit_predictions(outputs.logits, labels)
 
     whole, split = replicated(mesh), batch_sharded(mesh)

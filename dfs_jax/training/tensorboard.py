@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.summary import scalar
 
 
@@ -36,9 +36,7 @@ class EventsFile:
             self._writer = self._open()
         for name, value in scalars.items():
             summary = scalar(name, value)
-            self._writer.write_event(
-                event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
-            )
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 
     def close(self) -> None:
@@ -50,8 +48,8 @@ class EventsFile:
         self._directory.mkdir(exist_ok=True)
         writer = EventsWriter(str(self._directory / "events"))
         if self._start_step:
-            begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            begun = SessionLog(status=SessionLog.START)
             writer.write_event(
-                event_pb2.Event(wall_time=time.time(), step=self._start_step + 1, session_log=begun)
+                Event(wall_time=time.time(), step=self._start_step + 1, session_log=begun)
             )
         return writer
