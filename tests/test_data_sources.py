@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dfs_jax.data import RawDataset, Split, channel_statistics, load_dataset
-from dfs_jax.data.sources import hold_out
+from dfs_jax.data.sources import DATASETS, hold_out
 from dfs_jax.types import UserError
 
 
@@ -334,3 +334,22 @@ def test_folder_needs_a_directory_that_exists(tmp_path):
         load_dataset("folder")
     with pytest.raises(UserError, match=r"nowhere.*does not exist"):
         load_dataset("folder", data_dir=str(tmp_path / "nowhere"))
+
+
+# One row for each registered set: (image shape, classes, examples in all), read from `folder`.
+DATASET_ROWS = {"digits": ((32, 32, 3), 10, 1797), "folder": ((5, 7, 3), 2, 10)}
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS.table))
+def test_every_own_set_is_whole_and_well_formed(name, folder):
+    shape, classes, examples = DATASET_ROWS[name]
+    data_dir = str(folder) if name == "folder" else None
+    dataset = load_dataset(name, data_dir=data_dir, validation_examples=1)
+    assert dataset.image_shape == shape
+    assert dataset.num_classes == classes
+    splits = (dataset.train, dataset.validation, dataset.test)
+    assert sum(split.num_examples for split in splits) == examples
+    for split in splits:
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+        assert split.images.shape[1:] == shape
+    assert all(deviation > 0 for deviation in dataset.std)

@@ -134,7 +134,10 @@ def row_names(node: ast.expr) -> set[str]:
 
 def first_item(node: ast.expr) -> ast.expr:
     """The first item of a row that is a tuple or a `pytest.param(...)`, else the row itself."""
-    items = node.elts if isinstance(node, ast.Tuple | ast.List) else getattr(node, "args", [])
+    if isinstance(node, ast.Tuple | ast.List):
+        items = node.elts
+    else:
+        items = node.args if isinstance(node, ast.Call) else []
     return items[0] if items else node
 
 
