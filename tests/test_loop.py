@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from dfs_jax.interop import save_weights
 from dfs_jax.training import loop
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.evaluate import evaluate, evaluate_run
@@ -175,6 +176,37 @@ def test_without_validation_the_last_epoch_is_best_and_thresholds_come_from_trai
     assert evaluation.fitting.num_examples == 41
     with pytest.raises(UserError, match="no validation split"):
         evaluate_run(tmp_path, experiment, split="validation")
+
+
+def test_a_users_own_model_fork_loss_and_data_train(tmp_path):
+    """Every component that goes by `package.module:attribute`, options included."""
+    config = tiny_config(epochs=2, **{"optimizer.learning_rate": 0.5})
+    with config.unlocked():
+        config.model = {"name": "tests.helpers:TinyNetwork", "width": 5}
+        config.fork = {"name": "tests.helpers:HalfFork", "factor": 0.5}
+        config.loss = {"name": "tests.helpers:brier_loss"}
+    result = train(config, tmp_path)
+    assert result.experiment.model.width == 5
+    assert result.experiment.fork.factor == 0.5
+    first, last = (line for line in read_metrics(tmp_path) if line["split"] == "train")
+    assert last["loss"] < first["loss"]
+    assert "exit2/accuracy" in last
+    assert "exit3/accuracy" not in last
+
+
+def test_a_trunk_starts_from_the_weights_of_another_run(uninterrupted, tmp_path):
+    experiment = build_experiment(CONFIG)
+    trained, _ = final_state(uninterrupted)
+    save_weights(
+        tmp_path / "weights.npz", {"params": trained.params, "batch_stats": trained.batch_stats}
+    )
+    changed = experiment.config.copy_and_resolve_references()
+    changed.init_from = str(tmp_path / "weights.npz")
+    started = initial_state(build_experiment(changed))
+    fresh = initial_state(experiment)
+    chex.assert_trees_all_equal(started.params["block3"], trained.params["block3"])
+    chex.assert_trees_all_equal(started.batch_stats["block3"], trained.batch_stats["block3"])
+    chex.assert_trees_all_equal(started.params["head3"], fresh.params["head3"])
 
 
 def test_a_seed_changes_everything_it_reaches(tmp_path):

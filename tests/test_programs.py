@@ -98,7 +98,7 @@ def test_a_run_leaves_everything_it_should(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         *("config.json", "metrics.jsonl", "tensorboard", "checkpoints"),
-        *("report.json", "report.md", *PICTURES),
+        *("report.json", "report.md", "weights.safetensors", *PICTURES),
     }
     assert all((workdir / picture).read_bytes().startswith(b"\x89PNG") for picture in PICTURES)
     assert "6 exits" in out

@@ -14,12 +14,14 @@ from dfs_jax.analysis.report import (
     table_for_terminal,
     write_report,
 )
+from dfs_jax.interop import save_weights
 from dfs_jax.training.config import read_config
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment, build_experiment
 from dfs_jax.training.metrics import read_metrics
 
 OVER_TIME_PICTURE = "accuracy_over_time.png"
+WEIGHTS_FILE = "weights.safetensors"
 OPERATIONS_PICTURE = "accuracy_against_operations.png"
 
 
@@ -31,7 +33,10 @@ def report_run(
     output: Path | None = None,
     experiment: Experiment | None = None,
 ) -> Report:
-    """Evaluates a checkpoint of a run, writes its report and pictures, and prints a table.
+    """Evaluates a checkpoint of a run, writes what was found and prints a table.
+
+    The test split's report lies in the run's directory, with the pictures and the checkpoint's
+    weights under flat names; another split's, or one with an `output` of its own, comes alone.
 
     Args:
       workdir: the run's directory.
@@ -54,7 +59,8 @@ def report_run(
     name = "report.json" if split == "test" else f"report_{split}.json"
     written = write_report(report, output or workdir / name)
     if output is None and split == "test":
-        written += _draw(workdir, report)
+        save_weights(workdir / WEIGHTS_FILE, evaluation.variables)
+        written += (workdir / WEIGHTS_FILE, *_draw(workdir, report))
     sys.stdout.write(f"{table_for_terminal(report)}\n")
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))
     return report

@@ -29,6 +29,7 @@ class RunEvaluation(NamedTuple):
 
     experiment: Experiment
     step: int
+    variables: dict[str, Any]
     reported: ExitPredictions
     reported_split: str
     fitting: ExitPredictions
@@ -80,4 +81,6 @@ def evaluate_run(
     fitting_split = experiment.score_split
     fitting = answers(getattr(experiment.dataset, fitting_split))
     reported = fitting if split == fitting_split else answers(data)
-    return RunEvaluation(experiment, step, reported, split, fitting, fitting_split)
+    return RunEvaluation(
+        experiment, step, state.eval_variables, reported, split, fitting, fitting_split
+    )

@@ -1,0 +1,65 @@
+"""The README's words are the program's: its code runs, its commands, files and names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from dfs_jax.forks import FORKS
+from dfs_jax.losses import LOSSES
+from dfs_jax.models import MODELS
+from dfs_jax.surgery import FeatureSurgery
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+THREE_LINES = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+class UsersModel(nn.Module):
+    """A network of a user's own whose first exit is the README's three lines."""
+
+    @nn.compact
+    def __call__(self, x):
+        logits = []
+        x = nn.relu(nn.Conv(16, (3, 3), name="stem")(x))
+        names = {"FeatureSurgery": FeatureSurgery, "nn": nn, "x": x, "logits": logits}
+        exec(THREE_LINES, names)
+        x = nn.Conv(16, (3, 3), name="deeper")(names["x"])
+        return [*logits, nn.Dense(10, name="last")(x.mean((1, 2)))]
+
+
+def test_the_three_lines_split_the_gradient():
+    assert len(THREE_LINES.splitlines()) == 3
+    model, x = UsersModel(), jnp.ones((2, 7, 7, 3))
+    params = model.init(jax.random.key(0), x)
+    # Which of the stem's 16 filters each exit trains: the first 8 the deeper one, the rest its own.
+    for exit_index, trained in ((0, slice(8, 16)), (1, slice(0, 8))):
+        grads = jax.grad(lambda p, i=exit_index: (model.apply(p, x)[i] ** 2).sum())(params)
+        norms = jnp.linalg.norm(grads["params"]["stem"]["kernel"].reshape(-1, 16), axis=0)
+        others = jnp.delete(norms, jnp.arange(16)[trained])
+        assert float(others.max()) == 0.0
+        assert float(norms[trained].max()) > 0.0
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:configs|docs|notebooks)/\S+?\.\w+", README)))
+)
+def test_files_that_the_readme_names_exist(path):
+    assert (REPOSITORY / path).is_file()
+
+
+@pytest.mark.parametrize("registry", [MODELS, FORKS, LOSSES], ids=lambda r: r.kind)
+def test_every_name_of_a_registry_is_in_the_readme(registry):
+    for name in registry.table:
+        assert f"`{name}`" in README, f"{registry.kind} {name!r} is not in the README"
+
+
+def test_make_targets_that_the_readme_names_exist():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
