@@ -6,7 +6,15 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax.analysis.flops import ExitCost, count_operations, exit_costs
+from dfs_jax.analysis.flops import (
+    LITERATURE_FLOPS,
+    MULTIPLY_ADDS,
+    ExitCost,
+    count_by,
+    count_operations,
+    exit_costs,
+)
+from dfs_jax.analysis.traced import Kind, TracedProgram
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import HeadOutput, UserError
@@ -39,12 +47,23 @@ def vgg7_layers(c):
 )
 def test_vgg7_by_hand(width, classes, first_and_last):
     got = exit_costs(create_model("vgg7", num_classes=classes, width=width), (32, 32, 3))
-    params, macs = width, 0  # the first convolution's bias
+    params, trunk, heads, others = width, 0, 0, 0  # the first convolution's bias
     for i, (side, c_in, c_out) in enumerate(vgg7_layers(width)):
         params += 9 * c_in * c_out + 2 * c_out + c_out * classes  # convolution, norm, head
-        macs += side * side * 9 * c_in * c_out + c_out * classes
-        assert got[i] == ExitCost(exit=i + 1, params=params, macs=macs)
-    assert (got[0][1:], got[-1][1:]) == first_and_last
+        trunk += side * side * 9 * c_in * c_out
+        heads += c_out * classes
+        # ReLU, the 2x2 max-pool (4 operations for each of a quarter of the positions), which comes
+        # after every second convolution, and the average over all positions that are left.
+        others += side * side * c_out + (side * side * c_out if i % 2 else 0)
+        others += (side // 2 if i % 2 else side) ** 2 * c_out
+        assert got[i] == ExitCost(
+            exit=i + 1,
+            params=params,
+            macs=trunk + heads,
+            literature_flops=trunk + heads + others,
+            macs_without_earlier_heads=trunk + c_out * classes,
+        )
+    assert (got[0][1:3], got[-1][1:3]) == first_and_last
 
 
 def test_parameters_are_the_initialised_ones():
@@ -62,7 +81,7 @@ def test_adaptation_layers_are_left_out():
 
 def test_counts_are_plain_numbers():
     cost = exit_costs(create_model("vgg7", num_classes=7, width=3), (8, 8, 3))[0]
-    assert [type(value) for value in cost] == [int, int, int]
+    assert [type(value) for value in cost] == [int] * 5
 
 
 def test_nothing_is_executed():
@@ -74,6 +93,45 @@ def test_nothing_is_executed():
 def test_images_that_the_model_refuses():
     with pytest.raises(UserError, match="too small"):
         exit_costs(create_model("vgg7", num_classes=10, width=2), (4, 4, 3))
+
+
+# What the literature prints for networks with published operation counts, in millions, one number
+# an exit: (parameters, literature_flops), and for ResNet18 (parameters, macs, macs alone).
+MSDNET_CIFAR100 = (
+    (0.90, 1.84, 2.80, 3.76, 4.92, 6.10, 7.36),
+    (56.43, 101.00, 155.31, 198.10, 249.53, 298.05, 340.64),
+)
+MSDNET_IMAGENET = (
+    (4.24, 8.77, 13.07, 16.75, 23.96),
+    (339.90, 685.46, 1008.16, 1254.47, 1360.53),
+)
+RESNET18_CIFAR100 = (
+    (0.48, 1.35, 3.84, 12.28),
+    (165.16, 308.19, 447.85, 582.12),
+    (165.16, 295.79, 426.64, 555.47),
+)
+
+
+def in_millions(costs, *fields):
+    return tuple(tuple(round(getattr(c, field) / 1e6, 2) for c in costs) for field in fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "side", "published"),
+    [
+        ("msdnet_cifar100", 100, 32, MSDNET_CIFAR100),
+        ("msdnet_imagenet", 1000, 224, MSDNET_IMAGENET),
+    ],
+)
+def test_literature_to_the_printed_digits(name, classes, side, published):
+    costs = exit_costs(create_model(name, num_classes=classes), (side, side, 3))
+    assert in_millions(costs, "params", "literature_flops") == published
+
+
+def test_resnet18_to_the_printed_digits():
+    costs = exit_costs(create_model("resnet18", num_classes=100), (32, 32, 3))
+    fields = "params", "macs", "macs_without_earlier_heads"
+    assert in_millions(costs, *fields) == RESNET18_CIFAR100
 
 
 class TwoScales(MultiExitModel):
@@ -158,6 +216,64 @@ def test_matrix_products_by_hand():
     batched = count(lambda q, k: jnp.einsum("bqhd,bkhd->bhqk", q, k), (2, 3, 5, 7), (2, 11, 5, 7))
     assert batched == 2 * 3 * 5 * 7 * 11
     assert count(lambda a, b: jnp.outer(a, b) + jnp.sum(a), (3,), (5,)) == 0  # no product by layer
+
+
+class Layers(nn.Module):
+    """One function of a batch of one as a model's part, so that its weights are weights."""
+
+    function: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x)
+
+
+def literature(function, *shape):
+    """What the rules count beyond multiply-adds."""
+    images = jnp.zeros((1, *shape))
+    variables = jax.eval_shape(Layers(function).init, jax.random.key(0), images)
+    program = jax.make_jaxpr(Layers(function).apply)(variables, images)
+    weights = [Kind.WEIGHT] * len(jax.tree.leaves(variables))
+    traced = TracedProgram(program, [*weights, Kind.ACTIVATION])
+    return count_by(traced, LITERATURE_FLOPS) - count_by(traced, MULTIPLY_ADDS)
+
+
+def residual_dense(x):
+    return x + nn.Dense(7, use_bias=False)(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (nn.relu, 5 * 3 * 7),
+        (lambda x: jnp.maximum(0.0, x), 5 * 3 * 7),
+        (lambda x: jax.jit(nn.relu)(x) + nn.relu(x[..., :2]).sum(), 5 * 3 * 7 + 5 * 3 * 2),
+        (lambda x: jnp.maximum(x, jnp.zeros_like(x)), 5 * 3 * 7),
+        (lambda x: jnp.maximum(x, 1.0), 0),
+        (nn.gelu, 0),
+        (nn.softmax, 0),
+        (nn.sigmoid, 0),
+        (nn.LayerNorm(), 0),  # its variance is clipped at zero
+        (nn.Conv(2, (3, 3), use_bias=True), 0),
+        (nn.Dense(2), 5 * 3 * 2),
+        (nn.Dense(2, use_bias=False), 0),
+        (nn.DenseGeneral((2, 3), axis=-1), 5 * 3 * 2 * 3),
+        (residual_dense, 0),
+        (lambda x: nn.Dense(2)(nn.Dense(3)(x)), 5 * 3 * (2 + 3)),
+        (lambda x: nn.BatchNorm(use_running_average=True)(nn.Dense(2, use_bias=False)(x)), 0),
+        (lambda x: nn.max_pool(x, (2, 3), (1, 1)), 4 * 1 * 7 * 6),
+        (lambda x: nn.avg_pool(x, (2, 2), (2, 2)), 2 * 1 * 7 * 4),
+        (lambda x: nn.avg_pool(x, (2, 2), (2, 2), count_include_pad=False), 2 * 1 * 7 * 4),
+        (lambda x: x.mean((1, 2)), 5 * 3 * 7),
+        (lambda x: x.max((1, 2)), 5 * 3 * 7),
+        (lambda x: x.reshape(1, 15, 7).mean(1), 5 * 3 * 7),
+        (lambda x: x.mean(-1), 0),
+        (lambda x: nn.Dense(2)(nn.relu(x).mean((1, 2))), 5 * 3 * 7 * 2 + 2),
+        (lambda x: jax.image.resize(x, (1, 10, 6, 7), "bilinear"), 0),
+    ],
+)
+def test_what_else_the_literature_counts(function, expected):
+    assert literature(function, 5, 3, 7) == expected
 
 
 def matmul(a):

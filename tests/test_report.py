@@ -12,9 +12,9 @@ from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.types import UserError
 
 COSTS = (
-    ExitCost(1, 1_300, 2_000_000),
-    ExitCost(2, 17_000, 3_500_000),
-    ExitCost(3, 19_000, 5_000_000),
+    ExitCost(1, 1_300, 2_000_000, 2_100_000, 2_000_000),
+    ExitCost(2, 17_000, 3_500_000, 3_700_000, 3_300_000),
+    ExitCost(3, 19_000, 5_000_000, 5_300_000, 4_400_000),
 )
 RUN = {"step": 41, "model": "vgg7", "data": "digits", "fork": "dfs", "loss": "byot"}
 

@@ -1,38 +1,49 @@
 """What each exit costs, counted from the traced program; nothing is executed.
 
-The model's blocks and heads are traced to jaxprs and every convolution and matrix product in them
-is counted, inner jaxprs included, so any backbone that keeps the model contract is counted alike.
+The model's blocks and heads are traced to jaxprs and the operations in them are counted by what
+they compute, not by the names of layers, so any backbone that keeps the model contract is counted
+alike. `python -m dfs_jax.analysis.flops --config=FILE.py` prints and writes the costs of a config.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr
 
+from dfs_jax.analysis.traced import (
+    Kind,
+    Operation,
+    TracedProgram,
+    Value,
+    multiply_adds,
+)
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import PyTree
 
-# Operations of one equation, given which of its inputs depend on the program's inputs.
-Rule = Callable[[JaxprEqn, Sequence[bool]], int]
-
 
 class ExitCost(NamedTuple):
-    """What the network costs up to and including one exit, the heads passed on the way included.
+    """What the network costs up to and including one exit.
+
+    The heads passed on the way are included, but for `macs_without_earlier_heads`.
 
     Attributes:
       exit: 1-based label, shallow first.
       params: trainable parameters.
       macs: multiply-adds of one image; 1 MAC = 2 FLOPs.
+      literature_flops: what the literature on multi-exit networks calls FLOPs, one image.
+      macs_without_earlier_heads: multiply-adds of the trunk and this exit's head alone.
     """
 
     exit: int
     params: int
     macs: int
+    literature_flops: int
+    macs_without_earlier_heads: int
 
 
 class PartCount(NamedTuple):
@@ -45,11 +56,21 @@ class PartCount(NamedTuple):
         """Returns the sum over blocks and heads up to exit i (0-based), itself included."""
         return sum(self.blocks[: i + 1]) + sum(self.heads[: i + 1])
 
+    def without_earlier_heads(self, i: int) -> int:
+        """Returns the sum over blocks up to exit i (0-based), and its head."""
+        return sum(self.blocks[: i + 1]) + self.heads[i]
+
 
 def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tuple[ExitCost, ...]:
     """Counts what each exit costs on one image, in evaluation mode.
 
-    Adaptation layers serve a loss in training and are left out, whether or not the model has them.
+        multiply-adds      of convolutions and matrix products with weights or activations
+        literature_flops   those, plus 1 per element of a linear's bias, 1 per element of a ReLU,
+                           and k x k per pooled output; a pool over all positions takes them all
+
+    Biases of convolutions, normalisation, other non-linearities and additions are free. Whatever a
+    block computes counts, whether an exit needs it or not. Adaptation layers serve a loss in
+    training and are left out, whether or not the model has them.
 
     Args:
       model: a backbone, not bound to variables.
@@ -63,21 +84,31 @@ def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tupl
       ValueError: the model has parameters outside its blocks and heads, or loops an unknown
         number of times over what is to be counted.
 
+    Reference: Huang et al., "Multi-Scale Dense Networks", ICLR 2018, for the literature's count.
+
     Example: two 3x3 convolutions with 2 channels on 8x8 pixels, heads of 2 x 5.
       >>> from dfs_jax.models import create_model
       >>> vgg = create_model("vgg7", num_classes=5, width=2)
       >>> exit_costs(vgg, (8, 8, 3))[0]
-      ExitCost(exit=1, params=70, macs=3466)
+      ExitCost(exit=1, params=70, macs=3466, literature_flops=3722, macs_without_earlier_heads=3466)
     """
     parts = _Parts(model, image_shape)
-    params, macs = parts.parameters(), parts.operations(MULTIPLY_ADDS)
+    params = parts.parameters()
+    macs, literature = parts.operations(MULTIPLY_ADDS), parts.operations(LITERATURE_FLOPS)
     return tuple(
-        ExitCost(i + 1, params.up_to_exit(i), macs.up_to_exit(i)) for i in range(model.num_exits)
+        ExitCost(
+            exit=i + 1,
+            params=params.up_to_exit(i),
+            macs=macs.up_to_exit(i),
+            literature_flops=literature.up_to_exit(i),
+            macs_without_earlier_heads=macs.without_earlier_heads(i),
+        )
+        for i in range(model.num_exits)
     )
 
 
 class _Parts:
-    """A model cut at the seams of its contract: abstract variables, a jaxpr for every part."""
+    """A model cut at the seams of its contract: abstract variables, a program for every part."""
 
     def __init__(self, model: MultiExitModel, image_shape: tuple[int, int, int]):
         # `clone` in every case: it also detaches the model from a parent.
@@ -96,8 +127,8 @@ class _Parts:
     def operations(self, rules: Mapping[str, Rule]) -> PartCount:
         """Counts each part's operations by the rules."""
         return PartCount(
-            tuple(count_operations(block, rules) for block in self.blocks),
-            tuple(count_operations(head, rules) for head in self.heads),
+            tuple(count_by(block, rules) for block in self.blocks),
+            tuple(count_by(head, rules) for head in self.heads),
         )
 
     def parameters(self) -> PartCount:
@@ -113,11 +144,14 @@ class _Parts:
             )
         return PartCount(blocks, heads)
 
-    def _trace(self, part: Callable, i: int, carry: PyTree) -> tuple[ClosedJaxpr, PyTree]:
+    def _trace(self, part: Callable, i: int, carry: PyTree) -> tuple[TracedProgram, PyTree]:
         def run(variables, carry):
             return self.model.apply(variables, i, carry, method=part)
 
-        return jax.make_jaxpr(run, return_shape=True)(self.variables, carry)
+        program, shapes = jax.make_jaxpr(run, return_shape=True)(self.variables, carry)
+        kinds = [Kind.WEIGHT] * len(jax.tree.leaves(self.variables))
+        kinds += [Kind.ACTIVATION] * len(jax.tree.leaves(carry))
+        return TracedProgram(program, kinds), shapes
 
 
 def _run_block(model: MultiExitModel, i: int, carry: PyTree) -> PyTree:
@@ -132,50 +166,13 @@ def _size(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def conv_multiply_adds(eqn: JaxprEqn, varying: Sequence[bool]) -> int:
-    """Counts a convolution: output elements x kernel positions x input channels of one group.
-
-    Products with padding count, as everywhere in the literature; the zeros that an input dilation
-    puts between the inputs do not.
-    """
-    if not all(varying):
-        return 0
-    kernel, spec = _shape(eqn.invars[1]), eqn.params["dimension_numbers"].rhs_spec
-    positions = math.prod(kernel[axis] for axis in spec[2:])
-    output = math.prod(_shape(eqn.outvars[0]))
-    return output * positions * kernel[spec[1]] // math.prod(eqn.params["lhs_dilation"])
-
-
-def dot_multiply_adds(eqn: JaxprEqn, varying: Sequence[bool]) -> int:
-    """Counts a matrix product: output elements x contracted elements."""
-    if not all(varying):
-        return 0
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    shape = _shape(eqn.invars[0])
-    return math.prod(_shape(eqn.outvars[0])) * math.prod(shape[axis] for axis in contracted)
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
-
-
-# A product with a constant (the matrices that resize an image, the kernel that cuts patches) is no
-# layer of the network: both operands must depend on the program's inputs, weights or image.
-MULTIPLY_ADDS: Mapping[str, Rule] = {
-    "conv_general_dilated": conv_multiply_adds,
-    "dot_general": dot_multiply_adds,
-}
-
-
-def count_operations(program: ClosedJaxpr, rules: Mapping[str, Rule] = MULTIPLY_ADDS) -> int:
-    """Counts the operations of a program that `jax.make_jaxpr` traced.
+def count_operations(program: ClosedJaxpr) -> int:
+    """Counts the multiply-adds of a program that `jax.make_jaxpr` traced.
 
     A scan counts as often as it runs, a conditional as its dearest branch; code that JAX keeps in
-    inner jaxprs (jit, remat, custom derivatives) counts where it is called.
-
-    Args:
-      program: the traced program; all its inputs are taken to vary.
-      rules: for each primitive's name, what one equation of it counts.
+    inner jaxprs (jit, remat, custom derivatives) counts where it is called. A product with a
+    constant (the matrices that resize an image, the kernel that cuts patches) is no layer of a
+    network and does not count: all the program's inputs are taken to vary.
 
     Raises:
       ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
@@ -185,53 +182,104 @@ def count_operations(program: ClosedJaxpr, rules: Mapping[str, Rule] = MULTIPLY_
       >>> count_operations(program)
       30
     """
-    return _count(program.jaxpr, [True] * len(program.jaxpr.invars), rules)[0]
+    inputs = [Kind.ACTIVATION] * len(program.jaxpr.invars)
+    return count_by(TracedProgram(program, inputs), MULTIPLY_ADDS)
 
 
-def _count(
-    jaxpr: Jaxpr, varying_inputs: Sequence[bool], rules: Mapping[str, Rule]
-) -> tuple[int, list[bool]]:
-    """Returns a jaxpr's operations, and which of its outputs vary with the inputs that do."""
-    total = 0
-    varying = {v for v, varies in zip(jaxpr.invars, varying_inputs, strict=True) if varies}
+def count_by(program: TracedProgram, rules: Mapping[str, Rule]) -> int:
+    """Sums what the rules give for each operation, by its name, over all the times it runs.
 
-    def varies(atom) -> bool:
-        return not isinstance(atom, Literal) and atom in varying
-
-    for eqn in jaxpr.eqns:
-        counted, outputs = _count_equation(eqn, [varies(atom) for atom in eqn.invars], rules)
-        total += counted
-        varying.update(v for v, out in zip(eqn.outvars, outputs, strict=True) if out)
-    return total, [varies(atom) for atom in jaxpr.outvars]
+    Raises:
+      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+    """
+    return sum(
+        over_all_runs(operation, rules[operation.name](operation, program))
+        for operation in program.operations
+        if operation.name in rules
+    )
 
 
-def _count_equation(
-    eqn: JaxprEqn, varying: list[bool], rules: Mapping[str, Rule]
-) -> tuple[int, list[bool]]:
-    name = eqn.primitive.name
-    anything = [any(varying)] * len(eqn.outvars)
-    if name in rules:
-        return rules[name](eqn, varying), anything
-    if name == "cond":
-        results = [_count(b.jaxpr, varying[1:], rules) for b in eqn.params["branches"]]
-        return max(counted for counted, _ in results), anything
-    inner = [jaxpr for value in eqn.params.values() for jaxpr in _jaxprs_in(value)]
-    # What varies is followed through a call one to one; what a loop carries may come to vary.
-    one_to_one = name not in ("scan", "while") and len(inner) == 1
-    if one_to_one and len(inner[0].invars) == len(varying):
-        counted, outputs = _count(inner[0], varying, rules)
-        return counted, outputs if len(outputs) == len(anything) else anything
-    counted = sum(_count(j, [any(varying)] * len(j.invars), rules)[0] for j in inner)
-    if name == "while" and counted:
+def over_all_runs(operation: Operation, counted: int) -> int:
+    """Returns what was counted for one run of an operation, as often as it runs.
+
+    Raises:
+      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+    """
+    if counted and operation.times is None:
         raise ValueError("operations inside a while loop cannot be counted: it has no fixed length")
-    return counted * eqn.params["length"] if name == "scan" else counted, anything
+    return counted * (operation.times or 0)
 
 
-def _jaxprs_in(value: Any) -> list[Jaxpr]:
-    if isinstance(value, ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, Jaxpr):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [jaxpr for item in value for jaxpr in _jaxprs_in(item)]
-    return []
+def product(operation: Operation, program: TracedProgram) -> int:
+    """Counts a convolution or matrix product of two operands neither of which is a constant."""
+    if any(program.kind(v) == Kind.CONSTANT for v in operation.inputs):
+        return 0
+    return multiply_adds(operation)
+
+
+def linear_bias(operation: Operation, program: TracedProgram) -> int:
+    """Counts an addition of weights to what a matrix product with weights has just computed."""
+    for value, bias in (operation.inputs, operation.inputs[::-1]):
+        linear = program.producer(program.before_reshaping(value))
+        if linear is None or linear.name != "dot_general" or program.kind(bias) != Kind.WEIGHT:
+            continue
+        if {program.kind(v) for v in linear.inputs} == {Kind.WEIGHT, Kind.ACTIVATION}:
+            return operation.outputs[0].size
+    return 0
+
+
+def relu(operation: Operation, program: TracedProgram) -> int:
+    """Counts a maximum of zero and an activation; not of a variance, which LayerNorm clips."""
+    literals = [program.before_reshaping(v).literal for v in operation.inputs]
+    if not any(literal is not None and literal == 0 for literal in literals):
+        return 0
+    output = operation.outputs[0]
+    is_feature = output.is_inexact and not _is_statistic(output, program)
+    return output.size if is_feature and program.kind(output) == Kind.ACTIVATION else 0
+
+
+def _is_statistic(value: Value, program: TracedProgram) -> bool:
+    """Whether it depends on the activations by sums over their channels alone."""
+    if program.kind(value) < Kind.ACTIVATION:
+        return True
+    producer = program.producer(value)
+    if producer is None or producer.name in MULTIPLY_ADDS:
+        return False
+    if producer.name == "reduce_sum":
+        return len(producer.inputs[0].shape) - 1 in producer.params["axes"]
+    return all(_is_statistic(v, program) for v in producer.inputs)
+
+
+def window_pool(operation: Operation, program: TracedProgram) -> int:
+    """Counts a pool: its outputs times the positions of its window."""
+    if program.kind(operation.inputs[0]) != Kind.ACTIVATION:
+        return 0
+    return operation.outputs[0].size * math.prod(operation.params["window_dimensions"])
+
+
+def global_pool(operation: Operation, program: TracedProgram) -> int:
+    """Counts a pool over whole axes between the batch and the channels: every element of them."""
+    pooled = operation.inputs[0]
+    is_pool = not {0, len(pooled.shape) - 1} & set(operation.params["axes"])
+    return pooled.size if is_pool and program.kind(pooled) == Kind.ACTIVATION else 0
+
+
+# What one operation counts, by the name of its primitive.
+Rule = Callable[[Operation, TracedProgram], int]
+MULTIPLY_ADDS: Mapping[str, Rule] = {"conv_general_dilated": product, "dot_general": product}
+LITERATURE_FLOPS: Mapping[str, Rule] = {
+    **MULTIPLY_ADDS,
+    "add": linear_bias,
+    "max": relu,
+    "reduce_max": global_pool,
+    "reduce_sum": global_pool,
+    "reduce_window": window_pool,
+    "reduce_window_max": window_pool,
+    "reduce_window_sum": window_pool,
+}
+
+
+if __name__ == "__main__":
+    from dfs_jax.analysis.cost_report import main
+
+    main()

@@ -68,10 +68,10 @@ def build_experiment(config: ConfigDict) -> Experiment:
     loss = create_loss(config.loss.name, **options(config.loss))
     # Options are checked before the data, which takes its time, is read.
     _create_augmentation(config.data, mean=(0.0, 0.0, 0.0))
-    _create_model(config.model, loss, num_classes=2)
-    dataset = load_dataset(config.data.name, **{key: config.data[key] for key in _LOAD_OPTIONS})
+    model_from_config(config.model, loss, num_classes=2)
+    dataset = dataset_from_config(config.data)
     augment = _create_augmentation(config.data, dataset.mean)
-    model = _create_model(config.model, loss, num_classes=dataset.num_classes)
+    model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     _check_shapes(model, fork, loss, dataset)
     sampler = TrainSampler(len(dataset.train.labels), config.batch_size, config.seed)
     schedule = create_schedule(
@@ -128,7 +128,13 @@ def evaluation_step(experiment: Experiment):
     return make_eval_step(e.model, e.fork, mean=e.dataset.mean, std=e.dataset.std, mesh=e.mesh)
 
 
-def _create_model(section: ConfigDict, loss: Loss, *, num_classes: int) -> MultiExitModel:
+def dataset_from_config(section: ConfigDict) -> Dataset:
+    """Returns the data set that a config's section `data` describes."""
+    return load_dataset(section.name, **{key: section[key] for key in _LOAD_OPTIONS})
+
+
+def model_from_config(section: ConfigDict, loss: Loss, *, num_classes: int) -> MultiExitModel:
+    """Returns the model of a section `model`, with the adaptation layers that the loss asks for."""
     # Left unset where not needed: a user's model may not have adaptation layers.
     adapt = True if getattr(loss, "adapts_features", False) else None
     return create_model(
