@@ -184,7 +184,7 @@ def test_a_users_own_model_fork_loss_and_data_train(tmp_path):
     with config.unlocked():
         config.model = {"name": "tests.helpers:TinyNetwork", "width": 5}
         config.fork = {"name": "tests.helpers:HalfFork", "factor": 0.5}
-        config.loss = {"name": "tests.helpers:brier_loss"}
+        config.loss = {"name": "tests.helpers:BrierLoss"}
     result = train(config, tmp_path)
     assert result.experiment.model.width == 5
     assert result.experiment.fork.factor == 0.5

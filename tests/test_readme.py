@@ -46,9 +46,10 @@ def test_the_three_lines_split_the_gradient():
         assert float(norms[trained].max()) > 0.0
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:configs|docs|notebooks)/\S+?\.\w+", README)))
-)
+FILES = sorted(set(re.findall(r"(?:configs|docs|notebooks)/\S+?\.\w+", README)))
+
+
+@pytest.mark.parametrize("path", FILES)
 def test_files_that_the_readme_names_exist(path):
     assert (REPOSITORY / path).is_file()
 
