@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dfs_jax.interop import from_torch_state_dict, to_torch_state_dict
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
@@ -41,6 +42,75 @@ def test_vgg7_parameters_for_100_classes_layer_by_layer():
     shapes = variable_shapes(create_model("vgg7", num_classes=100))
     by_hand = 1728 + 64 + 36864 + 73728 + 147456 + 294912 + 589824 + 1792 + 89600
     assert count(shapes["params"]) == by_hand == 1_235_968
+
+
+# VGG16 for 1000 classes: parameters up to each exit, the heads passed on the way included.
+VGG16_PARAMETERS = (
+    65_920,
+    166_912,
+    368_896,
+    644_608,
+    1_196_032,
+    2_042_368,
+    2_888_704,
+    4_581_376,
+    7_453_696,
+    10_326_016,
+    13_198_336,
+    16_070_656,
+    18_942_976,
+)
+
+
+def test_vgg16_parameters_at_every_exit():
+    params = variable_shapes(create_model("vgg16", num_classes=1000), (32, 32, 3))["params"]
+    widths = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    total = 64  # the first convolution's bias
+    for i, (c_in, c_out) in enumerate(zip([3, *widths], widths, strict=False), start=1):
+        total += 9 * c_in * c_out + 2 * c_out + 1000 * c_out  # convolution, norm, head
+        upto = {name: params[name] for j in range(1, i + 1) for name in (f"block{j}", f"head{j}")}
+        assert count(upto) == total == VGG16_PARAMETERS[i - 1]
+    assert len(params) == 2 * 13
+
+
+def torch_vgg16(torch, num_classes):
+    """The published stack in plain PyTorch, one exit: convolution, ReLU, BatchNorm, then pool."""
+    layers, channels = [], 3
+    for width, size in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(size):
+            conv = torch.nn.Conv2d(channels, width, 3, padding=1, bias=not layers)
+            layers += [conv, torch.nn.ReLU(), torch.nn.BatchNorm2d(width)]
+            channels = width
+        layers.append(torch.nn.MaxPool2d(2))
+    pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, *pooled, torch.nn.Linear(512, num_classes, bias=False))
+
+
+@pytest.mark.slow
+def test_vgg16_with_one_exit_equals_a_plain_stack():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    theirs = torch_vgg16(torch, 11).eval()
+    with torch.no_grad():
+        for norm in (layer for layer in theirs if isinstance(layer, torch.nn.BatchNorm2d)):
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                tensor.copy_(0.5 + torch.rand(tensor.shape))
+    ours = create_model("vgg16", num_classes=11)
+    fresh = init_variables(ours, jax.random.key(0), (32, 32, 3))
+    # At beta 1 all weights are of those that read shared channels, and the other halves empty.
+    tensors = iter(theirs.state_dict().values())
+    state_dict = to_torch_state_dict(ours, fresh, partition_ratio=1)
+    for name, array in state_dict.items():
+        is_early_head = name.startswith("classifers") and not name.startswith("classifers.12")
+        if not is_early_head and 0 not in array.shape:
+            state_dict[name] = next(tensors)
+    assert next(tensors, None) is None
+    variables = from_torch_state_dict(ours, state_dict, partition_ratio=1)
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
+    logits = jax.jit(ours.apply)(variables, images).logits[-1]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_adaptation_layers_map_to_the_last_width():

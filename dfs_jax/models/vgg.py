@@ -79,9 +79,7 @@ class VGG(MultiExitModel):
             self._check_size(carry.shape)
         return getattr(self, f"block{i + 1}")(carry, live, train=train)
 
-    def head(
-        self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool
-    ) -> HeadOutput:
+    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
         del train  # neither statistics nor dropout here
         return getattr(self, f"head{i + 1}")(x, live)
 
@@ -98,5 +96,7 @@ class VGG(MultiExitModel):
             )
 
 
-# CIFAR: six convolutions and exits of width, width, 2, 2, 4, 4 times `width` channels.
+# CIFAR: six convolutions and exits of 1, 1, 2, 2, 4, 4 times `width` channels.
 VGG7 = functools.partial(VGG, stage_sizes=(2, 2, 2), stage_multipliers=(1, 2, 4))
+# ImageNet: thirteen of 1, 1, 2, 2, 4, 4, 4 and then 8 times `width` channels.
+VGG16 = functools.partial(VGG, stage_sizes=(2, 2, 3, 3, 3), stage_multipliers=(1, 2, 4, 8, 8))
