@@ -19,7 +19,10 @@ from dfs_jax.types import UserError
 FAMILIES = Registry(
     "family of published weights",
     {
+        "MSDNet": "dfs_jax.interop.msdnet:FAMILY",
+        "ResNet": "dfs_jax.interop.resnet:FAMILY",
         "VGG": "dfs_jax.interop.vgg:FAMILY",
+        "ViT": "dfs_jax.interop.vit:FAMILY",
     },
 )
 

@@ -9,7 +9,21 @@ from dfs_jax.registry import Registry
 MODELS = Registry(
     "model",
     {
+        "msdnet": "dfs_jax.models.msdnet:MSDNet",
+        "msdnet_cifar100": "dfs_jax.models.msdnet:MSDNet",
+        "msdnet_cifar_anytime": "dfs_jax.models.msdnet:AnytimeMSDNet",
+        "msdnet_cifar_budgeted": "dfs_jax.models.msdnet:BudgetedMSDNet",
+        "msdnet_imagenet": "dfs_jax.models.msdnet:ImageNetMSDNet",
+        "resnet18": "dfs_jax.models.resnet:ResNet18",
+        "resnet34": "dfs_jax.models.resnet:ResNet34",
+        "resnet50": "dfs_jax.models.resnet:ResNet50",
+        "resnet101": "dfs_jax.models.resnet:ResNet101",
+        "resnet152": "dfs_jax.models.resnet:ResNet152",
+        "vgg16": "dfs_jax.models.vgg:VGG16",
         "vgg7": "dfs_jax.models.vgg:VGG7",
+        "vit_base": "dfs_jax.models.vit:ViTBase",
+        "vit_small": "dfs_jax.models.vit:ViTSmall",
+        "vit_tiny": "dfs_jax.models.vit:ViTTiny",
     },
 )
 

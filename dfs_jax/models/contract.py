@@ -14,8 +14,9 @@ from flax import linen as nn
 
 from dfs_jax.forks import Fork
 from dfs_jax.forks.plain import PlainFork
+from dfs_jax.models.evaluation_by_parts import evaluate_by_parts
 from dfs_jax.surgery import LiveChannels
-from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
+from dfs_jax.types import ExitOutputs, HeadOutput, PyTree, UserError
 
 
 class MultiExitModel(nn.Module):
@@ -52,9 +53,7 @@ class MultiExitModel(nn.Module):
         """
         raise NotImplementedError
 
-    def head(
-        self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool
-    ) -> HeadOutput:
+    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
         """Runs classifier i on its view of the feature, of whose channels `live` carry gradient."""
         raise NotImplementedError
 
@@ -79,7 +78,7 @@ class MultiExitModel(nn.Module):
     def __call__(
         self, images: jax.Array, fork: Fork | None = None, *, train: bool = False
     ) -> ExitOutputs:
-        """Runs every exit on `images` `[batch, height, width, channels]`; no fork: the plain one."""
+        """Runs every exit on `images` `[batch, height, width, channels]`; by default unforked."""
         return run_exits(self, images, fork or PlainFork(), train=train)
 
 
@@ -111,13 +110,19 @@ def run_exits(
 def init_variables(
     model: MultiExitModel, key: jax.Array, image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Returns fresh `{"params": ..., "batch_stats": ...}` for images of `[height, width, channels]`.
+    """Returns fresh `{"params": ..., "batch_stats": ...}` for images `[height, width, channels]`.
 
     Parameters do not depend on the fork, so one initialisation serves every method.
     """
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = jax.jit(model.init)({"params": key}, images)
+    variables = evaluate_by_parts(lambda key, x: model.init({"params": key}, x), key, images)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def check_width(width: Any) -> None:
+    """Raises UserError unless `width`, a number of channels, is a whole number of at least 1."""
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise UserError(f"width must be a whole number of at least 1, got {width!r}")
 
 
 def split_trunk_and_heads(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,273 @@
+"""ResNet with an exit after every stage; early exits look through an attention gate."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from flax import linen as nn
+
+from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init
+from dfs_jax.models.contract import MultiExitModel, check_width
+from dfs_jax.models.heads import PooledLinearHead
+from dfs_jax.surgery import LiveChannels
+from dfs_jax.types import HeadOutput, UserError
+
+# How often a stem halves the image.
+STEM_HALVINGS = {"cifar": 0, "imagenet": 2}
+# Output channels of a bottleneck block, in multiples of its inner ones.
+EXPANSION = 4
+
+
+class Stem(nn.Module):
+    """First convolution: 3x3 on small images ("cifar"), 7x7/2 and a 3x3/2 max-pool on large ones.
+
+    Attributes:
+      features: output channels.
+      kind: "cifar" or "imagenet".
+    """
+
+    features: int
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images `[batch, height, width, 3]` to `[batch, height', width', features]`."""
+        if self.kind == "cifar":
+            x = Conv3x3(self.features, use_bias=False, name="conv")(x)
+            return nn.relu(BatchNorm(name="norm")(x, train=train))
+        conv = nn.Conv(
+            self.features, (7, 7), 2, padding=3, use_bias=False, kernel_init=conv_init, name="conv"
+        )
+        x = nn.relu(BatchNorm(name="norm")(conv(x), train=train))
+        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+class ResidualBlock(nn.Module):
+    """relu(residual(x) + shortcut(x)); both read the same, possibly forked, x.
+
+        basic       3x3/stride, 3x3
+        bottleneck  1x1, 3x3/stride, 1x1 to `EXPANSION` times the channels
+
+    with BatchNorm after every convolution and ReLU between them; the shortcut is a 1x1/stride and
+    BatchNorm where the shape changes, the identity elsewhere.
+
+    Attributes:
+      features: channels of the 3x3 convolutions.
+      stride: of the block.
+      bottleneck: which of the two.
+    """
+
+    features: int
+    stride: int = 1
+    bottleneck: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', channels']`."""
+        del live  # a hint for convolutions with a cheaper backward pass
+        residual, convs = x, self._convolutions()
+        for j, conv in enumerate(convs, start=1):
+            residual = BatchNorm(name=f"norm{j}")(conv(name=f"conv{j}")(residual), train=train)
+            residual = nn.relu(residual) if j < len(convs) else residual
+        return nn.relu(residual + self._shortcut(x, residual.shape[-1], train=train))
+
+    def _convolutions(self) -> list[functools.partial[nn.Conv]]:
+        strided = functools.partial(Conv3x3, self.features, strides=self.stride, use_bias=False)
+        if not self.bottleneck:
+            return [strided, functools.partial(Conv3x3, self.features, use_bias=False)]
+        return [
+            functools.partial(Conv1x1, self.features, use_bias=False),
+            strided,
+            functools.partial(Conv1x1, EXPANSION * self.features, use_bias=False),
+        ]
+
+    def _shortcut(self, x: jax.Array, channels: int, *, train: bool) -> jax.Array:
+        if self.stride == 1 and x.shape[-1] == channels:
+            return x
+        conv = Conv1x1(channels, strides=self.stride, use_bias=False, name="shortcut_conv")
+        return BatchNorm(name="shortcut_norm")(conv(x), train=train)
+
+
+class Stage(nn.Module):
+    """The stem, where there is one, and residual blocks; the first one takes the stride.
+
+    Attributes:
+      features: channels of the blocks' 3x3 convolutions.
+      num_blocks: how many.
+      stride: of the first block.
+      bottleneck: kind of the blocks.
+      stem: "cifar" or "imagenet" before the first stage, else None.
+    """
+
+    features: int
+    num_blocks: int
+    stride: int
+    bottleneck: bool
+    stem: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', channels']`."""
+        if self.stem is not None:
+            x = Stem(self.features, self.stem, name="stem")(x, train=train)
+        for j in range(self.num_blocks):
+            block = ResidualBlock(
+                self.features, 1 if j else self.stride, self.bottleneck, name=f"residual{j + 1}"
+            )
+            x = block(x, None if j else live, train=train)
+        return x
+
+
+class SeparableConv(nn.Module):
+    """Two depthwise-pointwise pairs, the first depthwise strided, the second widening.
+
+        3x3 depthwise/stride, 1x1, BatchNorm, ReLU, 3x3 depthwise, 1x1, BatchNorm, ReLU
+
+    Attributes:
+      features: output channels.
+      stride: of the first depthwise convolution.
+    """
+
+    features: int
+    stride: int = 2
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
+        channels = x.shape[-1]
+        depthwise = functools.partial(Conv3x3, channels, feature_group_count=channels)
+        for j, (features, stride) in enumerate([(channels, self.stride), (self.features, 1)], 1):
+            x = depthwise(strides=stride, use_bias=False, name=f"depthwise{j}")(x)
+            x = Conv1x1(features, use_bias=False, name=f"pointwise{j}")(x)
+            x = nn.relu(BatchNorm(name=f"norm{j}")(x, train=train))
+        return x
+
+
+class AttentionGate(nn.Module):
+    """Multiplies a feature by a mask of its own, computed at half the resolution.
+
+        x * sigmoid(upsample(relu(norm(separable(x)))))
+
+    The mask is resized bilinearly with half-pixel centres to the feature's size, which is twice its
+    own where the feature's sides are even.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Gates `x` `[batch, height, width, channels]`."""
+        mask = SeparableConv(x.shape[-1], name="separable")(x, train=train)
+        mask = nn.relu(BatchNorm(name="norm")(mask, train=train))
+        return x * nn.sigmoid(jax.image.resize(mask, x.shape, "bilinear"))
+
+
+class AttentionHead(nn.Module):
+    """Early classifier: attention gate, separable convolutions up to the last stage, pooled linear.
+
+    Each separable convolution halves the sides and doubles the channels, as a stage does.
+
+    Attributes:
+      num_classes: width of the logits.
+      num_reductions: how many separable convolutions, one for each stage that the exit leaves out.
+      adapt: whether there is an adaptation layer.
+    """
+
+    num_classes: int
+    num_reductions: int
+    adapt: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+        """Classifies `x` `[batch, height, width, channels]`."""
+        del live  # a hint for convolutions with a cheaper backward pass
+        x = AttentionGate(name="gate")(x, train=train)
+        for j in range(1, self.num_reductions + 1):
+            x = SeparableConv(2 * x.shape[-1], name=f"reduction{j}")(x, train=train)
+        width = x.shape[-1] if self.adapt else None
+        return PooledLinearHead(self.num_classes, adapted_width=width, name="pooled")(x)
+
+
+class ResNet(MultiExitModel):
+    """ResNet: a stem and stages of residual blocks, an exit after each stage.
+
+    Stage s has 2^s times `width` channels (times `EXPANSION` outside bottleneck blocks) and halves
+    the map, but for the first. The feature that is forked comes after a stage's last ReLU.
+
+    Attributes:
+      width: channels of the first stage's 3x3 convolutions.
+      stem: "cifar" (3x3, keeps the size) or "imagenet" (7x7/2, max-pool/2).
+      stage_sizes: residual blocks in each stage.
+      bottleneck: bottleneck blocks instead of basic ones.
+
+    Raises:
+      UserError: a width that is no positive whole number, an unknown stem, or (when called) images
+        too small to be halved so often.
+
+    Reference: He et al., CVPR 2016, with the stride of a bottleneck block on its 3x3; heads as in
+    Zhang et al., "SCAN", NeurIPS 2019, and Gong et al., ECCV 2024.
+
+    Example:
+      >>> ResNet18(num_classes=100).num_exits
+      4
+    """
+
+    width: int = 64
+    stem: str = "cifar"
+    stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
+    bottleneck: bool = False
+
+    def __post_init__(self):
+        check_width(self.width)
+        if self.stem not in STEM_HALVINGS:
+            known = ", ".join(STEM_HALVINGS)
+            raise UserError(f"stem must be one of {known}, got {self.stem!r}")
+        super().__post_init__()
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.stage_sizes)
+
+    def setup(self):
+        last = self.num_exits - 1
+        for i, size in enumerate(self.stage_sizes):
+            stage = Stage(
+                features=self.width * 2**i,
+                num_blocks=size,
+                stride=2 if i else 1,
+                bottleneck=self.bottleneck,
+                stem=None if i else self.stem,
+            )
+            head = (
+                AttentionHead(self.num_classes, last - i, self.adapt_features)
+                if i < last
+                else PooledLinearHead(self.num_classes)
+            )
+            setattr(self, f"block{i + 1}", stage)
+            setattr(self, f"head{i + 1}", head)
+
+    def block(
+        self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
+    ) -> jax.Array:
+        if i == 0:
+            self._check_size(carry.shape)
+        return getattr(self, f"block{i + 1}")(carry, live, train=train)
+
+    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+        head = getattr(self, f"head{i + 1}")
+        return head(x, live, train=train) if i < self.num_exits - 1 else head(x, live)
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        halvings = STEM_HALVINGS[self.stem] + self.num_exits - 1
+        if min(shape[1:3]) < 2**halvings:
+            raise UserError(
+                f"images of {shape[1]}x{shape[2]} are too small for a ResNet with the "
+                f"{self.stem} stem, which halves them {halvings} times: each side needs at least "
+                f"{2**halvings} pixels"
+            )
+
+
+ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2))
+ResNet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3))
+ResNet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=True)
+ResNet101 = functools.partial(ResNet, stage_sizes=(3, 4, 23, 3), bottleneck=True)
+ResNet152 = functools.partial(ResNet, stage_sizes=(3, 8, 36, 3), bottleneck=True)
