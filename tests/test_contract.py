@@ -19,9 +19,37 @@ from dfs_jax.surgery import partition_channels
 BATCH, CLASSES, IMAGE_SHAPE = 3, 7, (11, 13, 3)
 LABELS = jnp.asarray([2, 6, 2])
 BETA = 0.3
+SMALL_MSDNET = {
+    "num_exits": 3,
+    "base": 1,
+    "step": 1,
+    "step_mode": "even",
+    "initial_channels": 3,
+    "growth": 4,
+    "scale_factors": (1, 2),
+    "bottleneck_factors": (1, 2),
+    "stem": "cifar",
+    "head_channels": 5,
+    "head_dropout": 0.0,
+}
+SMALL_VIT = {"width": 6, "heads": 2, "depth": 4, "patch_size": 1, "first_exit_layer": 2}
 # Options of a small model of each kind.
 MODEL_ROWS = {
+    "msdnet": SMALL_MSDNET,
+    "msdnet_cifar100": SMALL_MSDNET,
+    "msdnet_cifar_anytime": SMALL_MSDNET,
+    "msdnet_cifar_budgeted": SMALL_MSDNET,
+    "msdnet_imagenet": SMALL_MSDNET,
+    "vgg16": {"width": 5, "stage_sizes": (2, 2, 2), "stage_multipliers": (1, 2, 4)},
     "vgg7": {"width": 5},
+    "vit_base": SMALL_VIT,
+    "vit_small": SMALL_VIT,
+    "vit_tiny": SMALL_VIT,
+}
+# Presets of one class, given the same options, are one model, which is tested once.
+DISTINCT = {
+    create_model(name, num_classes=CLASSES, **options): name
+    for name, options in reversed(MODEL_ROWS.items())
 }
 
 
@@ -31,9 +59,9 @@ class Network(NamedTuple):
     images: jax.Array
 
 
-@pytest.fixture(scope="module", params=MODEL_ROWS)
+@pytest.fixture(scope="module", params=DISTINCT, ids=DISTINCT.get)
 def network(request):
-    model = create_model(request.param, num_classes=CLASSES, **MODEL_ROWS[request.param])
+    model = request.param
     variables = init_variables(model, jax.random.key(0), IMAGE_SHAPE)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(

@@ -28,7 +28,9 @@ from dfs_jax.types import UserError
 CLASSES, BETA = 7, 0.3
 # A small model of each family that has published names.
 FAMILY_ROWS = {
+    "MSDNet": ("msdnet", {"num_exits": 3, "base": 1, "growth": 2, "head_channels": 5}),
     "VGG": ("vgg7", {"width": 5}),
+    "ViT": ("vit_tiny", {"width": 6, "heads": 2, "depth": 3, "first_exit_layer": 2}),
 }
 
 
@@ -57,7 +59,7 @@ def random_variables(model):
     images = jnp.zeros((1, *family_of(model).image_shape))
     shapes = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
     leaves = {path: normal(i, leaf.shape) for i, (path, leaf) in enumerate(shapes.items())}
-    return traverse_util.unflatten_dict(leaves)
+    return {"batch_stats": {}, **traverse_util.unflatten_dict(leaves)}
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +184,9 @@ def test_all_names_that_do_not_fit_are_listed(vgg, vgg_state_dict):
 
 
 def test_variables_of_another_tree_are_refused(model, variables):
-    wrong = {"params": {**variables["params"], "neck": np.zeros(2)}, "batch_stats": {}}
-    with pytest.raises(UserError, match=r"missing: batch_stats/.*unexpected: params/neck"):
+    wrong = {**variables, "params": {**variables["params"], "neck": np.zeros(2)}}
+    del wrong["params"]["block1"]
+    with pytest.raises(UserError, match=r"missing: params/block1/.*unexpected: params/neck"):
         to_torch_state_dict(model, wrong)
 
 

@@ -61,6 +61,6 @@ def _layer_norm(name: str, path: str) -> list[Entry]:
 
 FAMILY = Family(
     vit_entries,
-    head_prefixes=("norm", "fc_norm", "head", "exit_", "adaptation_layer"),
+    head_prefixes=("norm", "fc", "head", "exit_", "adaptation_layer"),
     image_shape=(224, 224, 3),
 )
