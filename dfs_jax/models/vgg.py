@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from dfs_jax.layers import BatchNorm, Conv3x3
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import MultiExitModel, check_width
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError
@@ -54,8 +54,7 @@ class VGG(MultiExitModel):
     stage_multipliers: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self):
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise UserError(f"width must be a whole number of at least 1, got {self.width!r}")
+        check_width(self.width)
         super().__post_init__()
 
     @property
