@@ -24,7 +24,20 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "vgg7"  # or your own "package.module:attribute"; so fork, loss and data
-    config.model.width = placeholder(int)
+    config.model.width = placeholder(int)  # resnet, vgg
+    config.model.stem = placeholder(str)  # resnet, msdnet: "cifar" or "imagenet"
+    config.model.num_exits = placeholder(int)  # msdnet, as all of the following
+    config.model.base = placeholder(int)  # layers of the first block
+    config.model.step = placeholder(int)  # layers of each later block
+    config.model.step_mode = placeholder(str)  # "even" or "lin_grow"
+    config.model.initial_channels = placeholder(int)
+    config.model.growth = placeholder(int)
+    config.model.scale_factors = placeholder(tuple)  # one for each scale, as the next
+    config.model.bottleneck_factors = placeholder(tuple)
+    config.model.prune = placeholder(str)  # "max" or "min"
+    config.model.reduction = placeholder(float)  # width that a transition leaves; 0: no transitions
+    config.model.head_channels = placeholder(int)
+    config.model.head_dropout = placeholder(float)
 
     config.fork = ml_collections.ConfigDict()
     config.fork.name = "dfs"  # "plain": an ordinary multi-exit network

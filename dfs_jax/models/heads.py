@@ -19,18 +19,23 @@ class PooledLinearHead(nn.Module):
       num_classes: width of the logits.
       use_bias: whether the classifier has a bias (VGG's has none).
       adapted_width: width of the adapted feature; None for no adaptation layer.
+      dropout: rate between the pooled feature and the classifier, in training.
     """
 
     num_classes: int
     use_bias: bool = True
     adapted_width: int | None = None
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None) -> HeadOutput:
+    def __call__(
+        self, x: jax.Array, live: LiveChannels = None, *, train: bool = False
+    ) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
         del live  # a hint for layers with a cheaper backward pass; a pooled linear has none
         pooled = jnp.mean(x, axis=(1, 2))
-        logits = nn.Dense(self.num_classes, use_bias=self.use_bias, name="classifier")(pooled)
+        classifier = nn.Dense(self.num_classes, use_bias=self.use_bias, name="classifier")
+        logits = classifier(nn.Dropout(self.dropout, deterministic=not train)(pooled))
         if self.adapted_width is None:
             return HeadOutput(logits, pooled)
         return HeadOutput(logits, nn.Dense(self.adapted_width, name="adaptation")(pooled))

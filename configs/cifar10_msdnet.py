@@ -1,0 +1,20 @@
+"""MSDNet with seven exits on CIFAR-10, by the recipe for CIFAR-100.
+
+    python train.py --config=configs/cifar10_msdnet.py         DFS, as the authors published it
+    python train.py --config=configs/cifar10_msdnet.py:dsn     deep supervision: the same network
+    python train.py --config=configs/cifar10_msdnet.py:byot    self-distillation
+
+Hardware and time: written for one GPU; not run here. For smaller machines: `--config.model.growth=4
+--config.epochs=30 --config.schedule.decay_epochs="(15,22,27)"`.
+
+The paper has no accuracies for MSDNet on CIFAR-10.
+"""
+
+from configs import cifar100_msdnet
+
+
+def get_config(method: str = "dfs"):
+    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    config = cifar100_msdnet.get_config(method)
+    config.data.name = "cifar10"
+    return config

@@ -1,0 +1,44 @@
+"""MSDNet with five exits on ImageNet, trained with Deep Feature Surgery.
+
+    python train.py --config=configs/imagenet_msdnet.py         DFS, as the authors published it
+    python train.py --config=configs/imagenet_msdnet.py:dsn     deep supervision: the same network
+    python train.py --config=configs/imagenet_msdnet.py:byot    self-distillation
+
+The network and its recipe are complete, its input is not: images are not yet read from disk as
+training goes, nor cut at random places and scales. Until then this config scales every image to
+224x224 and holds the set in memory, which only a part of ImageNet fits into.
+
+Hardware and time: written for several GPUs; not run here.
+
+Accuracy (%) of exits 1 to 5 in Gong et al., ECCV 2024:
+
+    MSDNet             56.64 65.14 68.42 69.77 71.34
+    GE                 57.28 66.22 70.24 71.71 72.43
+    CAGrad             58.37 64.21 66.88 68.22 69.42
+    PCGrad             57.62 64.87 68.93 71.05 72.45
+    Meta-GF            57.43 64.82 69.08 71.67 73.27
+    WPN (300 epochs)   61.64 67.89 71.61 73.82 75.03
+    DFS                61.80 68.03 70.75 71.79 72.88
+
+at 339.90, 685.46, 1008.16, 1254.47 and 1360.53 million operations.
+"""
+
+from configs import common
+from configs.cifar100_msdnet import set_method
+
+
+def get_config(method: str = "dfs"):
+    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    config = common.get_config()
+    config.data.name = "imagenet2012"
+    config.data.image_size = 224
+    config.data.augmentation = "flip"
+    config.model.name = "msdnet_imagenet"
+    config.batch_size = 256
+    config.eval_batch_size = 250
+    config.epochs = 90
+    config.optimizer.weight_decay = 0.0
+    config.schedule.name = "multistep"
+    config.schedule.decay_epochs = (70, 80, 85)
+    set_method(config, method)
+    return config

@@ -1,0 +1,367 @@
+"""MSDNet: several scales side by side, densely connected, with exits on the coarsest."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dfs_jax.layers import BatchNorm, conv_init
+from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.heads import PooledLinearHead
+from dfs_jax.models.msdnet_plan import (
+    Block,
+    Bottleneck,
+    Layer,
+    Transition,
+    check_fraction,
+    check_name,
+    check_whole,
+    plan_blocks,
+)
+from dfs_jax.surgery import LiveChannels
+from dfs_jax.types import HeadOutput, UserError
+
+# How often a stem halves the image.
+STEM_HALVINGS = {"cifar": 0, "imagenet": 2}
+
+Scales = tuple[jax.Array, ...]
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm, ReLU.
+
+    Attributes:
+      features: output channels.
+      kernel: side of the kernel, odd; half of it is padded on each side.
+      stride: of the convolution.
+      use_bias: whether the convolution has a bias.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
+        del live  # a hint for a convolution with a cheaper backward pass
+        conv = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            self.stride,
+            padding=self.kernel // 2,
+            use_bias=self.use_bias,
+            kernel_init=conv_init,
+            name="conv",
+        )
+        return nn.relu(BatchNorm(name="norm")(conv(x), train=train))
+
+
+class BottleneckConv(nn.Module):
+    """A 1x1 `ConvNorm` that narrows and a 3x3 one, which takes the stride.
+
+    Attributes:
+      plan: channels of both.
+      stride: of the 3x3.
+    """
+
+    plan: Bottleneck
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
+        x = ConvNorm(self.plan.hidden, kernel=1, name="narrow")(x, live, train=train)
+        return ConvNorm(self.plan.features, stride=self.stride, name="wide")(x, train=train)
+
+
+class FirstLayer(nn.Module):
+    """Makes the scales: each coarser one is a 3x3/2 convolution of the one before.
+
+    Attributes:
+      channels: of each scale, finest first.
+      stem: what makes the finest: "cifar" a 3x3; "imagenet" a 7x7/2 (with a bias) and max-pool/2.
+    """
+
+    channels: tuple[int, ...]
+    stem: str
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> Scales:
+        """Maps images `[batch, height, width, 3]` to scales, each `[batch, h, w, channels]`."""
+        finest, *coarser = self.channels
+        if self.stem == "cifar":
+            x = ConvNorm(finest, name="scale1")(images, train=train)
+        else:
+            stem = ConvNorm(finest, kernel=7, stride=2, use_bias=True, name="scale1")
+            x = stem(images, train=train)
+            pads = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType]
+        scales = [x]
+        for s, channels in enumerate(coarser, start=2):
+            conv = ConvNorm(channels, stride=2, name=f"scale{s}")
+            scales.append(conv(scales[-1], train=train))
+        return tuple(scales)
+
+
+class GrowingScale(nn.Module):
+    """One scale of a layer: [x, 3x3/2 of the finer scale, 3x3 of x], old channels first.
+
+    Attributes:
+      down: reads the finer scale; None where there is none to read.
+      same: reads this one.
+    """
+
+    down: Bottleneck | None
+    same: Bottleneck
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, finer: jax.Array | None, live: LiveChannels = None, *, train: bool
+    ) -> jax.Array:
+        """Appends channels to `x`; `live` are those of `x` that can carry gradient."""
+        parts = [x]
+        if self.down is not None and finer is not None:
+            parts.append(BottleneckConv(self.down, stride=2, name="down")(finer, train=train))
+        parts.append(BottleneckConv(self.same, name="same")(x, live, train=train))
+        return jnp.concatenate(parts, axis=-1)
+
+
+class MSDNetLayer(nn.Module):
+    """Every kept scale grows; a scale that is dropped is read once more on the way.
+
+    Attributes:
+      plan: how each kept scale grows.
+    """
+
+    plan: Layer
+
+    @nn.compact
+    def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
+        """Maps scales to the kept ones; `live` belongs to the coarsest, finer ones are all live."""
+        dropped, grown = len(scales) - len(self.plan.scales), []
+        for j, growth in enumerate(self.plan.scales, start=dropped):
+            scale = GrowingScale(growth.down, growth.same, name=f"scale{growth.scale}")
+            finer = scales[j - 1] if growth.down is not None else None
+            grown.append(scale(scales[j], finer, _at_scale(j, scales, live), train=train))
+        return tuple(grown)
+
+
+class MSDNetTransition(nn.Module):
+    """A 1x1 convolution, BatchNorm and ReLU at every scale.
+
+    Attributes:
+      plan: channels of each.
+    """
+
+    plan: Transition
+
+    @nn.compact
+    def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
+        """Maps scales to narrower ones; `live` belongs to the coarsest, finer ones are all live."""
+        return tuple(
+            ConvNorm(mix.features, kernel=1, name=f"scale{mix.scale}")(
+                x, _at_scale(j, scales, live), train=train
+            )
+            for j, (mix, x) in enumerate(zip(self.plan.scales, scales, strict=True))
+        )
+
+
+class MSDNetBlock(nn.Module):
+    """The layers and transitions between two exits; block 1 begins with the first layer.
+
+    Attributes:
+      plan: of the block.
+      stem: see `FirstLayer`.
+    """
+
+    plan: Block
+    stem: str
+
+    @nn.compact
+    def __call__(
+        self, carry: jax.Array | Scales, live: LiveChannels = None, *, train: bool
+    ) -> Scales:
+        """Maps images (block 1) or scales to scales; `live` belongs to the coarsest one."""
+        if isinstance(carry, tuple):
+            scales = carry
+        else:
+            scales = FirstLayer(self.plan.first, self.stem, name="first")(carry, train=train)
+        for step, step_live in zip(self.plan.steps, self.plan.live(live)[:-1], strict=True):
+            if isinstance(step, Layer):
+                module = MSDNetLayer(step, name=step.name)
+            else:
+                module = MSDNetTransition(step, name=step.name)
+            scales = module(scales, step_live, train=train)
+        return scales
+
+
+class MSDNetHead(nn.Module):
+    """Two 3x3/2 `ConvNorm`, average pool, dropout, linear with bias.
+
+    The pool is over all positions, which at the published image sizes are the published 2x2.
+
+    Attributes:
+      num_classes: width of the logits.
+      width: channels of the convolutions.
+      dropout: rate before the linear.
+      adapted_width: width of the adapted feature; None for no adaptation layer.
+    """
+
+    num_classes: int
+    width: int
+    dropout: float
+    adapted_width: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+        """Classifies `x` `[batch, height, width, channels]`."""
+        x = ConvNorm(self.width, stride=2, name="conv1")(x, live, train=train)
+        x = ConvNorm(self.width, stride=2, name="conv2")(x, train=train)
+        pooled = PooledLinearHead(
+            self.num_classes, adapted_width=self.adapted_width, dropout=self.dropout, name="pooled"
+        )
+        return pooled(x, train=train)
+
+
+class MSDNet(MultiExitModel):
+    """Multi-scale dense network: exits read the coarsest of several densely connected scales.
+
+    The carry is the tuple of scales that are kept, finest first; the feature, which alone is
+    forked, is the coarsest. The defaults are the CIFAR-100 network of Deep Feature Surgery.
+
+    Attributes:
+      num_exits: how many.
+      base: layers of block 1, besides the first layer that makes the scales.
+      step: layers of every later block; with "lin_grow" block k has `step * (k - 1) + 1`.
+      step_mode: "even" or "lin_grow".
+      initial_channels: width after the first layer; a scale has its factor times the width.
+      growth: what a layer adds to the width.
+      scale_factors: one for each scale, finest first.
+      bottleneck_factors: one for each scale; a 1x1 convolution that reads a scale narrows it to
+        its factor times the channels that the 3x3 after it makes.
+      prune: "max" drops the finest scale at equal distances, a transition after each drop; "min"
+        drops the scales that the end does not need, with transitions after thirds of the layers.
+      reduction: fraction of the width that a transition leaves; 0 for no transitions.
+      stem: "cifar" (3x3) or "imagenet" (7x7/2, max-pool/2).
+      head_channels: width of the classifiers' convolutions; None for that of their input, as
+        published for ImageNet.
+      head_dropout: rate before the linear classifiers: 0.5 in the published code of Deep Feature
+        Surgery, 0 in MSDNet's own. Needs a "dropout" key in training.
+
+    Raises:
+      UserError: an argument is out of range or does not fit another, or (when called) the images
+        are too small for so many scales.
+
+    Reference: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image
+    Classification", ICLR 2018; forks as in Gong et al., ECCV 2024.
+
+    Example: the widths at the exits.
+      >>> [block.features for block in MSDNet(num_classes=100).plan]
+      [320, 448, 320, 448, 576, 384, 512]
+    """
+
+    num_exits: int = 7
+    base: int = 4
+    step: int = 2
+    step_mode: str = "even"
+    initial_channels: int = 16
+    growth: int = 16
+    scale_factors: tuple[float, ...] = (1, 2, 4)
+    bottleneck_factors: tuple[int, ...] = (1, 2, 4)
+    prune: str = "max"
+    reduction: float = 0.5
+    stem: str = "cifar"
+    head_channels: int | None = 128
+    head_dropout: float = 0.5
+
+    def __post_init__(self):
+        self.scale_factors = tuple(self.scale_factors)
+        self.bottleneck_factors = tuple(self.bottleneck_factors)
+        check_name("stem", self.stem, tuple(STEM_HALVINGS))
+        check_fraction("head_dropout", self.head_dropout, below_one=True)
+        if self.head_channels is not None:
+            check_whole("head_channels", self.head_channels)
+        _ = self.plan  # refuses arguments that do not fit
+        super().__post_init__()
+
+    @property
+    def plan(self) -> tuple[Block, ...]:
+        """The layout of every block."""
+        return plan_blocks(
+            num_exits=self.num_exits,
+            base=self.base,
+            step=self.step,
+            step_mode=self.step_mode,
+            initial_channels=self.initial_channels,
+            growth=self.growth,
+            scale_factors=self.scale_factors,
+            bottleneck_factors=self.bottleneck_factors,
+            prune=self.prune,
+            reduction=self.reduction,
+        )
+
+    def setup(self):
+        widths = [self.head_channels or block.features for block in self.plan]
+        for i, (block, width) in enumerate(zip(self.plan, widths, strict=True)):
+            adapted = widths[-1] if self.adapt_features and i < len(widths) - 1 else None
+            head = MSDNetHead(self.num_classes, width, self.head_dropout, adapted)
+            setattr(self, f"block{i + 1}", MSDNetBlock(block, self.stem))
+            setattr(self, f"head{i + 1}", head)
+
+    def block(
+        self, i: int, carry: jax.Array | Scales, live: LiveChannels = None, *, train: bool
+    ) -> Scales:
+        if not isinstance(carry, tuple):
+            self._check_size(carry.shape)
+        return getattr(self, f"block{i + 1}")(carry, live, train=train)
+
+    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+        return getattr(self, f"head{i + 1}")(x, live, train=train)
+
+    def feature(self, carry: Scales) -> jax.Array:
+        return carry[-1]
+
+    def with_feature(self, carry: Scales, x: jax.Array) -> Scales:
+        return (*carry[:-1], x)
+
+    def live_after(self, i: int, live: LiveChannels) -> LiveChannels:
+        return self.plan[i].live(live)[-1]
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        # The coarsest map must have 2x2 positions, or its 3x3 convolutions read padding alone.
+        smallest = 2 ** (STEM_HALVINGS[self.stem] + len(self.scale_factors))
+        if min(shape[1:3]) < smallest:
+            raise UserError(
+                f"images of {shape[1]}x{shape[2]} are too small for {len(self.scale_factors)} "
+                f"scales after the {self.stem} stem: each side needs at least {smallest} pixels"
+            )
+
+
+def _at_scale(j: int, scales: Scales, live: LiveChannels) -> LiveChannels:
+    """Returns scale j's live channels: `live` at the coarsest, all of them at finer ones."""
+    return live if j == len(scales) - 1 else None
+
+
+# Deep Feature Surgery's network for ImageNet.
+ImageNetMSDNet = functools.partial(
+    MSDNet,
+    num_exits=5,
+    base=4,
+    step=4,
+    initial_channels=32,
+    scale_factors=(1, 2, 4, 4),
+    bottleneck_factors=(1, 2, 4, 4),
+    stem="imagenet",
+    head_channels=None,
+)
+# MSDNet's own narrow networks for CIFAR, without dropout: for anytime prediction and for budgeted
+# batch classification.
+AnytimeMSDNet = functools.partial(MSDNet, growth=6, head_dropout=0.0)
+BudgetedMSDNet = functools.partial(
+    MSDNet, num_exits=5, base=1, step=1, step_mode="lin_grow", growth=6, head_dropout=0.0
+)
