@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "vgg7"  # or your own "package.module:attribute"; so fork, loss and data
-    config.model.width = placeholder(int)  # resnet, vgg
+    config.model.width = placeholder(int)  # resnet, vgg, vit
     config.model.stem = placeholder(str)  # resnet, msdnet: "cifar" or "imagenet"
     config.model.num_exits = placeholder(int)  # msdnet, as all of the following
     config.model.base = placeholder(int)  # layers of the first block
@@ -38,6 +38,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.reduction = placeholder(float)  # width that a transition leaves; 0: no transitions
     config.model.head_channels = placeholder(int)
     config.model.head_dropout = placeholder(float)
+    config.model.heads = placeholder(int)  # vit, as all of the following
+    config.model.depth = placeholder(int)  # encoder layers
+    config.model.patch_size = placeholder(int)  # pixels
+    config.model.first_exit_layer = placeholder(int)  # counted from 1; every later layer has one
+    config.model.pool = placeholder(str)  # "class" token or "mean" of the others
+    config.model.dropout = placeholder(float)
 
     config.fork = ml_collections.ConfigDict()
     config.fork.name = "dfs"  # "plain": an ordinary multi-exit network
