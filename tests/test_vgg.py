@@ -113,6 +113,30 @@ def test_vgg16_with_one_exit_equals_a_plain_stack():
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
+def test_vgg16_learns_in_a_step_at_full_size():
+    model = create_model("vgg16", num_classes=1000)
+    images = jax.random.normal(jax.random.key(1), (2, 224, 224, 3))
+    variables = init_variables(model, jax.random.key(0), (224, 224, 3))
+    fork, loss = FeatureSurgery(), create_loss("deep_supervision")
+
+    @jax.jit
+    def step(params):
+        def total(params):
+            outputs, _ = model.apply(
+                {**variables, "params": params}, images, fork, train=True, mutable="batch_stats"
+            )
+            return loss(outputs, jnp.asarray([3, 500])).sum()
+
+        value, gradients = jax.value_and_grad(total)(params)
+        return value, jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradients)
+
+    before, params = step(variables["params"])
+    after, _ = step(params)
+    assert before == pytest.approx(13 * np.log(1000), rel=0.2)
+    assert after < before
+
+
 def test_adaptation_layers_map_to_the_last_width():
     params = variable_shapes(
         create_model("vgg7", num_classes=CLASSES, width=5, adapt_features=True)

@@ -328,6 +328,29 @@ def test_a_deeper_backbone_is_refused(tmp_path, model, variables):
         load_trunk(tmp_path / "vit.safetensors", model, variables)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_full_size_model_learns_in_a_step(name):
+    model = create_model(name, num_classes=1000)
+    images = jax.random.normal(jax.random.key(1), (2, 224, 224, 3))
+    params = init_variables(model, jax.random.key(0), (224, 224, 3))["params"]
+    fork, loss = create_fork("dfs", referencing="trunk_only"), create_loss("deep_supervision")
+
+    @jax.jit
+    def step(params):
+        def total(params):
+            outputs = model.apply({"params": params}, images, fork, train=True)
+            return loss(outputs, jnp.asarray([3, 500])).sum()
+
+        value, gradients = jax.value_and_grad(total)(params)
+        return value, jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradients)
+
+    before, params = step(params)
+    after, _ = step(params)
+    assert before == pytest.approx(7 * math.log(1000), rel=0.2)
+    assert after < before
+
+
 # Against PyTorch
 
 
