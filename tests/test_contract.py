@@ -33,6 +33,8 @@ SMALL_MSDNET = {
     "head_dropout": 0.0,
 }
 SMALL_VIT = {"width": 6, "heads": 2, "depth": 4, "patch_size": 1, "first_exit_layer": 2}
+SMALL_BASIC_RESNET = {"width": 5, "stage_sizes": (1, 1, 1)}
+SMALL_BOTTLENECK_RESNET = {"width": 3, "stage_sizes": (2, 1, 1)}
 # Options of a small model of each kind.
 MODEL_ROWS = {
     "msdnet": SMALL_MSDNET,
@@ -40,6 +42,11 @@ MODEL_ROWS = {
     "msdnet_cifar_anytime": SMALL_MSDNET,
     "msdnet_cifar_budgeted": SMALL_MSDNET,
     "msdnet_imagenet": SMALL_MSDNET,
+    "resnet18": SMALL_BASIC_RESNET,
+    "resnet34": SMALL_BASIC_RESNET,
+    "resnet50": SMALL_BOTTLENECK_RESNET,
+    "resnet101": SMALL_BOTTLENECK_RESNET,
+    "resnet152": SMALL_BOTTLENECK_RESNET,
     "vgg16": {"width": 5, "stage_sizes": (2, 2, 2), "stage_multipliers": (1, 2, 4)},
     "vgg7": {"width": 5},
     "vit_base": SMALL_VIT,

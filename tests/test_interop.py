@@ -29,6 +29,7 @@ CLASSES, BETA = 7, 0.3
 # A small model of each family that has published names.
 FAMILY_ROWS = {
     "MSDNet": ("msdnet", {"num_exits": 3, "base": 1, "growth": 2, "head_channels": 5}),
+    "ResNet": ("resnet50", {"width": 2, "stage_sizes": (2, 1, 1)}),
     "VGG": ("vgg7", {"width": 5}),
     "ViT": ("vit_tiny", {"width": 6, "heads": 2, "depth": 3, "first_exit_layer": 2}),
 }
