@@ -1,5 +1,8 @@
 """Costs of the exits: VGG7 by hand, every kind of inner jaxpr, and what must not count."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,7 +18,7 @@ from dfs_jax.analysis.flops import (
     exit_costs,
 )
 from dfs_jax.analysis.traced import Kind, TracedProgram
-from dfs_jax.models import create_model
+from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import HeadOutput, UserError
 
@@ -95,43 +98,90 @@ def test_images_that_the_model_refuses():
         exit_costs(create_model("vgg7", num_classes=10, width=2), (4, 4, 3))
 
 
-# What the literature prints for networks with published operation counts, in millions, one number
-# an exit: (parameters, literature_flops), and for ResNet18 (parameters, macs, macs alone).
-MSDNET_CIFAR100 = (
-    (0.90, 1.84, 2.80, 3.76, 4.92, 6.10, 7.36),
-    (56.43, 101.00, 155.31, 198.10, 249.53, 298.05, 340.64),
-)
-MSDNET_IMAGENET = (
-    (4.24, 8.77, 13.07, 16.75, 23.96),
-    (339.90, 685.46, 1008.16, 1254.47, 1360.53),
-)
-RESNET18_CIFAR100 = (
-    (0.48, 1.35, 3.84, 12.28),
-    (165.16, 308.19, 447.85, 582.12),
-    (165.16, 295.79, 426.64, 555.47),
-)
+cached_costs = functools.cache(exit_costs)  # some names are of one model
 
 
-def in_millions(costs, *fields):
-    return tuple(tuple(round(getattr(c, field) / 1e6, 2) for c in costs) for field in fields)
+def costs_of(name):
+    row = MODEL_ROWS[name]
+    return cached_costs(create_model(name, num_classes=row.classes), (row.side, row.side, 3))
 
 
-@pytest.mark.parametrize(
-    ("name", "classes", "side", "published"),
-    [
-        ("msdnet_cifar100", 100, 32, MSDNET_CIFAR100),
-        ("msdnet_imagenet", 1000, 224, MSDNET_IMAGENET),
-    ],
-)
-def test_literature_to_the_printed_digits(name, classes, side, published):
-    costs = exit_costs(create_model(name, num_classes=classes), (side, side, 3))
-    assert in_millions(costs, "params", "literature_flops") == published
+class Row(NamedTuple):
+    classes: int
+    side: int
+    params: tuple[int, ...]  # up to each exit, the heads passed on the way included
 
 
-def test_resnet18_to_the_printed_digits():
-    costs = exit_costs(create_model("resnet18", num_classes=100), (32, 32, 3))
-    fields = "params", "macs", "macs_without_earlier_heads"
-    assert in_millions(costs, *fields) == RESNET18_CIFAR100
+MSDNET = Row(100, 32, (898_996, 1_835_992, 2_797_212, 3_758_208, 4_915_812, 6_102_472, 7_362_348))
+# At their usual sizes.
+MODEL_ROWS = {
+    "msdnet": MSDNET,
+    "msdnet_cifar100": MSDNET,
+    "msdnet_cifar_anytime": Row(
+        100, 32, (433_876, 876_792, 1_274_952, 1_695_548, 2_178_352, 2_603_252, 3_067_960)
+    ),
+    "msdnet_cifar_budgeted": Row(100, 32, (299_704, 649_740, 1_018_308, 1_492_424, 2_078_924)),
+    "msdnet_imagenet": Row(1000, 224, (4_238_504, 8_772_240, 13_073_272, 16_748_416, 23_958_440)),
+    "resnet101": Row(100, 32, (4_731_556, 10_661_640, 42_249_068, 57_418_704)),
+    "resnet152": Row(100, 32, (4_731_556, 11_781_896, 57_892_716, 73_062_352)),
+    "resnet18": Row(100, 32, (479_652, 1_347_336, 3_838_316, 12_283_344)),
+    "resnet34": Row(100, 32, (553_636, 2_012_168, 9_225_836, 22_391_504)),
+    "resnet50": Row(100, 32, (4_731_556, 10_661_640, 23_256_940, 38_426_576)),
+    "vgg16": Row(
+        1000,
+        224,
+        (
+            *(65_920, 166_912, 368_896, 644_608, 1_196_032, 2_042_368, 2_888_704),
+            *(4_581_376, 7_453_696, 10_326_016, 13_198_336, 16_070_656, 18_942_976),
+        ),
+    ),
+    "vgg7": Row(100, 32, (8_320, 51_712, 138_496, 299_008, 620_032, 1_235_968)),
+    "vit_base": Row(
+        1000,
+        224,
+        (44_040_424, 51_898_832, 59_757_240, 67_615_648, 75_474_056, 83_332_464, 91_190_872),
+    ),
+    "vit_small": Row(
+        1000,
+        224,
+        (11_403_880, 13_564_112, 15_724_344, 17_884_576, 20_044_808, 22_205_040, 24_365_272),
+    ),
+    "vit_tiny": Row(
+        1000, 224, (3_048_232, 3_686_480, 4_324_728, 4_962_976, 5_601_224, 6_239_472, 6_877_720)
+    ),
+}
+# What was published, or counted from what was published, in millions for each exit.
+PUBLISHED = {
+    "msdnet_cifar100": {
+        "params": (0.90, 1.84, 2.80, 3.76, 4.92, 6.10, 7.36),
+        "literature_flops": (56.43, 101.00, 155.31, 198.10, 249.53, 298.05, 340.64),
+    },
+    "msdnet_imagenet": {
+        "params": (4.24, 8.77, 13.07, 16.75, 23.96),
+        "literature_flops": (339.90, 685.46, 1008.16, 1254.47, 1360.53),
+    },
+    "resnet18": {
+        "params": (0.48, 1.35, 3.84, 12.28),
+        "macs": (165.16, 308.19, 447.85, 582.12),
+        "macs_without_earlier_heads": (165.16, 295.79, 426.64, 555.47),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODEL_ROWS)
+def test_parameters_of_every_model_at_every_exit(name):
+    assert tuple(cost.params for cost in costs_of(name)) == MODEL_ROWS[name].params
+
+
+def test_every_model_has_its_row():
+    assert MODEL_ROWS.keys() == MODELS.table.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_counts_to_the_printed_digits(name):
+    for field, published in PUBLISHED[name].items():
+        ours = tuple(round(getattr(cost, field) / 1e6, 2) for cost in costs_of(name))
+        assert ours == published
 
 
 class TwoScales(MultiExitModel):

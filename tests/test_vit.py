@@ -25,42 +25,20 @@ CLASSES, IMAGE_SHAPE = 7, (6, 10, 3)
 SMALL = {"width": 6, "heads": 2, "depth": 3, "patch_size": 2, "first_exit_layer": 2}
 TOKENS = 1 + 3 * 5
 
-# For 1000 classes and 224x224 pixels, up to each exit, the heads passed on the way included.
-PARAMETERS = {
-    "vit_tiny": (3_048_232, 3_686_480, 4_324_728, 4_962_976, 5_601_224, 6_239_472, 6_877_720),
-    "vit_small": (
-        11_403_880,
-        13_564_112,
-        15_724_344,
-        17_884_576,
-        20_044_808,
-        22_205_040,
-        24_365_272,
-    ),
-    "vit_base": (
-        44_040_424,
-        51_898_832,
-        59_757_240,
-        67_615_648,
-        75_474_056,
-        83_332_464,
-        91_190_872,
-    ),
-}
 # What the same networks with one exit are known to have.
 SINGLE_EXIT = {"vit_tiny": 5_717_416, "vit_small": 22_050_664, "vit_base": 86_567_656}
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_at_every_exit(name):
+@pytest.mark.parametrize("name", SINGLE_EXIT)
+def test_parameters_by_hand(name):
     model = create_model(name, num_classes=1000)
     width = model.width
     head = 2 * width + 1000 * width + 1000
     layer = 4 * width + 4 * (width * width) + 4 * width + 8 * width * width + 5 * width
     total = 16 * 16 * 3 * width + width + width + 197 * width + 5 * layer
-    for cost, expected in zip(exit_costs(model, (224, 224, 3)), PARAMETERS[name], strict=True):
+    for cost in exit_costs(model, (224, 224, 3)):
         total += layer + head
-        assert cost.params == expected == total
+        assert cost.params == total
     assert total - 6 * head == SINGLE_EXIT[name]
 
 
@@ -329,7 +307,7 @@ def test_a_deeper_backbone_is_refused(tmp_path, model, variables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SINGLE_EXIT)
 def test_a_full_size_model_learns_in_a_step(name):
     model = create_model(name, num_classes=1000)
     images = jax.random.normal(jax.random.key(1), (2, 224, 224, 3))
@@ -417,7 +395,7 @@ def check_against(torch, theirs, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SINGLE_EXIT)
 def test_a_single_exit_equals_plain_pytorch(name):
     torch = pytest.importorskip("torch")
     options = create_model(name, num_classes=11)
@@ -425,7 +403,7 @@ def test_a_single_exit_equals_plain_pytorch(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SINGLE_EXIT)
 def test_a_single_exit_equals_timms(name):
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     theirs = timm.create_model(f"{name}_patch16_224", pretrained=False, num_classes=11)
