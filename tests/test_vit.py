@@ -213,23 +213,11 @@ def test_images_of_another_size_than_the_weights_are_refused(model, variables):
 
 
 def timm_names(depth):
-    layer = [
-        "norm1.weight",
-        "norm1.bias",
-        "attn.qkv.weight",
-        "attn.qkv.bias",
-        "attn.proj.weight",
-        "attn.proj.bias",
-        "norm2.weight",
-        "norm2.bias",
-        "mlp.fc1.weight",
-        "mlp.fc1.bias",
-        "mlp.fc2.weight",
-        "mlp.fc2.bias",
-    ]
-    first = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
-    last = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
-    return [*first, *(f"blocks.{n}.{name}" for n in range(depth) for name in layer), *last]
+    layer = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    modules = [f"blocks.{n}.{module}" for n in range(depth) for module in layer]
+    modules = ["patch_embed.proj", *modules, "norm", "head"]
+    tensors = [f"{module}.{tensor}" for module in modules for tensor in ("weight", "bias")]
+    return ["cls_token", "pos_embed", *tensors]
 
 
 def test_a_single_exit_has_timms_names(model):

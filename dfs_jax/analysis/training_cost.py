@@ -238,7 +238,7 @@ def _live_concatenation(operation: Operation, *masks: np.ndarray) -> np.ndarray:
 
 
 def _live_reduction(operation: Operation, mask: np.ndarray) -> np.ndarray:
-    return mask.any(axis=operation.params["axes"])
+    return np.asarray(mask.any(axis=operation.params["axes"]))
 
 
 def _live_pool(operation: Operation, mask: np.ndarray) -> np.ndarray:

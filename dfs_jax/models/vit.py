@@ -84,7 +84,8 @@ class SelfAttention(nn.Module):
         batch, tokens, width = x.shape
         qkv = Dense(3 * width, name="qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        mixed = nn.dot_product_attention(*jnp.unstack(qkv, axis=2))
+        query, key, value = jnp.unstack(qkv, axis=2)
+        mixed = nn.dot_product_attention(query, key, value)
         output = Dense(width, name="output")(mixed.reshape(x.shape))
         return nn.Dropout(self.dropout, deterministic=not train)(output)
 
