@@ -7,8 +7,12 @@ from ml_collections import config_flags
 
 from dfs_jax import program
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration file.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; runs/NAME of the config file.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The run's configuration: FILE.py or FILE.py:METHOD."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
+)
 
 
 def main() -> None:
@@ -25,8 +29,9 @@ def main() -> None:
 
 
 def _config_name() -> str:
-    """Returns the config file's name without its ending."""
-    return Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    """Returns the config file's name without its ending, with the method after its colon."""
+    file, _, method = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return f"{Path(file).stem}_{method}" if method else Path(file).stem
 
 
 if __name__ == "__main__":

@@ -38,15 +38,5 @@ def get_config(method: str = "dfs"):
     config.optimizer.weight_decay = 5e-4
     config.schedule.name = "multistep"
     config.schedule.decay_epochs = (250, 280, 295)
-    set_method(config, method)
-    return config
-
-
-def set_method(config, method: str) -> None:
-    """Sets the fork and the loss of one of the paper's methods, as published for MSDNet."""
-    if method not in ("dfs", "dsn", "byot"):
-        raise KeyError(f"method {method!r} after the colon: choose one of dfs, dsn, byot")
-    config.fork.name = "dfs" if method == "dfs" else "plain"
     # The paper has "symmetric"; the code published for MSDNet leaves exits their whole gradient.
-    config.fork.referencing = "trunk_only" if method == "dfs" else None
-    config.loss.name = "byot" if method == "byot" else "deep_supervision"
+    return common.set_method(config, method, referencing="trunk_only")

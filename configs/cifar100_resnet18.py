@@ -25,27 +25,17 @@ CIFAR-10's statistics; here it is chosen on 5,000 held-out images and CIFAR-100'
 
 from configs import common
 
-# Method: fork, loss.
-METHODS = {
-    "dfs": ("dfs", "byot"),
-    "byot": ("plain", "byot"),
-    "dsn": ("plain", "deep_supervision"),
-}
-
 
 def get_config(method: str = "dfs"):
     """Returns the run's config; `method` ("dfs", "byot" or "dsn") stands after the file's colon."""
-    if method not in METHODS:
-        raise KeyError(f"method {method!r} after the colon: choose one of {', '.join(METHODS)}")
     config = common.get_config()
     config.data.name = "cifar100"
     config.data.augmentation = "crop,flip,autoaugment,cutout"
     config.model.name = "resnet18"
     config.model.stem = "cifar"
-    config.fork.name, config.loss.name = METHODS[method]
     config.batch_size = 500
     config.epochs = 300
     config.optimizer.weight_decay = 5e-4
     config.schedule.name = "multistep"
     config.schedule.decay_epochs = (250, 280, 295)
-    return config
+    return common.set_method(config, method, dfs_loss="byot")

@@ -8,9 +8,35 @@ passed on, and a component that lacks it refuses. Any field can be set on the co
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+METHODS = ("dfs", "dsn", "byot")
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the defaults."""
+
+def set_method(
+    config: ml_collections.ConfigDict,
+    method: str,
+    *,
+    referencing: str | None = None,
+    dfs_loss: str = "deep_supervision",
+) -> ml_collections.ConfigDict:
+    """Sets the fork and the loss of a method: what stands after the config file's colon.
+
+        dfs    fork dfs, `referencing` as the published code of this network has it, `dfs_loss`
+        dsn    fork plain, deep supervision
+        byot   fork plain, distillation from the last exit
+
+    Fork and loss stay free to combine: `--config.fork.name=dfs --config.loss.name=byot`.
+    """
+    if method not in METHODS:
+        raise KeyError(f"unknown method {method!r} after the colon: one of {', '.join(METHODS)}")
+    config.fork.name = "dfs" if method == "dfs" else "plain"
+    config.fork.referencing = referencing if method == "dfs" else None
+    losses = {"dfs": dfs_loss, "dsn": "deep_supervision", "byot": "byot"}
+    config.loss.name = losses[method]
+    return config
+
+
+def get_config(method: str = "dfs") -> ml_collections.ConfigDict:
+    """Returns the defaults, for one of `METHODS`."""
     config = ml_collections.ConfigDict()
     config.seed = 0  # reaches initialisation, sampling, augmentation and dropout
     config.batch_size = 128  # over all devices together
@@ -46,13 +72,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dropout = placeholder(float)
 
     config.fork = ml_collections.ConfigDict()
-    config.fork.name = "dfs"  # "plain": an ordinary multi-exit network
+    config.fork.name = ""  # "dfs", or "plain": an ordinary multi-exit network
     # The paper's beta, 0.5 unless set: one for all exits, or one for each but the last.
     config.fork.partition_ratio = placeholder(tuple)
     config.fork.referencing = placeholder(str)  # "symmetric", "trunk_only" or "none"
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.name = "deep_supervision"  # or "byot"
+    config.loss.name = ""  # "deep_supervision" or "byot"
     config.loss.label_smoothing = placeholder(float)
     config.loss.exit_weights = placeholder(tuple)  # deep supervision: one for each exit
     config.loss.kd_weight = placeholder(float)  # byot, as the next two
@@ -87,4 +113,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.schedule.warmup_epochs = placeholder(float)
     config.schedule.decay_epochs = placeholder(tuple)  # multistep
     config.schedule.decay_factor = placeholder(float)  # multistep
-    return config
+    return set_method(config, method)

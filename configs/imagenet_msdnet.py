@@ -24,7 +24,6 @@ at 339.90, 685.46, 1008.16, 1254.47 and 1360.53 million operations.
 """
 
 from configs import common
-from configs.cifar100_msdnet import set_method
 
 
 def get_config(method: str = "dfs"):
@@ -40,5 +39,5 @@ def get_config(method: str = "dfs"):
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "multistep"
     config.schedule.decay_epochs = (70, 80, 85)
-    set_method(config, method)
-    return config
+    # The code published for MSDNet leaves exits their whole gradient.
+    return common.set_method(config, method, referencing="trunk_only")

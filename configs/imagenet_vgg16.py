@@ -19,7 +19,6 @@ more images a second than deep supervision did. What it can save of each step's 
 """
 
 from configs import common
-from configs.cifar100_msdnet import set_method
 
 
 def get_config(method: str = "dfs"):
@@ -35,6 +34,4 @@ def get_config(method: str = "dfs"):
     config.optimizer.weight_decay = 1e-4
     config.schedule.name = "multistep"
     config.schedule.decay_epochs = (70, 80, 85)
-    set_method(config, method)
-    config.fork.referencing = None  # "symmetric", in the paper and in the code published for VGG
-    return config
+    return common.set_method(config, method)

@@ -17,7 +17,6 @@ Hardware and time: written for several GPUs; not run here. DFS saves no work her
 """
 
 from configs import common
-from configs.cifar100_msdnet import set_method
 
 
 def get_config(method: str = "dfs"):
@@ -34,5 +33,5 @@ def get_config(method: str = "dfs"):
     config.optimizer.learning_rate = 5e-5
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "cosine"
-    set_method(config, method)  # the code published for ViT also has "trunk_only"
-    return config
+    # The code published for ViT leaves exits their whole gradient.
+    return common.set_method(config, method, referencing="trunk_only")

@@ -48,10 +48,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     except UserError as error:
         sys.exit(fail(str(error)))
-    except (AttributeError, KeyError) as error:
+    except AttributeError as error:
         sys.exit(fail(f"the config has no such field: {_innermost(error)}"))
+    except KeyError as error:  # what a config file says of the argument after its colon
+        sys.exit(fail(_innermost(error)))
     except TypeError as error:
-        sys.exit(fail(f"a config field was given a value of the wrong type: {error}"))
+        reason = str(error).strip().splitlines()[-1]
+        sys.exit(fail(f"the config takes no such value: {reason}"))
 
 
 def _check_config_file(argv: Sequence[str]) -> None:

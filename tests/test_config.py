@@ -10,6 +10,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from dfs_jax.forks import create_fork
+from dfs_jax.losses import create_loss
+from dfs_jax.losses.deep_supervision import DeepSupervision
+from dfs_jax.losses.distillation import BYOT
+from dfs_jax.models import create_model
+from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.training.config import check_config, open_workdir, options, read_config
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
@@ -30,6 +36,23 @@ def test_every_config_has_the_common_fields_and_sensible_values(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert set(flat_names(config)) == set(flat_names(common.get_config()))
     check_config(config)
+
+
+@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_has_every_method_by_one_word(name, method):
+    config = importlib.import_module(f"configs.{name}").get_config(method)
+    fork = create_fork(config.fork.name, **options(config.fork))
+    loss = create_loss(config.loss.name, **options(config.loss))
+    assert isinstance(fork, FeatureSurgery) == (method == "dfs")
+    assert isinstance(loss, BYOT) or method != "byot"
+    assert isinstance(loss, DeepSupervision) or method != "dsn"
+    assert create_model(config.model.name, num_classes=7, **options(config.model)).num_exits > 3
+
+
+def test_a_method_that_is_unknown():
+    with pytest.raises(KeyError, match="unknown method 'dns' .* one of dfs, dsn, byot"):
+        common.get_config("dns")
 
 
 def test_a_config_comes_back_from_its_file(tmp_path):
