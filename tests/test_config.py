@@ -51,7 +51,7 @@ def test_every_config_has_every_method_by_one_word(name, method):
 
 
 def test_a_method_that_is_unknown():
-    with pytest.raises(KeyError, match="unknown method 'dns' .* one of dfs, dsn, byot"):
+    with pytest.raises(KeyError, match=r"unknown method 'dns' .* one of dfs, dsn, byot"):
         common.get_config("dns")
 
 
