@@ -79,6 +79,19 @@ def test_of_a_conditional_the_dearest_branch_is_kept():
     assert "cos" not in found
 
 
+def test_of_platforms_the_default_is_kept():
+    def function(x, weight):
+        return lax.platform_dependent(
+            x, weight, cpu=lambda x, w: jnp.sin(x @ w @ w), default=lambda x, w: jnp.cos(x @ w)
+        )
+
+    program = trace(function, (3, 3), (3, 3), kinds=[Kind.ACTIVATION, Kind.WEIGHT])
+    assert names(program)[-2:] == ["dot_general", "cos"]
+    assert "sin" not in names(program)
+    product = program.operations[-2]
+    assert [program.kind(v) for v in product.inputs] == [Kind.ACTIVATION, Kind.WEIGHT]
+
+
 def test_before_reshaping():
     def function(x):
         return jnp.broadcast_to(x.sum(0).reshape(1, 7, 1).astype(jnp.bfloat16), (2, 7, 3)).T

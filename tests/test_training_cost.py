@@ -14,6 +14,7 @@ from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.partitioned import PartitionedConv
 from dfs_jax.types import HeadOutput, UserError
 
 CHANNELS, IMAGE_SHAPE = 10, (5, 7, 10)
@@ -216,10 +217,16 @@ def split_layer(x):
     return conv(CHANNELS)(shared) + conv(CHANNELS)(lax.stop_gradient(rest))
 
 
-def test_what_a_layer_saves_shows_in_the_traced_step():
-    functions = (layer, split_layer, split_layer)
-    split = cost(functions, DFS, count=traced_step_cost)
-    assert split == cost([layer] * 3, DFS) == (3 * UNIT, 3 * UNIT, UNIT)
+def partitioned_layer(x):
+    return conv(CHANNELS, conv_general_dilated=PartitionedConv(((0, 5),)))(x)
+
+
+@pytest.mark.parametrize("cheaper_layer", [split_layer, partitioned_layer])
+def test_what_a_layer_saves_shows_in_the_traced_step(cheaper_layer):
+    functions = (layer, cheaper_layer, cheaper_layer)
+    cheaper = cost(functions, DFS, count=traced_step_cost)
+    assert cheaper == cost([layer] * 3, DFS) == (3 * UNIT, 3 * UNIT, UNIT)
+    assert cost(functions, DFS) == cheaper
     # A convolution of the concatenation computes the whole gradient, and cuts it afterwards.
     naive = cost([layer] * 3, DFS, count=traced_step_cost)
     assert naive == (3 * UNIT, 3 * UNIT, 2 * UNIT)

@@ -84,8 +84,9 @@ class Kind(enum.IntEnum):
 class TracedProgram:
     """A program without calls, and where its values come from.
 
-    A scan's operations run as often as it does; of a conditional, the branch with the most
-    multiply-adds is kept.
+    A scan's operations run as often as it does. Of a conditional the branch with the most
+    multiply-adds is kept; where it is on the platform, that of platforms which have none of their
+    own.
 
     Args:
       program: what `jax.make_jaxpr` traced.
@@ -191,37 +192,49 @@ def _append(
         outputs = tuple(map(_value, eqn.outvars))
         operations.append(Operation(name, inputs, outputs, eqn.params, times))
         return outputs
+    if name == "cond":
+        return _inline_branch(eqn, inputs[1:], times, operations)
     if len(inner) == 1 and name != "scan" and _fits(inner[0], eqn):
         return _inline(inner[0], inputs, times, operations)
     if name == "while" or times is None:
         times = None
     elif name == "scan":
         times *= eqn.params["length"]
-    bodies = [_inline_joined(jaxpr, inputs, times) for jaxpr in inner]
-    if name == "cond":
-        bodies = [max(bodies, key=lambda body: sum(map(multiply_adds, body[0])))]
-    operations.extend(operation for body, _ in bodies for operation in body)
-    results = (*inputs, *(v for _, results in bodies for v in results))
-    operations.append(Operation(JOIN, results, tuple(map(_value, eqn.outvars)), {}, times))
-    return operations[-1].outputs
+    results = list(inputs)
+    for jaxpr in inner:
+        # What a loop carries may come to depend on anything that goes in.
+        joined = Operation(JOIN, inputs, tuple(map(_value, jaxpr.invars)), {}, times)
+        operations.append(joined)
+        results += _inline(jaxpr, joined.outputs, times, operations)
+    outputs = tuple(map(_value, eqn.outvars))
+    operations.append(Operation(JOIN, tuple(results), outputs, {}, times))
+    return outputs
 
 
-def _inline_joined(
-    jaxpr: Jaxpr, inputs: tuple[Value, ...], times: int | None
-) -> tuple[list[Operation], list[Value]]:
-    """Returns the operations and results of a jaxpr each of whose inputs depends on all `inputs`.
-
-    What a loop carries may come to depend on anything that goes in.
-    """
-    start = Operation(JOIN, inputs, tuple(map(_value, jaxpr.invars)), {}, times)
-    operations = [start]
-    return operations, _inline(jaxpr, start.outputs, times, operations)
+def _inline_branch(
+    eqn: JaxprEqn, inputs: tuple[Value, ...], times: int | None, operations: list[Operation]
+) -> list[Value]:
+    """Appends one branch of a conditional: that of any other platform, or the dearest."""
+    branches = []
+    for branch in eqn.params["branches"]:
+        body: list[Operation] = []
+        branches.append((body, _inline(branch.jaxpr, inputs, times, body)))
+    platforms = eqn.params.get("branches_platforms") or ()
+    if None in platforms:  # programs that differ by platform compute the same
+        body, outputs = branches[platforms.index(None)]
+    else:
+        body, outputs = max(branches, key=lambda branch: sum(map(multiply_adds, branch[0])))
+    operations.extend(body)
+    return outputs
 
 
 def _fits(jaxpr: Jaxpr, eqn: JaxprEqn) -> bool:
     """Whether the jaxpr takes and returns what the equation does, as a plain call's does."""
-    shapes = [[atom.aval.shape for atom in atoms] for atoms in (jaxpr.invars, jaxpr.outvars)]
-    return shapes == [[atom.aval.shape for atom in atoms] for atoms in (eqn.invars, eqn.outvars)]
+    inside, outside = (jaxpr.invars, jaxpr.outvars), (eqn.invars, eqn.outvars)
+    return all(
+        [_value(v).shape for v in ours] == [_value(v).shape for v in theirs]
+        for ours, theirs in zip(inside, outside, strict=True)
+    )
 
 
 def _jaxprs_in(parameter: Any) -> Iterator[Jaxpr]:
