@@ -19,28 +19,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dfs_jax.cpu_kernels import Geometry, Passes, fast_passes
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import UserError
-
-
-class Passes(NamedTuple):
-    """The three passes of a layer y = forward(x, w), which is linear in either argument.
-
-    Attributes:
-      forward: `(x, w) -> y`.
-      weight_gradient: `(x, dy) -> dw`.
-      input_gradient: `(dy, w) -> dx`; `w` may hold any of the input channels, `dx` has those.
-    """
-
-    forward: Callable[[jax.Array, jax.Array], jax.Array]
-    weight_gradient: Callable[[jax.Array, jax.Array], jax.Array]
-    input_gradient: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +92,11 @@ class PartitionedConv:
         if feature_group_count != 1 or batch_group_count != 1:
             return convolve(lhs, rhs)
         axes = numbers.lhs_spec[1], numbers.rhs_spec[1]
-        return _partitioned(_plain_passes(convolve, lhs, rhs, axes), self.live, axes, lhs, rhs)
+        passes = _plain_passes(convolve, lhs, rhs, axes)
+        geometry = _geometry(convolve, lhs, rhs) if self.cpu_kernels else None
+        if geometry is not None:
+            passes = fast_passes(passes, geometry)
+        return _partitioned(passes, self.live, axes, lhs, rhs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +149,29 @@ class PartitionedDot:
         )
         axes = lhs_axes[0], rhs_axes[0]
         return _partitioned(_plain_passes(multiply, lhs, rhs, axes), self.live, axes, lhs, rhs)
+
+
+def _geometry(convolve: functools.partial, x: jax.Array, w: jax.Array) -> Geometry | None:
+    """Returns what the CPU's kernels need to know; None for convolutions they do not cover."""
+    options = convolve.keywords
+    numbers, default = options["dimension_numbers"], (None, lax.Precision.DEFAULT)
+    covered = (
+        numbers == lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
+        if x.ndim == 4
+        else False
+    )
+    covered = covered and all(isinstance(size, int) for size in (*x.shape, *w.shape))
+    covered = covered and x.dtype == w.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    covered = covered and options["precision"] in default
+    covered = covered and options["preferred_element_type"] in (None, x.dtype)
+    dilations = (*(options["lhs_dilation"] or ()), *(options["rhs_dilation"] or ()))
+    if not covered or any(dilation != 1 for dilation in dilations):
+        return None
+    strides, padding, sides = tuple(options["window_strides"]), options["padding"], x.shape[1:3]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(sides, w.shape[:2], strides, padding)
+    before, after = (tuple(ends) for ends in padding)
+    return Geometry(w.shape[:2], strides, (before, after), sides)
 
 
 def _plain_passes(

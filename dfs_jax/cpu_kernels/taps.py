@@ -1,0 +1,109 @@
+"""Convolutions as matrix products of shifted images, a chunk of images at a time: exact, any size.
+
+A 3x3 kernel has nine taps, products of the image shifted by one of three columns and one of three
+rows. Shifted both ways, the unfolded image is nine times the image; shifted by columns on one side
+of the product and by rows on the other, each is three times, and one product holds all taps.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dfs_jax.cpu_kernels.chunks import chunk_size, map_chunks, sum_chunks
+
+
+def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Returns the gradient `[3, 3, in, out]` of a kernel of stride 1 and padding 1.
+
+    With X the columns' three shifts of `x` and G the rows' three shifts of `dy`, X'G has all taps.
+    """
+
+    def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
+        height, padded = dy.shape[1], _pad(dy, axis=1)
+        rows = jnp.concatenate([padded[:, i : i + height] for i in (2, 1, 0)], axis=-1)
+        return _contract_pixels(_columns(x), rows)
+
+    channels, features = x.shape[-1], dy.shape[-1]
+    taps = sum_chunks(some_images, x, dy, _chunk_size(x, 3 * (channels + features)))
+    return taps.reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
+
+
+def strided_forward(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns the convolution of stride 2 and padding 1 of `x` with `w` `[3, 3, in, out]`."""
+    matrix = w.reshape(-1, w.shape[3])
+
+    def some_images(x: jax.Array) -> jax.Array:
+        unfolded = _unfold_strided(x)
+        return (unfolded @ matrix).reshape(*unfolded.shape[:3], -1)
+
+    return map_chunks(some_images, x, _chunk_size(x, 3 * w.shape[2]))
+
+
+def strided_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Returns the gradient `[3, 3, in, out]` of a kernel of stride 2 and padding 1."""
+    channels, features = x.shape[-1], dy.shape[-1]
+
+    def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _contract_pixels(_unfold_strided(x), dy)
+
+    total = sum_chunks(some_images, x, dy, _chunk_size(x, 3 * channels))
+    return total.reshape(3, 3, channels, features)
+
+
+def strided_input_gradient(dy: jax.Array, w: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    """Returns the input's gradient, of those sides, for stride 2 and padding 1.
+
+    One matrix product gives what each output owes to its nine inputs. In each direction the inputs
+    at even places have one output, under the kernel's middle; those at odd places have two.
+    """
+    channels = w.shape[2]
+    matrix = w.transpose(3, 0, 1, 2).reshape(w.shape[3], -1)
+
+    def some_images(dy: jax.Array) -> jax.Array:
+        owed = (dy @ matrix).reshape(*dy.shape[:3], 3, 3, channels)
+        rows = _interleave(owed[..., 1, :, :], owed[..., 2, :, :], owed[..., 0, :, :], axis=1)
+        dx = _interleave(rows[..., 1, :], rows[..., 2, :], rows[..., 0, :], axis=2)
+        return dx[:, : sides[0], : sides[1]]
+
+    return map_chunks(some_images, dy, _chunk_size(dy, 9 * channels))
+
+
+def _interleave(even: jax.Array, here: jax.Array, after: jax.Array, *, axis: int) -> jax.Array:
+    """Returns even[0], here[0] + after[1], even[1], here[1] + after[2], ... along an axis."""
+    size = even.shape[axis]
+    shifted = lax.slice_in_dim(_pad(after, axis), 2, size + 2, axis=axis)
+    both = jnp.stack([even, here + shifted], axis=axis + 1)
+    return both.reshape(*even.shape[:axis], 2 * size, *even.shape[axis + 1 :])
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """Returns the three shifts along the width side by side: `[pixels, 3 * channels]`."""
+    width, padded = x.shape[2], _pad(x, axis=2)
+    shifts = [padded[:, :, j : j + width] for j in range(3)]
+    return jnp.concatenate(shifts, axis=-1).reshape(-1, 3 * x.shape[3])
+
+
+def _unfold_strided(x: jax.Array) -> jax.Array:
+    """Returns the nine inputs of each output: `[batch, height / 2, width / 2, 9 * channels]`."""
+    height, width, padded = x.shape[1], x.shape[2], _pad(_pad(x, axis=1), axis=2)
+    taps = [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
+    return jnp.concatenate(taps, axis=-1)
+
+
+def _contract_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
+
+
+def _pad(x: jax.Array, axis: int) -> jax.Array:
+    """Pads one zero at both ends of an axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (1, 1)
+    return jnp.pad(x, widths)
+
+
+def _chunk_size(x: jax.Array, unfolded_channels: int) -> int:
+    batch, height, width, _ = x.shape
+    return chunk_size(batch, height * width * unfolded_channels * x.dtype.itemsize)
