@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3
+from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init
 
 RNG = np.random.default_rng(0)
 
@@ -78,3 +79,17 @@ def test_strided_3x3_pads_one_on_each_side():
     assert y.shape == (1, 2, 3, 3)
     np.testing.assert_allclose(y[0, 0, 0], corner, atol=1e-5)
     assert Conv1x1(3).bind(Conv1x1(3).init(jax.random.key(0), x))(x).shape == (1, 4, 6, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 41, 43), (1, 1, 64, 64), (3, 3, 1, 509)])
+def test_kernels_are_drawn_normally_with_variance_two_over_fan_in(shape):
+    kernel = np.asarray(conv_init(jax.random.key(0), shape))
+    assert kernel.shape == shape
+    assert kernel.dtype == np.float32
+    standard = kernel / np.sqrt(2 / np.prod(shape[:-1]))
+    error = 5 / np.sqrt(kernel.size)
+    np.testing.assert_allclose(standard.mean(), 0, atol=error)
+    np.testing.assert_allclose((standard**2).mean(), 1, atol=2 * error)
+    np.testing.assert_allclose((np.abs(standard) < 1).mean(), 0.6827, atol=error)
+    assert len(np.unique(kernel)) > 0.99 * kernel.size
+    assert conv_init(jax.random.key(0), (1, 1, 1, 1)).shape == (1, 1, 1, 1)
