@@ -5,6 +5,8 @@ passed on, and a component that lacks it refuses. Any field can be set on the co
 `--config.optimizer.learning_rate=0.05`.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
@@ -12,12 +14,12 @@ METHODS = ("dfs", "dsn", "byot")
 
 
 def set_method(
-    config: ml_collections.ConfigDict,
+    config: Any,
     method: str,
     *,
     referencing: str | None = None,
     dfs_loss: str = "deep_supervision",
-) -> ml_collections.ConfigDict:
+) -> Any:
     """Sets the fork and the loss of a method: what stands after the config file's colon.
 
         dfs    fork dfs, `referencing` as the published code of this network has it, `dfs_loss`
@@ -35,9 +37,9 @@ def set_method(
     return config
 
 
-def get_config(method: str = "dfs") -> ml_collections.ConfigDict:
+def get_config(method: str = "dfs") -> Any:
     """Returns the defaults, for one of `METHODS`."""
-    config = ml_collections.ConfigDict()
+    config: Any = ml_collections.ConfigDict()
     config.seed = 0  # reaches initialisation, sampling, augmentation and dropout
     config.batch_size = 128  # over all devices together
     config.eval_batch_size = 500

@@ -42,6 +42,12 @@ Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=
 Conv1x1 = functools.partial(nn.Conv, kernel_size=(1, 1), padding=0, kernel_init=conv_init)
 
 
+def stem_pool(x: jax.Array) -> jax.Array:
+    """Max-pools 3x3 with stride 2, one pixel of -inf on each side, as ImageNet stems do."""
+    pads = ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType]
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over the last axis, with PyTorch's running statistics.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-PyTree = Any
+PyTree: TypeAlias = Any
+# An `ml_collections.ConfigDict` or a section of one: its fields are known at run time alone.
+Config: TypeAlias = Any
 
 
 class UserError(ValueError):
@@ -14,6 +16,12 @@ class UserError(ValueError):
 
     The command-line programs print the sentence alone; any other exception keeps its traceback.
     """
+
+
+def check_whole(name: str, value: Any, *, at_least: int = 1) -> None:
+    """Raises UserError unless `value`, called `name`, is a whole number of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise UserError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
 class HeadOutput(NamedTuple):

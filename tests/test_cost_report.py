@@ -9,7 +9,7 @@ import pytest
 
 from dfs_jax.analysis.cost_report import cost_report, table_for_terminal
 from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.analysis.training_cost import theoretical_step_cost, traced_step_cost
+from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.data.shapes import known_shape
 from dfs_jax.data.sources import load_dataset
 from dfs_jax.forks import create_fork

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.analysis.report import write_whole
-from dfs_jax.analysis.training_cost import StepCost, theoretical_step_cost, traced_step_cost
+from dfs_jax.analysis.step_operations import StepCost, theoretical_step_cost, traced_step_cost
 from dfs_jax.data.shapes import DatasetShape, known_shape
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.config import options
 from dfs_jax.training.experiment import dataset_from_config, model_from_config
-from dfs_jax.types import UserError
+from dfs_jax.types import Config, UserError
 
 CostReport = dict[str, Any]
 
@@ -33,7 +33,7 @@ def main() -> None:
     program.run(lambda: _print_and_write(config.value, output.value))
 
 
-def cost_report(config: ConfigDict) -> CostReport:
+def cost_report(config: Config) -> CostReport:
     """Returns the costs of a config's network as plain data that is valid JSON.
 
         exits          [{"exit", "params", "macs", "literature_flops",
@@ -93,7 +93,7 @@ theory: without the gradients of inputs that train nothing.
 plain / {step["fork"]}: {speedup}"""
 
 
-def _print_and_write(config: ConfigDict, output: str | None) -> None:
+def _print_and_write(config: Config, output: str | None) -> None:
     report = cost_report(config)
     program.say(table_for_terminal(report))
     if output is not None:
@@ -102,7 +102,7 @@ def _print_and_write(config: ConfigDict, output: str | None) -> None:
         program.say(f"wrote {written}")
 
 
-def _shape_of(section: ConfigDict) -> DatasetShape:
+def _shape_of(section: Config) -> DatasetShape:
     shape = known_shape(section.name, section.image_size)
     if shape is not None:
         return shape

@@ -16,7 +16,7 @@ from dfs_jax.forks import Fork
 from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.evaluation_by_parts import evaluate_by_parts
 from dfs_jax.surgery import LiveChannels
-from dfs_jax.types import ExitOutputs, HeadOutput, PyTree, UserError
+from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
 
 
 class MultiExitModel(nn.Module):
@@ -117,12 +117,6 @@ def init_variables(
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = evaluate_by_parts(lambda key, x: model.init({"params": key}, x), key, images)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-
-
-def check_width(width: Any) -> None:
-    """Raises UserError unless `width`, a number of channels, is a whole number of at least 1."""
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise UserError(f"width must be a whole number of at least 1, got {width!r}")
 
 
 def split_trunk_and_heads(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, conv_init
+from dfs_jax.layers import BatchNorm, conv_init, stem_pool
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.models.msdnet_plan import (
@@ -18,11 +18,10 @@ from dfs_jax.models.msdnet_plan import (
     Transition,
     check_fraction,
     check_name,
-    check_whole,
     plan_blocks,
 )
 from dfs_jax.surgery import LiveChannels
-from dfs_jax.types import HeadOutput, UserError
+from dfs_jax.types import HeadOutput, UserError, check_whole
 
 # How often a stem halves the image.
 STEM_HALVINGS = {"cifar": 0, "imagenet": 2}
@@ -99,8 +98,7 @@ class FirstLayer(nn.Module):
         else:
             stem = ConvNorm(finest, kernel=7, stride=2, use_bias=True, name="scale1")
             x = stem(images, train=train)
-            pads = ((1, 1), (1, 1))
-            x = nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType]
+            x = stem_pool(x)
         scales = [x]
         for s, channels in enumerate(coarser, start=2):
             conv = ConvNorm(channels, stride=2, name=f"scale{s}")

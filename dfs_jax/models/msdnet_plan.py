@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from dfs_jax.surgery import LiveChannels, limit_live
-from dfs_jax.types import UserError
+from dfs_jax.types import UserError, check_whole
 
 STEP_MODES = ("even", "lin_grow")
 PRUNINGS = ("max", "min")
@@ -282,12 +282,6 @@ class _Scales(NamedTuple):
     def _bottleneck(self, source: int, channels: Sequence[int], features: int) -> Bottleneck:
         hidden = min(channels[source], self.bottleneck_factors[source] * features)
         return Bottleneck(hidden, features)
-
-
-def check_whole(name: str, value: Any, *, at_least: int = 1) -> None:
-    """Raises UserError unless `value` is a whole number of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise UserError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
 def check_fraction(name: str, value: Any, *, below_one: bool = False) -> None:

@@ -7,11 +7,11 @@ import functools
 import jax
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init
-from dfs_jax.models.contract import MultiExitModel, check_width
+from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init, stem_pool
+from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.surgery import LiveChannels
-from dfs_jax.types import HeadOutput, UserError
+from dfs_jax.types import HeadOutput, UserError, check_whole
 
 # How often a stem halves the image.
 STEM_HALVINGS = {"cifar": 0, "imagenet": 2}
@@ -40,7 +40,7 @@ class Stem(nn.Module):
             self.features, (7, 7), 2, padding=3, use_bias=False, kernel_init=conv_init, name="conv"
         )
         x = nn.relu(BatchNorm(name="norm")(conv(x), train=train))
-        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        return stem_pool(x)
 
 
 class ResidualBlock(nn.Module):
@@ -217,7 +217,7 @@ class ResNet(MultiExitModel):
     bottleneck: bool = False
 
     def __post_init__(self):
-        check_width(self.width)
+        check_whole("width", self.width)
         if self.stem not in STEM_HALVINGS:
             known = ", ".join(STEM_HALVINGS)
             raise UserError(f"stem must be one of {known}, got {self.stem!r}")

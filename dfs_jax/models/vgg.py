@@ -8,10 +8,10 @@ import jax
 from flax import linen as nn
 
 from dfs_jax.layers import BatchNorm, Conv3x3
-from dfs_jax.models.contract import MultiExitModel, check_width
+from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.surgery import LiveChannels
-from dfs_jax.types import HeadOutput, UserError
+from dfs_jax.types import HeadOutput, UserError, check_whole
 
 
 class ConvBlock(nn.Module):
@@ -54,7 +54,7 @@ class VGG(MultiExitModel):
     stage_multipliers: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self):
-        check_width(self.width)
+        check_whole("width", self.width)
         super().__post_init__()
 
     @property

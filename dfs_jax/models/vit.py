@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.surgery import LiveChannels
-from dfs_jax.types import HeadOutput, UserError
+from dfs_jax.types import HeadOutput, UserError, check_whole
 
 POOLS = ("class", "mean")
 MLP_RATIO = 4
@@ -205,9 +205,7 @@ class ViT(MultiExitModel):
 
     def __post_init__(self):
         for name in ("width", "heads", "depth", "patch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(name, getattr(self, name))
         if self.width % self.heads:
             raise UserError(
                 f"a width of {self.width} cannot be split evenly among {self.heads} heads: "

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dfs_jax.training.optimizer import check_optimizer
-from dfs_jax.types import UserError
+from dfs_jax.types import Config, UserError
 
 FILE = "config.json"
 # What may differ between a run and its continuation: where things lie and what is shown.
@@ -19,12 +19,11 @@ MAY_CHANGE = ("data.data_dir", "init_from", "log_every_steps", "checkpoint_every
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: Config) -> None:
     """Raises UserError for a value that no run can be meant to have."""
     for field in _AT_LEAST_ONE:
-        value: Any = config[field]
-        if value < 1:
-            raise UserError(f"{field} must be at least 1, got {value}")
+        if config[field] < 1:
+            raise UserError(f"{field} must be at least 1, got {config[field]}")
     if config.checkpoint_every_steps < 0:
         raise UserError(
             f"checkpoint_every_steps must be at least 0, got {config.checkpoint_every_steps}"
@@ -32,12 +31,12 @@ def check_config(config: ConfigDict) -> None:
     check_optimizer(config.optimizer)
 
 
-def options(section: ConfigDict) -> dict[str, Any]:
+def options(section: Config) -> dict[str, Any]:
     """Returns a component's options: every field of its section but the name."""
     return {key: value for key, value in section.items() if key != "name"}
 
 
-def open_workdir(workdir: Path, config: ConfigDict) -> None:
+def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the run's directory and records its config; on resume compares the two.
 
     Raises:
@@ -56,7 +55,7 @@ def open_workdir(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path) -> Config:
     """Returns the config of the run in `workdir`.
 
     Raises:
@@ -71,7 +70,7 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
-def _check_same_run(workdir: Path, known: ConfigDict, config: ConfigDict) -> None:
+def _check_same_run(workdir: Path, known: Config, config: Config) -> None:
     before, now = dict(_flatten(known.to_dict())), dict(_flatten(config.to_dict()))
     different = [
         f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from dfs_jax.data import Dataset, load_dataset
 from dfs_jax.data.augmentation import Augmentation, create_augmentation
@@ -23,7 +22,7 @@ from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.sharding import check_batch_size, create_mesh, replicated
 from dfs_jax.training.state import TrainState, create_state
 from dfs_jax.training.step import TrainStep, make_eval_step, make_train_step
-from dfs_jax.types import UserError
+from dfs_jax.types import Config, UserError
 
 # One key a purpose, so that changing what one of them draws leaves the others alone.
 _INIT, _TRAIN = 0, 1
@@ -33,7 +32,7 @@ _LOAD_OPTIONS = ("data_dir", "validation_examples", "split_seed", "image_size", 
 class Experiment(NamedTuple):
     """Everything a config describes, built; nothing here changes while the run goes on."""
 
-    config: ConfigDict
+    config: Config
     mesh: Mesh
     dataset: Dataset
     sampler: TrainSampler
@@ -55,7 +54,7 @@ class Experiment(NamedTuple):
         return "train" if self.dataset.validation is None else "validation"
 
 
-def build_experiment(config: ConfigDict) -> Experiment:
+def build_experiment(config: Config) -> Experiment:
     """Builds every part that `config` names; what can fail without the data set fails first.
 
     Raises:
@@ -128,12 +127,12 @@ def evaluation_step(experiment: Experiment):
     return make_eval_step(e.model, e.fork, mean=e.dataset.mean, std=e.dataset.std, mesh=e.mesh)
 
 
-def dataset_from_config(section: ConfigDict) -> Dataset:
+def dataset_from_config(section: Config) -> Dataset:
     """Returns the data set that a config's section `data` describes."""
     return load_dataset(section.name, **{key: section[key] for key in _LOAD_OPTIONS})
 
 
-def model_from_config(section: ConfigDict, loss: Loss, *, num_classes: int) -> MultiExitModel:
+def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:
     """Returns the model of a section `model`, with the adaptation layers that the loss asks for."""
     # Left unset where not needed: a user's model may not have adaptation layers.
     adapt = True if getattr(loss, "adapts_features", False) else None
@@ -142,7 +141,7 @@ def model_from_config(section: ConfigDict, loss: Loss, *, num_classes: int) -> M
     )
 
 
-def _create_augmentation(section: ConfigDict, mean: tuple[float, ...]) -> Augmentation:
+def _create_augmentation(section: Config, mean: tuple[float, ...]) -> Augmentation:
     other = {"name", "augmentation", *_LOAD_OPTIONS}
     chosen: dict[str, Any] = {k: value for k, value in section.items() if k not in other}
     return create_augmentation(section.augmentation, mean=mean, **chosen)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.checkpoint import Checkpoints
@@ -35,7 +34,7 @@ from dfs_jax.training.metrics import (
 from dfs_jax.training.progress import Progress
 from dfs_jax.training.sharding import put_batch, replicated
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
-from dfs_jax.types import UserError
+from dfs_jax.types import Config, UserError
 
 
 class TrainResult(NamedTuple):
@@ -46,7 +45,7 @@ class TrainResult(NamedTuple):
     stopped_by: int | None
 
 
-def train(config: ConfigDict, workdir: Path) -> TrainResult:
+def train(config: Config, workdir: Path) -> TrainResult:
     """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
 
     Started again with the same config, a run that was stopped at any moment ends with the same
