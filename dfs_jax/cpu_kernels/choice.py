@@ -80,8 +80,6 @@ def forward_kernel(geometry: Geometry, channels: int, features: int) -> Kernel |
 
 def weight_gradient_kernel(geometry: Geometry, channels: int, features: int) -> Kernel | None:
     """Returns `(x, dy) -> dw`, or None."""
-    if geometry.suits_winograd(channels, features):
-        return winograd.weight_gradient
     if geometry.is_plain_3x3:
         return taps.weight_gradient
     if geometry.is_strided_3x3 and min(channels, features) >= STRIDED_CHANNELS:
