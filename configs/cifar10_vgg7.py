@@ -6,7 +6,11 @@
 
 A recipe of this project's own (the paper has no VGG7 on CIFAR-10): one cosine, crop and flip.
 
-MEASURED10
+Hardware and time: written for one GPU; the whole of it was not run here. Measured on 2 CPU cores
+that had other work, a narrow network for two epochs, 5 minutes
+(`--config.model.width=16 --config.epochs=2`): test accuracy (%) of exits 1 to 6 and their ensemble
+
+    33.57 43.37 48.04 52.07 56.77 58.63   55.25
 """
 
 from configs import common
