@@ -57,7 +57,7 @@ def test_learns_real_images_in_two_epochs(shared_dir, tmp_path):
     train(config, tmp_path)
     line = read_metrics(tmp_path)[-1]
     assert line["split"] == "validation"
-    assert line["exit4/accuracy"] > 0.3  # chance: 0.1
+    assert line["exit4/accuracy"] > 0.25  # chance: 0.1
     assert all(line[f"exit{i}/accuracy"] > 0.15 for i in (1, 2, 3))
 
 
