@@ -64,6 +64,7 @@ def test_a_config_comes_back_from_its_file(tmp_path):
 
 def test_a_run_of_another_config_is_refused_by_field(tmp_path):
     open_workdir(tmp_path, tiny_config())
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     other = tiny_config(**{"optimizer.learning_rate": 0.25, "fork.partition_ratio": (0.3,)})
     with pytest.raises(UserError) as error:
         open_workdir(tmp_path, other)
@@ -74,8 +75,15 @@ def test_a_run_of_another_config_is_refused_by_field(tmp_path):
     assert read_config(tmp_path).optimizer.learning_rate == 0.05  # what was there stays
 
 
+def test_a_start_that_failed_before_its_first_checkpoint_blocks_nothing(tmp_path):
+    open_workdir(tmp_path, tiny_config())
+    open_workdir(tmp_path, tiny_config(seed=7))
+    assert read_config(tmp_path).seed == 7
+
+
 def test_paths_and_logging_may_change(tmp_path):
     open_workdir(tmp_path, tiny_config())
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     open_workdir(tmp_path, tiny_config(**{"data.data_dir": "/elsewhere", "log_every_steps": 3}))
     assert read_config(tmp_path).data.data_dir == "/elsewhere"
 

@@ -209,6 +209,11 @@ class Checkpoints:
         return f"the last good one is step {max(steps)}: make room and start the same command again"
 
 
+def has_steps(workdir: Path) -> bool:
+    """Whether a run has saved anything in `workdir`, whole or damaged."""
+    return any(path.name.isdigit() for path in (workdir / DIRECTORY).glob("*"))
+
+
 def leaf_checksums(state: PyTree) -> dict[str, int]:
     """Returns the CRC-32 of every leaf's bytes, by its path in the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))

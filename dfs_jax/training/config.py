@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dfs_jax.training.checkpoint import has_steps
 from dfs_jax.training.optimizer import check_optimizer
 from dfs_jax.types import Config, UserError
 
@@ -37,7 +38,7 @@ def options(section: Config) -> dict[str, Any]:
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the run's directory and records its config; on resume compares the two.
+    """Makes the run's directory and records its config; compares the two where steps were saved.
 
     Raises:
       UserError: the path is a file or cannot be written, or holds a run of another config.
@@ -45,9 +46,8 @@ def open_workdir(workdir: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _check_writable(workdir)
-        known = read_config(workdir) if (workdir / FILE).exists() else None
-        if known is not None:
-            _check_same_run(workdir, known, config)
+        if (workdir / FILE).exists() and has_steps(workdir):
+            _check_same_run(workdir, read_config(workdir), config)
         _write_atomically(workdir / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"workdir {workdir} is a file: name a directory") from error
