@@ -66,7 +66,15 @@ class Network(NamedTuple):
     images: jax.Array
 
 
-@pytest.fixture(scope="module", params=DISTINCT, ids=DISTINCT.get)
+# A bottleneck ResNet compiles longest, and is put against the network written again elsewhere.
+SLOW = ("resnet50",)
+NETWORKS = [
+    pytest.param(model, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for model, name in DISTINCT.items()
+]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def network(request):
     model = request.param
     variables = init_variables(model, jax.random.key(0), IMAGE_SHAPE)

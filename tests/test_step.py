@@ -62,11 +62,12 @@ def averaging():
     return optimizer, step
 
 
+@jax.jit
 def obvious_step(state, images, labels):
-    """The same step by the book, without jit, for plain SGD's first step."""
+    """The same step by the book, for SGD's first step: momentum has nothing to add yet."""
     augment_key, _ = step_keys(state)
-    pixels = np.asarray(augment(images, augment_key), np.float32) / 255
-    pixels = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    pixels = augment(images, augment_key).astype(jnp.float32) / 255
+    pixels = (pixels - jnp.array(MEAN)) / jnp.array(STD)
 
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -75,7 +76,7 @@ def obvious_step(state, images, labels):
 
     (loss, (logits, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     params = jax.tree.map(lambda w, g: w - RATE * g, state.params, grads)
-    return params, stats, loss, (np.argmax(logits, -1) == labels).sum(axis=1)
+    return params, stats, loss, (jnp.argmax(logits, -1) == labels).sum(axis=1)
 
 
 def test_a_step_is_the_obvious_one(averaging):
