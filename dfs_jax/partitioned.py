@@ -29,6 +29,8 @@ from dfs_jax.cpu_kernels import Geometry, Passes, fast_passes
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import UserError
 
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
 
 @dataclasses.dataclass(frozen=True)
 class PartitionedConv:
@@ -36,8 +38,8 @@ class PartitionedConv:
 
     Works under jit, vmap, remat and sharding, in any precision, and can be differentiated again:
     reverse over reverse and forward over reverse. Plain forward mode is refused, as by every
-    `jax.custom_vjp`. Grouped and depthwise convolutions mix few channels and fall back to the plain
-    operation.
+    `jax.custom_vjp`. Grouped and depthwise convolutions mix few channels and compute their whole
+    input gradient, as the plain operation does.
 
     Args:
       live: the input channels that can carry gradient; None for all, `()` for none. A hint that has
@@ -89,14 +91,15 @@ class PartitionedConv:
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
-        if feature_group_count != 1 or batch_group_count != 1:
-            return convolve(lhs, rhs)
         axes = numbers.lhs_spec[1], numbers.rhs_spec[1]
-        passes = _plain_passes(convolve, lhs, rhs, axes)
+        grouped = feature_group_count != 1 or batch_group_count != 1
         geometry = _geometry(convolve, lhs, rhs) if self.cpu_kernels else None
+        if grouped and geometry is None:
+            return convolve(lhs, rhs)
+        passes = _plain_passes(convolve, lhs, rhs, axes)
         if geometry is not None:
             passes = fast_passes(passes, geometry)
-        return _partitioned(passes, self.live, axes, lhs, rhs)
+        return _partitioned(passes, None if grouped else self.live, axes, lhs, rhs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,24 +157,30 @@ class PartitionedDot:
 def _geometry(convolve: functools.partial, x: jax.Array, w: jax.Array) -> Geometry | None:
     """Returns what the CPU's kernels need to know; None for convolutions they do not cover."""
     options = convolve.keywords
-    numbers, default = options["dimension_numbers"], (None, lax.Precision.DEFAULT)
-    covered = (
-        numbers == lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
-        if x.ndim == 4
-        else False
-    )
-    covered = covered and all(isinstance(size, int) for size in (*x.shape, *w.shape))
-    covered = covered and x.dtype == w.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
-    covered = covered and options["precision"] in default
-    covered = covered and options["preferred_element_type"] in (None, x.dtype)
+    if x.ndim != 4 or not _has_cpu_type(x, w, options):
+        return None
+    if options["dimension_numbers"] != lax.conv_dimension_numbers(x.shape, w.shape, _LAYOUT):
+        return None
     dilations = (*(options["lhs_dilation"] or ()), *(options["rhs_dilation"] or ()))
-    if not covered or any(dilation != 1 for dilation in dilations):
+    groups, channels, features = options["feature_group_count"], x.shape[3], w.shape[3]
+    depthwise = groups == channels == features > 1
+    if any(step != 1 for step in dilations) or options["batch_group_count"] != 1:
+        return None
+    if groups != 1 and not depthwise:
         return None
     strides, padding, sides = tuple(options["window_strides"]), options["padding"], x.shape[1:3]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, w.shape[:2], strides, padding)
-    before, after = (tuple(ends) for ends in padding)
-    return Geometry(w.shape[:2], strides, (before, after), sides)
+    down, across = (tuple(ends) for ends in padding)
+    return Geometry(w.shape[:2], strides, (down, across), sides, depthwise)
+
+
+def _has_cpu_type(x: jax.Array, w: jax.Array, options: dict[str, Any]) -> bool:
+    """Whether sizes are known, and numbers those that the CPU's kernels compute with."""
+    known = all(isinstance(size, int) for size in (*x.shape, *w.shape))
+    ordinary = options["precision"] in (None, lax.Precision.DEFAULT)
+    same = x.dtype == w.dtype and options["preferred_element_type"] in (None, x.dtype)
+    return known and ordinary and same and x.dtype in (jnp.float32, jnp.bfloat16)
 
 
 def _plain_passes(
@@ -188,7 +197,7 @@ def _plain_passes(
 
     def input_gradient(dy: jax.Array, some_w: jax.Array) -> jax.Array:
         shape = list(x.shape)
-        shape[axes[0]] = some_w.shape[axes[1]]
+        shape[axes[0]] = x.shape[axes[0]] * some_w.shape[axes[1]] // w.shape[axes[1]]
         some_x = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
         (dx,) = jax.linear_transpose(lambda x: forward(x, some_w), some_x)(dy)
         return dx

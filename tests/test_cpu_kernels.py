@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 from jax import export, lax
 
-from dfs_jax.cpu_kernels import choice, chunks, max_pool_2x2, pointwise, taps, winograd
-from dfs_jax.cpu_kernels.choice import Geometry
+from dfs_jax.cpu_kernels import chunks, depthwise, max_pool_2x2, pointwise, taps, winograd
+from dfs_jax.cpu_kernels.choice import Geometry, choose_kernels
 from dfs_jax.partitioned import PartitionedConv
 from tests.test_partitioned import DIMENSIONS, assert_close, gradients
 
@@ -72,6 +72,26 @@ KERNELS = {
         ),
     ),
 }
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("sides", [(5, 8), (6, 7)])
+def test_depthwise_kernels_equal_xlas(stride, sides):
+    """Through the layer: float32 takes the kernels, float64 XLA's convolution."""
+
+    def loss(x, w):
+        options = {"dimension_numbers": DIMENSIONS, "feature_group_count": 3}
+        y = PartitionedConv(((0, 2),))(x, w, (stride, stride), PADDED, **options)
+        return jnp.sum(jnp.sin(y)), y
+
+    with jax.enable_x64(True):
+        x, w = random(5, *sides, 3), random(3, 3, 1, 3)
+        function = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+        single = x.astype(np.float32), w.astype(np.float32)
+        ours, exact = function(*single), function(x, w)
+        assert operations(function.lower(*single).as_text())["convolution"] == 0
+        assert_close(ours, jax.tree.map(lambda a: a.astype(np.float32), exact), 1e-5)
+        assert operations(function.lower(x, w).as_text())["convolution"] == 3
 
 
 @pytest.mark.parametrize("bytes_per_chunk", [1, 1 << 14, 1 << 30], ids=["one", "some", "all"])
@@ -139,29 +159,31 @@ def test_in_float32_no_less_accurate_than_xla(channels):
         assert (ours < 1.3 * xlas).all(), ours / xlas
 
 
-# geometry, channels, features -> the modules of the three kernels
+# kernel, stride, padding, sides, channels, features, depthwise -> modules of the three kernels
 CHOICES = [
-    (Geometry((3, 3), (1, 1), PADDED, (8, 6)), 32, 64, (winograd, taps, winograd)),
-    (Geometry((3, 3), (1, 1), PADDED, (8, 6)), 3, 64, (None, taps, None)),
-    (Geometry((3, 3), (1, 1), PADDED, (7, 7)), 64, 64, (None, taps, None)),
-    (Geometry((3, 3), (2, 2), PADDED, (7, 8)), 16, 32, (taps, taps, choice)),
-    (Geometry((3, 3), (2, 2), PADDED, (7, 8)), 3, 32, (None, None, None)),
-    (Geometry((1, 1), (2, 2), ((0, 0),) * 2, (7, 8)), 3, 5, (choice, choice, choice)),
-    (Geometry((3, 3), (1, 1), ((0, 0),) * 2, (8, 8)), 64, 64, (None, None, None)),
-    (Geometry((5, 5), (1, 1), ((2, 2),) * 2, (8, 8)), 64, 64, (None, None, None)),
+    (3, 1, 1, (8, 6), 32, 64, False, (winograd, taps, winograd)),
+    (3, 1, 1, (8, 6), 3, 64, False, (None, taps, None)),
+    (3, 1, 1, (7, 7), 64, 64, False, (None, taps, None)),
+    (3, 2, 1, (7, 8), 16, 32, False, (taps, taps, taps)),
+    (3, 2, 1, (7, 8), 3, 32, False, (None, None, None)),
+    (3, 3, 1, (7, 8), 32, 32, False, (None, None, None)),
+    (1, 2, 0, (7, 8), 3, 5, False, (pointwise, pointwise, pointwise)),
+    (1, 1, 0, (7, 8), 5, 5, True, (None, None, None)),
+    (3, 2, 1, (7, 8), 5, 5, True, (depthwise, depthwise, depthwise)),
+    (3, 3, 1, (7, 8), 5, 5, True, (None, None, None)),
+    (3, 1, 0, (8, 8), 64, 64, False, (None, None, None)),
+    (5, 1, 2, (8, 8), 64, 64, False, (None, None, None)),
 ]
 
 
-@pytest.mark.parametrize(("geometry", "channels", "features", "modules"), CHOICES)
-def test_the_rule(geometry, channels, features, modules):
-    choosers = (
-        choice.forward_kernel,
-        choice.weight_gradient_kernel,
-        choice.input_gradient_kernel,
-    )
-    for chooser, module in zip(choosers, modules, strict=True):
-        kernel = chooser(geometry, channels, features)
-        assert (kernel and kernel.__module__) == (module and module.__name__)
+@pytest.mark.parametrize("row", CHOICES)
+def test_the_rule(row):
+    size, stride, pad, sides, channels, features, is_depthwise, modules = row
+    geometry = Geometry((size,) * 2, (stride,) * 2, ((pad,) * 2,) * 2, sides, is_depthwise)
+    kernels = choose_kernels(geometry, channels, features)
+    for kernel, module in zip(kernels, modules, strict=True):
+        function = getattr(kernel, "func", kernel)
+        assert (function and function.__module__) == (module and module.__name__)
 
 
 def pooled(x):

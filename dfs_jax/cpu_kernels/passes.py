@@ -9,13 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.cpu_kernels.choice import (
-    Geometry,
-    Kernel,
-    forward_kernel,
-    input_gradient_kernel,
-    weight_gradient_kernel,
-)
+from dfs_jax.cpu_kernels.choice import Geometry, Kernel, choose_kernels
 
 
 class Passes(NamedTuple):
@@ -44,16 +38,16 @@ def fast_passes(plain: Passes, geometry: Geometry) -> Passes:
     """
 
     def forward(x: jax.Array, w: jax.Array) -> jax.Array:
-        kernel = forward_kernel(geometry, *w.shape[2:])
-        return _on_cpu(kernel, plain.forward)(x, w)
+        kernels = choose_kernels(geometry, *w.shape[2:])
+        return _on_cpu(kernels.forward, plain.forward)(x, w)
 
     def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        kernel = weight_gradient_kernel(geometry, x.shape[3], dy.shape[3])
-        return _on_cpu(kernel, plain.weight_gradient)(x, dy)
+        kernels = choose_kernels(geometry, x.shape[3], dy.shape[3])
+        return _on_cpu(kernels.weight_gradient, plain.weight_gradient)(x, dy)
 
     def input_gradient(dy: jax.Array, w: jax.Array) -> jax.Array:
-        kernel = input_gradient_kernel(geometry, *w.shape[2:])
-        return _on_cpu(kernel, plain.input_gradient)(dy, w)
+        kernels = choose_kernels(geometry, *w.shape[2:])
+        return _on_cpu(kernels.input_gradient, plain.input_gradient)(dy, w)
 
     return Passes(forward, weight_gradient, input_gradient)
 

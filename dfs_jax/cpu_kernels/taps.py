@@ -35,7 +35,7 @@ def strided_forward(x: jax.Array, w: jax.Array) -> jax.Array:
     matrix = w.reshape(-1, w.shape[3])
 
     def some_images(x: jax.Array) -> jax.Array:
-        unfolded = _unfold_strided(x)
+        unfolded = jnp.concatenate(shifts(x, 2), axis=-1)
         return (unfolded @ matrix).reshape(*unfolded.shape[:3], -1)
 
     return map_chunks(some_images, x, _chunk_size(x, 3 * w.shape[2]))
@@ -46,7 +46,7 @@ def strided_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     channels, features = x.shape[-1], dy.shape[-1]
 
     def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _contract_pixels(_unfold_strided(x), dy)
+        return _contract_pixels(jnp.concatenate(shifts(x, 2), axis=-1), dy)
 
     total = sum_chunks(some_images, x, dy, _chunk_size(x, 3 * channels))
     return total.reshape(3, 3, channels, features)
@@ -55,19 +55,36 @@ def strided_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 def strided_input_gradient(dy: jax.Array, w: jax.Array, sides: tuple[int, int]) -> jax.Array:
     """Returns the input's gradient, of those sides, for stride 2 and padding 1.
 
-    One matrix product gives what each output owes to its nine inputs. In each direction the inputs
-    at even places have one output, under the kernel's middle; those at odd places have two.
+    One matrix product gives what each output owes to its nine inputs.
     """
     channels = w.shape[2]
     matrix = w.transpose(3, 0, 1, 2).reshape(w.shape[3], -1)
 
     def some_images(dy: jax.Array) -> jax.Array:
-        owed = (dy @ matrix).reshape(*dy.shape[:3], 3, 3, channels)
-        rows = _interleave(owed[..., 1, :, :], owed[..., 2, :, :], owed[..., 0, :, :], axis=1)
-        dx = _interleave(rows[..., 1, :], rows[..., 2, :], rows[..., 0, :], axis=2)
-        return dx[:, : sides[0], : sides[1]]
+        return add_strided((dy @ matrix).reshape(*dy.shape[:3], 3, 3, channels), sides)
 
     return map_chunks(some_images, dy, _chunk_size(dy, 9 * channels))
+
+
+def add_strided(owed: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    """Adds up what outputs owe to inputs, `[batch, height, width, 3, 3, in]`, for stride 2.
+
+    In each direction the inputs at even places have one output, under the kernel's middle; those at
+    odd places have two.
+    """
+    rows = _interleave(owed[..., 1, :, :], owed[..., 2, :, :], owed[..., 0, :, :], axis=1)
+    dx = _interleave(rows[..., 1, :], rows[..., 2, :], rows[..., 0, :], axis=2)
+    return dx[:, : sides[0], : sides[1]]
+
+
+def shifts(x: jax.Array, stride: int) -> list[jax.Array]:
+    """Returns the nine images that the taps see, row by row, for padding 1."""
+    height, width, padded = x.shape[1], x.shape[2], _pad(_pad(x, axis=1), axis=2)
+    return [
+        padded[:, i : i + height : stride, j : j + width : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
 
 
 def _interleave(even: jax.Array, here: jax.Array, after: jax.Array, *, axis: int) -> jax.Array:
@@ -83,13 +100,6 @@ def _columns(x: jax.Array) -> jax.Array:
     width, padded = x.shape[2], _pad(x, axis=2)
     shifts = [padded[:, :, j : j + width] for j in range(3)]
     return jnp.concatenate(shifts, axis=-1).reshape(-1, 3 * x.shape[3])
-
-
-def _unfold_strided(x: jax.Array) -> jax.Array:
-    """Returns the nine inputs of each output: `[batch, height / 2, width / 2, 9 * channels]`."""
-    height, width, padded = x.shape[1], x.shape[2], _pad(_pad(x, axis=1), axis=2)
-    taps = [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
-    return jnp.concatenate(taps, axis=-1)
 
 
 def _contract_pixels(x: jax.Array, y: jax.Array) -> jax.Array:

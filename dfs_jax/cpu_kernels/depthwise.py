@@ -1,0 +1,38 @@
+"""Depthwise 3x3 convolutions of padding 1: nine shifted images, each times its tap, added.
+
+Every channel has a kernel of its own, so there is nothing to multiply as matrices.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dfs_jax.cpu_kernels.chunks import sum_chunks
+from dfs_jax.cpu_kernels.taps import add_strided, shifts
+
+
+def forward(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
+    """Returns the convolution of `x` `[batch, height, width, in]` with `w` `[3, 3, 1, in]`."""
+    products = [image * tap for image, tap in zip(shifts(x, stride), w.reshape(9, -1), strict=True)]
+    return sum(products[1:], products[0])
+
+
+def weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
+    """Returns the kernel's gradient `[3, 3, 1, in]`.
+
+    Image by image, each tap's products are added where they lie, and over the pixels in the end:
+    XLA's reduction over pixels is many times slower than such an addition.
+    """
+
+    def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jnp.stack([(image * dy).sum(0) for image in shifts(x, stride)])
+
+    return sum_chunks(some_images, x, dy, 1).sum((1, 2)).reshape(3, 3, 1, -1)
+
+
+def input_gradient(dy: jax.Array, w: jax.Array, stride: int, sides: tuple[int, int]) -> jax.Array:
+    """Returns the gradient of an input of those sides."""
+    if stride == 1:
+        return forward(dy, w[::-1, ::-1], 1)
+    return add_strided(dy[..., None, None, :] * w[:, :, 0], sides)
