@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.training.checkpoint import Checkpoints, leaf_checksums
+from dfs_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, leaf_checksums
 from dfs_jax.types import UserError
 
 
@@ -93,9 +93,14 @@ def test_nothing_saved_restores_nothing(checkpoints):
     assert checkpoints.restore_latest(target_of(make_state(0))) is None
 
 
+@pytest.mark.parametrize("has_manifest", [True, False])  # False: killed just after the save
 @pytest.mark.parametrize("harm", [flip_bytes, truncate])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(checkpoints, tmp_path, caplog, harm):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    checkpoints, tmp_path, caplog, harm, has_manifest
+):
     save_all(checkpoints, {1: 0.1, 2: 0.2, 3: 0.3})
+    if not has_manifest:
+        (tmp_path / "checkpoints" / "3" / "files.json").unlink()
     harm(tmp_path, 3)
     again = Checkpoints(tmp_path)
     restored, step = again.restore_latest(target_of(make_state(0)))
@@ -106,6 +111,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(checkpoints, tmp_
     assert (tmp_path / "damaged_checkpoints" / "3").is_dir()
     again.save(make_state(3), 3, 0.3)  # its step can be reached, and saved, again
     assert Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))[1] == 3
+
+
+@pytest.mark.parametrize("harm", [flip_bytes, truncate])
+def test_a_damaged_checkpoint_is_seen_before_other_libraries_read_it(
+    checkpoints, tmp_path, monkeypatch, harm
+):
+    save_all(checkpoints, {1: 0.1})
+    harm(tmp_path, 1)
+    again = Checkpoints(tmp_path, read_only=True)
+    monkeypatch.setattr(again, "_manager", None)  # any use of it would fail otherwise
+    with pytest.raises(DamagedCheckpoint, match=r"step 1 is damaged .* of its files changed"):
+        again._restore(1, target_of(make_state(0)))
 
 
 def test_when_all_are_damaged_the_run_does_not_start_over_unasked(checkpoints, tmp_path):

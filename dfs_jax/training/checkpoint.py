@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ from dfs_jax.types import PyTree, UserError
 
 DIRECTORY = "checkpoints"
 DAMAGED_DIRECTORY = "damaged_checkpoints"
+MANIFEST = "files.json"
 LATEST_TO_KEEP = 2
 OVERHEAD_BYTES = 2**20  # names, shapes and block rounding of some hundred small files
 NEVER_BEST = -math.inf
@@ -69,6 +72,7 @@ class Checkpoints:
                 metrics={"score": score},
             )
             self._manager.wait_until_finished()
+            _write_manifest(self._directory / str(step))
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self._directory} "
@@ -145,6 +149,7 @@ class Checkpoints:
             raise UserError(f"cannot write to {self._directory}: {first_line(error)}") from error
 
     def _restore(self, step: int, target: PyTree) -> PyTree:
+        _check_files(self._directory / str(step))
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), document=ocp.args.JsonRestore()
         )
@@ -221,6 +226,45 @@ def leaf_checksums(state: PyTree) -> dict[str, int]:
         jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
         for path, leaf in leaves
     }
+
+
+def file_checksums(directory: Path) -> dict[str, int]:
+    """Returns the CRC-32 of every file below `directory` but the manifest, by its path there."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes())
+        for path in files
+        if path.name != MANIFEST
+    }
+
+
+def _write_manifest(directory: Path) -> None:
+    """Notes the checksums of a finished checkpoint's files; a run killed before has none."""
+    text = json.dumps(file_checksums(directory))
+    temporary = directory / f"{MANIFEST}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, directory / MANIFEST)
+
+
+def _check_files(directory: Path) -> None:
+    """Raises DamagedCheckpoint if files changed: libraries that read those print many tracebacks.
+
+    The checksums of the leaves are what counts; a checkpoint without a manifest has them too.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        expected = {MANIFEST: None}
+    found = file_checksums(directory)
+    wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+    if wrong:
+        raise DamagedCheckpoint(
+            f"the checkpoint of step {directory.name} is damaged "
+            f"({len(wrong)} of its files changed, {wrong[0]} among them)"
+        )
 
 
 def first_line(error: BaseException) -> str:
