@@ -164,7 +164,13 @@ CHOICES = [
     (3, 1, 1, (8, 6), 32, 64, False, (winograd, taps, winograd)),
     (3, 1, 1, (8, 6), 3, 64, False, (None, taps, None)),
     (3, 1, 1, (7, 7), 64, 64, False, (None, taps, None)),
-    (3, 2, 1, (7, 8), 16, 32, False, (taps, taps, taps)),
+    (3, 1, 1, (8, 6), 63, 32, False, (None, taps, None)),
+    (3, 1, 1, (64, 64), 64, 64, False, (winograd, taps, winograd)),
+    (3, 1, 1, (128, 128), 64, 64, False, (None, taps, None)),
+    (3, 1, 1, (130, 128), 64, 64, False, (None, None, None)),
+    (3, 2, 1, (130, 128), 64, 64, False, (None, None, None)),
+    (3, 2, 1, (7, 8), 64, 64, False, (taps, taps, taps)),
+    (3, 2, 1, (7, 8), 32, 16, False, (None, taps, taps)),
     (3, 2, 1, (7, 8), 3, 32, False, (None, None, None)),
     (3, 3, 1, (7, 8), 32, 32, False, (None, None, None)),
     (1, 2, 0, (7, 8), 3, 5, False, (pointwise, pointwise, pointwise)),
@@ -207,7 +213,7 @@ SWITCHED_OFF = layer_and_pool(
 )
 SHAPES = [
     jax.ShapeDtypeStruct((4, 8, 8, 37), jnp.float32),
-    jax.ShapeDtypeStruct((3, 3, 37, 41), jnp.float32),
+    jax.ShapeDtypeStruct((3, 3, 37, 67), jnp.float32),
 ]
 
 
@@ -244,13 +250,13 @@ def test_a_symbolic_batch_switches_them_off():
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, 8, 8, 37), jnp.float32)
     exported = export.export(jax.jit(OURS), platforms=["cpu"])(images, SHAPES[1])
-    x, w = random(2, 8, 8, 37, dtype=np.float32), random(3, 3, 37, 41, dtype=np.float32)
+    x, w = random(2, 8, 8, 37, dtype=np.float32), random(3, 3, 37, 67, dtype=np.float32)
     assert operations(exported.mlir_module())["convolution"] == 3
     assert_close(exported.call(x, w), SWITCHED_OFF(x, w), 1e-6)
 
 
 def test_what_the_kernels_do_not_cover_is_xlas():
-    w = random(3, 3, 37, 41, dtype=np.float32)
+    w = random(3, 3, 37, 67, dtype=np.float32)
     x = random(2, 8, 8, 37, dtype=np.float32)
     others = [
         (x, w, {"rhs_dilation": (2, 2)}),
@@ -300,7 +306,7 @@ def test_pooling_passes_what_is_not_a_number_on():
 
 
 def test_bfloat16_is_computed_in_float32():
-    x, w = random(2, 8, 8, 37, dtype=jnp.bfloat16), random(3, 3, 37, 41, dtype=jnp.bfloat16)
+    x, w = random(2, 8, 8, 37, dtype=jnp.bfloat16), random(3, 3, 37, 67, dtype=jnp.bfloat16)
     conv = functools.partial(
         PartitionedConv(), window_strides=(1, 1), padding=PADDED, dimension_numbers=DIMENSIONS
     )
@@ -313,4 +319,5 @@ def test_bfloat16_is_computed_in_float32():
     y = jax.jit(conv)(x, w)
     assert y.dtype == jnp.bfloat16
     exact = convolve(x.astype(np.float32), w.astype(np.float32))
-    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+    one_step = 2.0**-7  # what rounding to bfloat16 may turn the last bits of float32 into
+    np.testing.assert_allclose(y.astype(np.float32), exact, rtol=one_step)
