@@ -168,11 +168,13 @@ def _geometry(convolve: functools.partial, x: jax.Array, w: jax.Array) -> Geomet
         return None
     if groups != 1 and not depthwise:
         return None
-    strides, padding, sides = tuple(options["window_strides"]), options["padding"], x.shape[1:3]
+    strides, padding = tuple(options["window_strides"]), options["padding"]
+    sides = x.shape[1], x.shape[2]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, w.shape[:2], strides, padding)
-    down, across = (tuple(ends) for ends in padding)
-    return Geometry(w.shape[:2], strides, (down, across), sides, depthwise)
+    (top, bottom), (left, right) = padding
+    height, width, _, _ = w.shape
+    return Geometry((height, width), strides, ((top, bottom), (left, right)), sides, depthwise)
 
 
 def _has_cpu_type(x: jax.Array, w: jax.Array, options: dict[str, Any]) -> bool:

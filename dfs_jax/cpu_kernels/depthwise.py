@@ -14,8 +14,8 @@ from dfs_jax.cpu_kernels.taps import add_strided, shifts
 
 def forward(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
     """Returns the convolution of `x` `[batch, height, width, in]` with `w` `[3, 3, 1, in]`."""
-    products = [image * tap for image, tap in zip(shifts(x, stride), w.reshape(9, -1), strict=True)]
-    return sum(products[1:], products[0])
+    first, *others = zip(shifts(x, stride), w.reshape(9, -1), strict=True)
+    return sum((image * tap for image, tap in others), first[0] * first[1])
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
