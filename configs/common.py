@@ -52,6 +52,10 @@ def get_config(method: str = "dfs") -> Any:
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "vgg7"  # or your own "package.module:attribute"; so fork, loss and data
+    # How vgg, resnet and msdnet run; what they compute is the same. Off, the backward pass computes
+    # what nothing trains too, and a CPU takes XLA's own kernels (as several devices always do).
+    config.model.partitioned_backward = placeholder(bool)
+    config.model.cpu_kernels = placeholder(bool)
     config.model.width = placeholder(int)  # resnet, vgg, vit
     config.model.stem = placeholder(str)  # resnet, msdnet: "cifar" or "imagenet"
     config.model.num_exits = placeholder(int)  # msdnet, as all of the following

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.cpu_kernels import Geometry, Passes, fast_passes
+from dfs_jax.cpu_kernels import Geometry, Passes, fast_passes, max_pool_2x2
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import UserError
 
@@ -152,6 +152,43 @@ class PartitionedDot:
         )
         axes = lhs_axes[0], rhs_axes[0]
         return _partitioned(_plain_passes(multiply, lhs, rhs, axes), self.live, axes, lhs, rhs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model's layers run; what they compute is the same either way.
+
+    Every layer that reads a forked feature asks here for its function, and gets None, Flax's own,
+    where both switches are off.
+
+    Args:
+      partitioned_backward: leave out the gradient of channels that train nothing.
+      cpu_kernels: use this package's own kernels where the program runs on a CPU.
+
+    Example:
+      >>> Execution().conv(((0, 2),))
+      PartitionedConv(live=((0, 2),), cpu_kernels=True)
+      >>> Execution(partitioned_backward=False, cpu_kernels=False).conv(((0, 2),)) is None
+      True
+    """
+
+    partitioned_backward: bool = True
+    cpu_kernels: bool = True
+
+    def conv(self, live: LiveChannels = None) -> PartitionedConv | None:
+        """Returns `nn.Conv`'s `conv_general_dilated` for an input with these live channels."""
+        live = live if self.partitioned_backward else None
+        needed = live is not None or self.cpu_kernels
+        return PartitionedConv(live, self.cpu_kernels) if needed else None
+
+    def dot(self, live: LiveChannels = None) -> PartitionedDot | None:
+        """Returns `nn.Dense`'s `dot_general` for an input with these live channels."""
+        needed = live is not None and self.partitioned_backward
+        return PartitionedDot(live) if needed else None
+
+    def max_pool_2x2(self, x: jax.Array) -> jax.Array:
+        """Returns the largest of every 2x2 pixels of `x` `[batch, height, width, channels]`."""
+        return max_pool_2x2(x, cpu_kernels=self.cpu_kernels)
 
 
 def _geometry(convolve: functools.partial, x: jax.Array, w: jax.Array) -> Geometry | None:

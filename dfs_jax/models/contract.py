@@ -15,6 +15,7 @@ from flax import linen as nn
 from dfs_jax.forks import Fork
 from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.evaluation_by_parts import evaluate_by_parts
+from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
 
@@ -80,6 +81,24 @@ class MultiExitModel(nn.Module):
     ) -> ExitOutputs:
         """Runs every exit on `images` `[batch, height, width, channels]`; by default unforked."""
         return run_exits(self, images, fork or PlainFork(), train=train)
+
+
+class ConvolutionalModel(MultiExitModel):
+    """Base of the backbones whose convolutions read a forked feature.
+
+    Attributes:
+      partitioned_backward: leave out the gradient of channels that train nothing (else the naive
+        graph computes it, then drops it); the results are equal.
+      cpu_kernels: use this package's own kernels where the program runs on a CPU.
+    """
+
+    partitioned_backward: bool = True
+    cpu_kernels: bool = True
+
+    @property
+    def execution(self) -> Execution:
+        """How the layers run."""
+        return Execution(self.partitioned_backward, self.cpu_kernels)
 
 
 def run_exits(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dfs_jax.layers import BatchNorm, conv_init, stem_pool
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.models.msdnet_plan import (
     Block,
@@ -20,6 +20,7 @@ from dfs_jax.models.msdnet_plan import (
     check_name,
     plan_blocks,
 )
+from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
@@ -37,17 +38,18 @@ class ConvNorm(nn.Module):
       kernel: side of the kernel, odd; half of it is padded on each side.
       stride: of the convolution.
       use_bias: whether the convolution has a bias.
+      execution: how the layers run.
     """
 
     features: int
     kernel: int = 3
     stride: int = 1
     use_bias: bool = False
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        del live  # a hint for a convolution with a cheaper backward pass
         conv = nn.Conv(
             self.features,
             (self.kernel, self.kernel),
@@ -55,6 +57,7 @@ class ConvNorm(nn.Module):
             padding=self.kernel // 2,
             use_bias=self.use_bias,
             kernel_init=conv_init,
+            conv_general_dilated=self.execution.conv(live),
             name="conv",
         )
         return nn.relu(BatchNorm(name="norm")(conv(x), train=train))
@@ -66,16 +69,19 @@ class BottleneckConv(nn.Module):
     Attributes:
       plan: channels of both.
       stride: of the 3x3.
+      execution: how the layers run.
     """
 
     plan: Bottleneck
     stride: int = 1
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        x = ConvNorm(self.plan.hidden, kernel=1, name="narrow")(x, live, train=train)
-        return ConvNorm(self.plan.features, stride=self.stride, name="wide")(x, train=train)
+        conv = functools.partial(ConvNorm, execution=self.execution)
+        x = conv(self.plan.hidden, kernel=1, name="narrow")(x, live, train=train)
+        return conv(self.plan.features, stride=self.stride, name="wide")(x, train=train)
 
 
 class FirstLayer(nn.Module):
@@ -84,25 +90,27 @@ class FirstLayer(nn.Module):
     Attributes:
       channels: of each scale, finest first.
       stem: what makes the finest: "cifar" a 3x3; "imagenet" a 7x7/2 (with a bias) and max-pool/2.
+      execution: how the layers run.
     """
 
     channels: tuple[int, ...]
     stem: str
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Scales:
         """Maps images `[batch, height, width, 3]` to scales, each `[batch, h, w, channels]`."""
         finest, *coarser = self.channels
+        conv = functools.partial(ConvNorm, execution=self.execution)
         if self.stem == "cifar":
-            x = ConvNorm(finest, name="scale1")(images, train=train)
+            x = conv(finest, name="scale1")(images, train=train)
         else:
-            stem = ConvNorm(finest, kernel=7, stride=2, use_bias=True, name="scale1")
+            stem = conv(finest, kernel=7, stride=2, use_bias=True, name="scale1")
             x = stem(images, train=train)
             x = stem_pool(x)
         scales = [x]
         for s, channels in enumerate(coarser, start=2):
-            conv = ConvNorm(channels, stride=2, name=f"scale{s}")
-            scales.append(conv(scales[-1], train=train))
+            scales.append(conv(channels, stride=2, name=f"scale{s}")(scales[-1], train=train))
         return tuple(scales)
 
 
@@ -112,10 +120,12 @@ class GrowingScale(nn.Module):
     Attributes:
       down: reads the finer scale; None where there is none to read.
       same: reads this one.
+      execution: how the layers run.
     """
 
     down: Bottleneck | None
     same: Bottleneck
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -124,8 +134,10 @@ class GrowingScale(nn.Module):
         """Appends channels to `x`; `live` are those of `x` that can carry gradient."""
         parts = [x]
         if self.down is not None and finer is not None:
-            parts.append(BottleneckConv(self.down, stride=2, name="down")(finer, train=train))
-        parts.append(BottleneckConv(self.same, name="same")(x, live, train=train))
+            down = BottleneckConv(self.down, 2, self.execution, name="down")
+            parts.append(down(finer, train=train))
+        same = BottleneckConv(self.same, 1, self.execution, name="same")
+        parts.append(same(x, live, train=train))
         return jnp.concatenate(parts, axis=-1)
 
 
@@ -134,16 +146,20 @@ class MSDNetLayer(nn.Module):
 
     Attributes:
       plan: how each kept scale grows.
+      execution: how the layers run.
     """
 
     plan: Layer
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
         """Maps scales to the kept ones; `live` belongs to the coarsest, finer ones are all live."""
         dropped, grown = len(scales) - len(self.plan.scales), []
         for j, growth in enumerate(self.plan.scales, start=dropped):
-            scale = GrowingScale(growth.down, growth.same, name=f"scale{growth.scale}")
+            scale = GrowingScale(
+                growth.down, growth.same, self.execution, name=f"scale{growth.scale}"
+            )
             finer = scales[j - 1] if growth.down is not None else None
             grown.append(scale(scales[j], finer, _at_scale(j, scales, live), train=train))
         return tuple(grown)
@@ -154,15 +170,17 @@ class MSDNetTransition(nn.Module):
 
     Attributes:
       plan: channels of each.
+      execution: how the layers run.
     """
 
     plan: Transition
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
         """Maps scales to narrower ones; `live` belongs to the coarsest, finer ones are all live."""
         return tuple(
-            ConvNorm(mix.features, kernel=1, name=f"scale{mix.scale}")(
+            ConvNorm(mix.features, 1, execution=self.execution, name=f"scale{mix.scale}")(
                 x, _at_scale(j, scales, live), train=train
             )
             for j, (mix, x) in enumerate(zip(self.plan.scales, scales, strict=True))
@@ -175,10 +193,12 @@ class MSDNetBlock(nn.Module):
     Attributes:
       plan: of the block.
       stem: see `FirstLayer`.
+      execution: how the layers run.
     """
 
     plan: Block
     stem: str
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -188,12 +208,11 @@ class MSDNetBlock(nn.Module):
         if isinstance(carry, tuple):
             scales = carry
         else:
-            scales = FirstLayer(self.plan.first, self.stem, name="first")(carry, train=train)
+            first = FirstLayer(self.plan.first, self.stem, self.execution, name="first")
+            scales = first(carry, train=train)
         for step, step_live in zip(self.plan.steps, self.plan.live(live)[:-1], strict=True):
-            if isinstance(step, Layer):
-                module = MSDNetLayer(step, name=step.name)
-            else:
-                module = MSDNetTransition(step, name=step.name)
+            kind = MSDNetLayer if isinstance(step, Layer) else MSDNetTransition
+            module = kind(step, self.execution, name=step.name)
             scales = module(scales, step_live, train=train)
         return scales
 
@@ -208,25 +227,32 @@ class MSDNetHead(nn.Module):
       width: channels of the convolutions.
       dropout: rate before the linear.
       adapted_width: width of the adapted feature; None for no adaptation layer.
+      execution: how the layers run.
     """
 
     num_classes: int
     width: int
     dropout: float
     adapted_width: int | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        x = ConvNorm(self.width, stride=2, name="conv1")(x, live, train=train)
-        x = ConvNorm(self.width, stride=2, name="conv2")(x, train=train)
+        conv = functools.partial(ConvNorm, self.width, stride=2, execution=self.execution)
+        x = conv(name="conv1")(x, live, train=train)
+        x = conv(name="conv2")(x, train=train)
         pooled = PooledLinearHead(
-            self.num_classes, adapted_width=self.adapted_width, dropout=self.dropout, name="pooled"
+            self.num_classes,
+            adapted_width=self.adapted_width,
+            dropout=self.dropout,
+            execution=self.execution,
+            name="pooled",
         )
         return pooled(x, train=train)
 
 
-class MSDNet(MultiExitModel):
+class MSDNet(ConvolutionalModel):
     """Multi-scale dense network: exits read the coarsest of several densely connected scales.
 
     The carry is the tuple of scales that are kept, finest first; the feature, which alone is
@@ -307,8 +333,8 @@ class MSDNet(MultiExitModel):
         widths = [self.head_channels or block.features for block in self.plan]
         for i, (block, width) in enumerate(zip(self.plan, widths, strict=True)):
             adapted = widths[-1] if self.adapt_features and i < len(widths) - 1 else None
-            head = MSDNetHead(self.num_classes, width, self.head_dropout, adapted)
-            setattr(self, f"block{i + 1}", MSDNetBlock(block, self.stem))
+            head = MSDNetHead(self.num_classes, width, self.head_dropout, adapted, self.execution)
+            setattr(self, f"block{i + 1}", MSDNetBlock(block, self.stem, self.execution))
             setattr(self, f"head{i + 1}", head)
 
     def block(

@@ -8,8 +8,9 @@ import jax
 from flax import linen as nn
 
 from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init, stem_pool
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
+from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
@@ -25,17 +26,24 @@ class Stem(nn.Module):
     Attributes:
       features: output channels.
       kind: "cifar" or "imagenet".
+      execution: how the layers run.
     """
 
     features: int
     kind: str
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[batch, height, width, 3]` to `[batch, height', width', features]`."""
         if self.kind == "cifar":
-            x = Conv3x3(self.features, use_bias=False, name="conv")(x)
-            return nn.relu(BatchNorm(name="norm")(x, train=train))
+            conv = Conv3x3(
+                self.features,
+                use_bias=False,
+                conv_general_dilated=self.execution.conv(),
+                name="conv",
+            )
+            return nn.relu(BatchNorm(name="norm")(conv(x), train=train))
         conv = nn.Conv(
             self.features, (7, 7), 2, padding=3, use_bias=False, kernel_init=conv_init, name="conv"
         )
@@ -56,36 +64,44 @@ class ResidualBlock(nn.Module):
       features: channels of the 3x3 convolutions.
       stride: of the block.
       bottleneck: which of the two.
+      execution: how the layers run.
     """
 
     features: int
     stride: int = 1
     bottleneck: bool = False
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', channels']`."""
-        del live  # a hint for convolutions with a cheaper backward pass
         residual, convs = x, self._convolutions()
         for j, conv in enumerate(convs, start=1):
-            residual = BatchNorm(name=f"norm{j}")(conv(name=f"conv{j}")(residual), train=train)
+            convolve = self.execution.conv(None if j > 1 else live)
+            conv = conv(use_bias=False, conv_general_dilated=convolve, name=f"conv{j}")
+            residual = BatchNorm(name=f"norm{j}")(conv(residual), train=train)
             residual = nn.relu(residual) if j < len(convs) else residual
-        return nn.relu(residual + self._shortcut(x, residual.shape[-1], train=train))
+        return nn.relu(residual + self._shortcut(x, live, residual.shape[-1], train=train))
 
     def _convolutions(self) -> list[functools.partial[nn.Conv]]:
-        strided = functools.partial(Conv3x3, self.features, strides=self.stride, use_bias=False)
+        strided = functools.partial(Conv3x3, self.features, strides=self.stride)
         if not self.bottleneck:
-            return [strided, functools.partial(Conv3x3, self.features, use_bias=False)]
-        return [
-            functools.partial(Conv1x1, self.features, use_bias=False),
-            strided,
-            functools.partial(Conv1x1, EXPANSION * self.features, use_bias=False),
-        ]
+            return [strided, functools.partial(Conv3x3, self.features)]
+        narrow = functools.partial(Conv1x1, self.features)
+        return [narrow, strided, functools.partial(Conv1x1, EXPANSION * self.features)]
 
-    def _shortcut(self, x: jax.Array, channels: int, *, train: bool) -> jax.Array:
+    def _shortcut(
+        self, x: jax.Array, live: LiveChannels, channels: int, *, train: bool
+    ) -> jax.Array:
         if self.stride == 1 and x.shape[-1] == channels:
             return x
-        conv = Conv1x1(channels, strides=self.stride, use_bias=False, name="shortcut_conv")
+        conv = Conv1x1(
+            channels,
+            strides=self.stride,
+            use_bias=False,
+            conv_general_dilated=self.execution.conv(live),
+            name="shortcut_conv",
+        )
         return BatchNorm(name="shortcut_norm")(conv(x), train=train)
 
 
@@ -98,6 +114,7 @@ class Stage(nn.Module):
       stride: of the first block.
       bottleneck: kind of the blocks.
       stem: "cifar" or "imagenet" before the first stage, else None.
+      execution: how the layers run.
     """
 
     features: int
@@ -105,15 +122,20 @@ class Stage(nn.Module):
     stride: int
     bottleneck: bool
     stem: str | None = None
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', channels']`."""
         if self.stem is not None:
-            x = Stem(self.features, self.stem, name="stem")(x, train=train)
+            x = Stem(self.features, self.stem, self.execution, name="stem")(x, train=train)
         for j in range(self.num_blocks):
             block = ResidualBlock(
-                self.features, 1 if j else self.stride, self.bottleneck, name=f"residual{j + 1}"
+                self.features,
+                1 if j else self.stride,
+                self.bottleneck,
+                self.execution,
+                name=f"residual{j + 1}",
             )
             x = block(x, None if j else live, train=train)
         return x
@@ -127,19 +149,22 @@ class SeparableConv(nn.Module):
     Attributes:
       features: output channels.
       stride: of the first depthwise convolution.
+      execution: how the layers run.
     """
 
     features: int
     stride: int = 2
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
         channels = x.shape[-1]
-        depthwise = functools.partial(Conv3x3, channels, feature_group_count=channels)
+        options = {"use_bias": False, "conv_general_dilated": self.execution.conv()}
+        depthwise = functools.partial(Conv3x3, channels, feature_group_count=channels, **options)
         for j, (features, stride) in enumerate([(channels, self.stride), (self.features, 1)], 1):
-            x = depthwise(strides=stride, use_bias=False, name=f"depthwise{j}")(x)
-            x = Conv1x1(features, use_bias=False, name=f"pointwise{j}")(x)
+            x = depthwise(strides=stride, name=f"depthwise{j}")(x)
+            x = Conv1x1(features, name=f"pointwise{j}", **options)(x)
             x = nn.relu(BatchNorm(name=f"norm{j}")(x, train=train))
         return x
 
@@ -151,12 +176,18 @@ class AttentionGate(nn.Module):
 
     The mask is resized bilinearly with half-pixel centres to the feature's size, which is twice its
     own where the feature's sides are even.
+
+    Attributes:
+      execution: how the layers run.
     """
+
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Gates `x` `[batch, height, width, channels]`."""
-        mask = SeparableConv(x.shape[-1], name="separable")(x, train=train)
+        separable = SeparableConv(x.shape[-1], execution=self.execution, name="separable")
+        mask = separable(x, train=train)
         mask = nn.relu(BatchNorm(name="norm")(mask, train=train))
         return x * nn.sigmoid(jax.image.resize(mask, x.shape, "bilinear"))
 
@@ -170,24 +201,31 @@ class AttentionHead(nn.Module):
       num_classes: width of the logits.
       num_reductions: how many separable convolutions, one for each stage that the exit leaves out.
       adapt: whether there is an adaptation layer.
+      execution: how the layers run.
     """
 
     num_classes: int
     num_reductions: int
     adapt: bool = False
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        del live  # a hint for convolutions with a cheaper backward pass
-        x = AttentionGate(name="gate")(x, train=train)
+        del live  # a depthwise convolution comes first, which has nothing to leave out
+        execution = self.execution
+        x = AttentionGate(execution, name="gate")(x, train=train)
         for j in range(1, self.num_reductions + 1):
-            x = SeparableConv(2 * x.shape[-1], name=f"reduction{j}")(x, train=train)
+            reduction = SeparableConv(2 * x.shape[-1], execution=execution, name=f"reduction{j}")
+            x = reduction(x, train=train)
         width = x.shape[-1] if self.adapt else None
-        return PooledLinearHead(self.num_classes, adapted_width=width, name="pooled")(x)
+        pooled = PooledLinearHead(
+            self.num_classes, adapted_width=width, execution=execution, name="pooled"
+        )
+        return pooled(x)
 
 
-class ResNet(MultiExitModel):
+class ResNet(ConvolutionalModel):
     """ResNet: a stem and stages of residual blocks, an exit after each stage.
 
     Stage s has 2^s times `width` channels (times `EXPANSION` outside bottleneck blocks) and halves
@@ -236,11 +274,12 @@ class ResNet(MultiExitModel):
                 stride=2 if i else 1,
                 bottleneck=self.bottleneck,
                 stem=None if i else self.stem,
+                execution=self.execution,
             )
             head = (
-                AttentionHead(self.num_classes, last - i, self.adapt_features)
+                AttentionHead(self.num_classes, last - i, self.adapt_features, self.execution)
                 if i < last
-                else PooledLinearHead(self.num_classes)
+                else PooledLinearHead(self.num_classes, execution=self.execution)
             )
             setattr(self, f"block{i + 1}", stage)
             setattr(self, f"head{i + 1}", head)

@@ -8,8 +8,9 @@ import jax
 from flax import linen as nn
 
 from dfs_jax.layers import BatchNorm, Conv3x3
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
+from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
@@ -21,22 +22,26 @@ class ConvBlock(nn.Module):
       features: output channels.
       use_bias: whether the convolution has a bias.
       pool: whether the map is halved at the end.
+      execution: how the layers run.
     """
 
     features: int
     use_bias: bool = False
     pool: bool = False
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        del live  # a hint for layers with a cheaper backward pass
-        x = Conv3x3(self.features, use_bias=self.use_bias, name="conv")(x)
+        convolve = self.execution.conv(live)
+        x = Conv3x3(
+            self.features, use_bias=self.use_bias, conv_general_dilated=convolve, name="conv"
+        )(x)
         x = BatchNorm(name="norm")(nn.relu(x), train=train)
-        return nn.max_pool(x, (2, 2), (2, 2)) if self.pool else x
+        return self.execution.max_pool_2x2(x) if self.pool else x
 
 
-class VGG(MultiExitModel):
+class VGG(ConvolutionalModel):
     """VGG: stages of 3x3 convolutions, each followed by an exit; a stage ends in a max-pool.
 
     Only the first convolution has a bias; heads pool globally and have none.
@@ -65,9 +70,14 @@ class VGG(MultiExitModel):
         widths = self._block_widths()
         ends = {sum(self.stage_sizes[: s + 1]) - 1 for s in range(len(self.stage_sizes))}
         for i, width in enumerate(widths):
-            block = ConvBlock(width, use_bias=i == 0, pool=i in ends)
+            block = ConvBlock(width, i == 0, i in ends, self.execution)
             adapted = widths[-1] if self.adapt_features and i < len(widths) - 1 else None
-            head = PooledLinearHead(self.num_classes, use_bias=False, adapted_width=adapted)
+            head = PooledLinearHead(
+                self.num_classes,
+                use_bias=False,
+                adapted_width=adapted,
+                execution=self.execution,
+            )
             setattr(self, f"block{i + 1}", block)
             setattr(self, f"head{i + 1}", head)
 

@@ -16,7 +16,7 @@ from dfs_jax.forks import Fork, create_fork
 from dfs_jax.interop import load_trunk
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
-from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
 from dfs_jax.training.config import options
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.sharding import check_batch_size, create_mesh, replicated
@@ -71,6 +71,7 @@ def build_experiment(config: Config) -> Experiment:
     dataset = dataset_from_config(config.data)
     augment = _create_augmentation(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
+    model = model_for_mesh(model, mesh)
     _check_shapes(model, fork, loss, dataset)
     sampler = TrainSampler(len(dataset.train.labels), config.batch_size, config.seed)
     schedule = create_schedule(
@@ -139,6 +140,15 @@ def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> Multi
     return create_model(
         section.name, num_classes=num_classes, adapt_features=adapt, **options(section)
     )
+
+
+def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:
+    """Returns the model as it runs on these devices: the CPU's kernels are for one of them.
+
+    They go through a batch chunk by chunk, for which several devices would gather all of it.
+    """
+    alone = mesh.size == 1 or not isinstance(model, ConvolutionalModel)
+    return model if alone else model.clone(cpu_kernels=False)
 
 
 def _create_augmentation(section: Config, mean: tuple[float, ...]) -> Augmentation:
