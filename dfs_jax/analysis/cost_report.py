@@ -50,7 +50,7 @@ def cost_report(config: Config) -> CostReport:
     """
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
-    num_classes, image_shape = _shape_of(config.data)
+    num_classes, image_shape = image_set_shape(config.data)
     model = model_from_config(config.model, loss, num_classes=num_classes)
     try:
         exits = [cost._asdict() for cost in exit_costs(model, image_shape)]
@@ -68,6 +68,15 @@ def cost_report(config: Config) -> CostReport:
         "speedup": {how: plain[how].total / forked[how].total for how in plain},
     }
     return {"exits": exits, "training_step": step}
+
+
+def image_set_shape(section: Config) -> DatasetShape:
+    """Returns the shape of the set in a section `data`; only one not well-known is read for it."""
+    shape = known_shape(section.name, section.image_size)
+    if shape is not None:
+        return shape
+    dataset = dataset_from_config(section)
+    return DatasetShape(dataset.num_classes, dataset.image_shape)
 
 
 def table_for_terminal(report: CostReport) -> str:
@@ -100,14 +109,6 @@ def _print_and_write(config: Config, output: str | None) -> None:
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
         written = write_whole(Path(output).absolute(), content.encode())
         program.say(f"wrote {written}")
-
-
-def _shape_of(section: Config) -> DatasetShape:
-    shape = known_shape(section.name, section.image_size)
-    if shape is not None:
-        return shape
-    dataset = dataset_from_config(section)
-    return DatasetShape(dataset.num_classes, dataset.image_shape)
 
 
 def _step_costs(

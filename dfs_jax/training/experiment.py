@@ -54,8 +54,12 @@ class Experiment(NamedTuple):
         return "train" if self.dataset.validation is None else "validation"
 
 
-def build_experiment(config: Config) -> Experiment:
+def build_experiment(config: Config, dataset: Dataset | None = None) -> Experiment:
     """Builds every part that `config` names; what can fail without the data set fails first.
+
+    Args:
+      config: of a run.
+      dataset: to use instead of the one that the config names.
 
     Raises:
       UserError: an unknown name, an option that its component lacks, a value out of range, a
@@ -68,7 +72,7 @@ def build_experiment(config: Config) -> Experiment:
     # Options are checked before the data, which takes its time, is read.
     _create_augmentation(config.data, mean=(0.0, 0.0, 0.0))
     model_from_config(config.model, loss, num_classes=2)
-    dataset = dataset_from_config(config.data)
+    dataset = dataset or dataset_from_config(config.data)
     augment = _create_augmentation(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     model = model_for_mesh(model, mesh)
