@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfs_jax.inference.scores import Measure, answer, max_softmax
 from dfs_jax.losses.deep_supervision import exit_cross_entropies
 
 
@@ -16,7 +17,8 @@ class ExitPredictions(NamedTuple):
     """What the exits say of n examples, shallow exit first.
 
     Attributes:
-      confidence: `[exits, n]` float32, the largest softmax probability.
+      confidence: `[exits, n]` float32, the largest softmax probability unless another measure of
+        `dfs_jax.inference.scores` was asked for.
       predicted: `[exits, n]` int32, the class of the largest logit (the first of equals).
       ensemble: `[n]` int32, the class of the largest mean over all exits, the last included, of
         their softmax probabilities.
@@ -40,12 +42,21 @@ class ExitPredictions(NamedTuple):
         return self.predicted == self.labels[None]
 
 
-def exit_predictions(logits: jax.Array, labels: jax.Array) -> ExitPredictions:
+def exit_predictions(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    measure: Measure = max_softmax,
+    temperatures: Sequence[float] | None = None,
+) -> ExitPredictions:
     """Reduces logits to what evaluation needs; pure JAX, made for the inside of a jitted step.
 
     Args:
       logits: `[exits, n, classes]`; softmax and cross-entropy are taken in float32.
       labels: `[n]`, whole numbers.
+      measure: what `confidence` is.
+      temperatures: one an exit, by which its logits are divided before anything is taken of them;
+        None for 1.
 
     Returns:
       `ExitPredictions` of jax arrays.
@@ -57,12 +68,17 @@ def exit_predictions(logits: jax.Array, labels: jax.Array) -> ExitPredictions:
       ([[0], [1]], [1])
     """
     logits = jnp.asarray(logits, jnp.float32)
-    probabilities = jax.nn.softmax(logits)
+    scales = [1.0] * len(logits) if temperatures is None else temperatures
+    history, exits = None, []
+    for i, temperature in zip(range(len(logits)), scales, strict=True):
+        answers, history = answer(measure, logits[i], temperature, history)
+        exits.append(answers)
+    probabilities, predicted, confidence = (jnp.stack(x) for x in zip(*exits, strict=True))
     return ExitPredictions(
-        confidence=jnp.max(probabilities, axis=-1),
-        predicted=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        confidence=confidence,
+        predicted=predicted,
         ensemble=jnp.argmax(jnp.mean(probabilities, axis=0), axis=-1).astype(jnp.int32),
-        loss=exit_cross_entropies(logits, labels),
+        loss=exit_cross_entropies(logits / jnp.asarray(scales)[:, None, None], labels),
         labels=jnp.asarray(labels, jnp.int32),
     )
 
