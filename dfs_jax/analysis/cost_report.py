@@ -12,9 +12,9 @@ from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.analysis.report import write_whole
 from dfs_jax.analysis.step_operations import StepCost, theoretical_step_cost, traced_step_cost
 from dfs_jax.data.shapes import DatasetShape, known_shape
+from dfs_jax.files import write_whole
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models.contract import MultiExitModel

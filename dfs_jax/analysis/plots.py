@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dfs_jax.analysis.report import Report, describe_evaluation, run_title, write_whole
+from dfs_jax.analysis.report import Report, describe_evaluation, run_title
+from dfs_jax.files import write_whole
 
 _SIZE_INCHES, _DOTS_PER_INCH = (10, 6.5), 120  # 1200 x 780 pixels
 _ENSEMBLE_COLOR = "#c2185b"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dfs_jax.analysis.flops import ExitCost
+from dfs_jax.files import write_whole
 from dfs_jax.inference.budgeted import budgeted_curve
 from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
 from dfs_jax.types import UserError
@@ -171,24 +171,6 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ..
         raise UserError(f"{path} is the page's own name: give the JSON file another suffix")
     page, data = render_markdown(report), json.dumps(report, indent=2, allow_nan=False)
     return write_whole(path, f"{data}\n".encode()), write_whole(page_path, page.encode())
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file and its missing directories so that the old content or all of the new is there.
-
-    Raises:
-      UserError: it could not be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} could not be written: {error.strerror}") from error
-    return path
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
