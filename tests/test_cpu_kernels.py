@@ -13,7 +13,16 @@ import pytest
 from flax import linen as nn
 from jax import export, lax
 
-from dfs_jax.cpu_kernels import chunks, depthwise, max_pool_2x2, pointwise, taps, winograd
+from dfs_jax.cpu_kernels import (
+    chunks,
+    compiler,
+    compiler_options,
+    depthwise,
+    max_pool_2x2,
+    pointwise,
+    taps,
+    winograd,
+)
 from dfs_jax.cpu_kernels.choice import Geometry, choose_kernels
 from dfs_jax.partitioned import PartitionedConv
 from tests.test_partitioned import DIMENSIONS, assert_close, gradients
@@ -321,3 +330,12 @@ def test_bfloat16_is_computed_in_float32():
     exact = convolve(x.astype(np.float32), w.astype(np.float32))
     one_step = 2.0**-7  # what rounding to bfloat16 may turn the last bits of float32 into
     np.testing.assert_allclose(y.astype(np.float32), exact, rtol=one_step)
+
+
+def test_compiler_options_are_those_that_xla_knows():
+    assert compiler_options("tpu") == compiler_options("gpu") == {}
+    assert not compiler._is_known((("xla_no_such_option", "1"),))
+    options = compiler_options("cpu")
+    doubled = jax.jit(lambda x: (2 * x).sum(), compiler_options=options)
+    assert doubled(jnp.ones(7)) == 14
+    assert compiler._is_known(tuple(options.items()))

@@ -5,7 +5,8 @@ be), in strided and in 1x1 convolutions, and in max-pooling. These here are writ
 put beside XLA's by `jax.lax.platform_dependent`, which decides when the program is lowered.
 """
 
+from dfs_jax.cpu_kernels.compiler import compiler_options
 from dfs_jax.cpu_kernels.passes import Geometry, Passes, fast_passes
 from dfs_jax.cpu_kernels.pooling import max_pool_2x2
 
-__all__ = ["Geometry", "Passes", "fast_passes", "max_pool_2x2"]
+__all__ = ["Geometry", "Passes", "compiler_options", "fast_passes", "max_pool_2x2"]

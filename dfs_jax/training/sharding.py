@@ -16,6 +16,11 @@ def create_mesh() -> Mesh:
     return jax.make_mesh((len(devices),), (DATA_AXIS,), (AxisType.Auto,), devices=devices)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """Returns what kind of devices these are: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError unless every device gets the same number of examples."""
     devices = mesh.shape[DATA_AXIS]
