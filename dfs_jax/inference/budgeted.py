@@ -95,13 +95,14 @@ def choose_thresholds(confidence: np.ndarray, p: float | Sequence[float]) -> np.
     if confidence.ndim != 2 or 0 in confidence.shape:
         raise ValueError(f"confidences must be [exits, examples], got shape {confidence.shape}")
     rows = [
-        _thresholds_for_one(confidence, exit_distribution(float(one), len(confidence)))
+        thresholds_for_shares(confidence, exit_distribution(float(one), len(confidence)))
         for one in np.ravel(p)
     ]
     return np.reshape(rows, (*np.shape(p), len(confidence)))
 
 
-def _thresholds_for_one(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def thresholds_for_shares(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Chooses thresholds `[exits]`, as `choose_thresholds` does, for any shares `[exits]`."""
     num_exits, n = confidence.shape
     thresholds = np.full(num_exits, NOBODY)
     left = np.ones(n, bool)
@@ -117,7 +118,9 @@ def _thresholds_for_one(confidence: np.ndarray, shares: np.ndarray) -> np.ndarra
     return thresholds
 
 
-def apply_thresholds(confidence: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+def apply_thresholds(
+    confidence: np.ndarray, thresholds: Sequence[float] | np.ndarray
+) -> np.ndarray:
     """Returns the exit that answers each example, `[n]` int, 0-based.
 
     It is the first whose threshold the example's confidence reaches (`>=`), or the last.

@@ -1,0 +1,174 @@
+"""When to stop: thresholds, what they are compared with, and what they were fitted on, in JSON.
+
+    {"version": 1,
+     "measure": "max_softmax",             one of `dfs_jax.inference.scores`
+     "thresholds": [0.93, null, 0.81],     one for each exit but the last; null: nobody leaves
+     "temperatures": [1.2, 1.1, 1.1, 1.0], one for each exit
+     "exit_shares": [0.4, 0.0, 0.3, 0.3],  who left where in the data it was fitted on, or null
+     "falls_back": true,                   whether the last exit may answer all, if that is faster
+     "fitted_on": {...}}                   anything that says where it comes from
+
+An example leaves at the first exit whose threshold its confidence reaches (`>=`), or at the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.files import write_whole
+from dfs_jax.inference.budgeted import EVERYBODY, NOBODY, apply_thresholds
+from dfs_jax.inference.scores import MEASURES, Measure
+from dfs_jax.types import UserError
+
+VERSION = 1
+FILE = "policy.json"
+# Recomputed in batches of another size, a confidence changes by less than this.
+ROUNDING = 1e-6
+_JSON_KINDS = {dict: "an object", bool: "true or false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """When an example has been looked at long enough.
+
+    Args:
+      thresholds: one for each exit but the last, None where nobody leaves.
+      measure: the name of the confidence that reaches them.
+      temperatures: one for each exit; none for 1 everywhere.
+      exit_shares: which share of the examples each exit answered where the policy was fitted.
+      falls_back: whether the whole network's last exit may answer instead where that is faster; no
+        for a policy whose guarantee it does not have.
+      fitted_on: what it was fitted on, as plain data.
+
+    Raises:
+      UserError: an unknown measure, numbers out of range, or counts that do not belong together.
+
+    Example:
+      >>> policy = Policy((0.9, None))
+      >>> policy.num_exits, policy.temperatures
+      (3, (1.0, 1.0, 1.0))
+      >>> policy.exits(np.array([[0.95, 0.5], [0.9, 0.9], [0.9, 0.9]])).tolist()
+      [0, 2]
+    """
+
+    thresholds: tuple[float | None, ...]
+    measure: str = "max_softmax"
+    temperatures: tuple[float, ...] = ()
+    exit_shares: tuple[float, ...] | None = None
+    falls_back: bool = True
+    fitted_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        exits = len(self.thresholds) + 1
+        temperatures = self.temperatures or (1.0,) * exits
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        object.__setattr__(self, "temperatures", tuple(temperatures))
+        MEASURES.resolve(self.measure)
+        _check("threshold", [t for t in self.thresholds if t is not None], low=-math.inf)
+        _check("temperature", temperatures, low=0, count=exits)
+        if self.exit_shares is not None:
+            object.__setattr__(self, "exit_shares", tuple(self.exit_shares))
+            _check("exit share", self.exit_shares, low=-ROUNDING, count=exits)
+
+    @property
+    def num_exits(self) -> int:
+        """How many exits the network has."""
+        return len(self.thresholds) + 1
+
+    @property
+    def measure_function(self) -> Measure:
+        """The measure that the policy names."""
+        return MEASURES.resolve(self.measure)
+
+    def all_thresholds(self) -> tuple[float, ...]:
+        """Returns one number for every exit: `NOBODY` for None, `EVERYBODY` at the last."""
+        return (*(NOBODY if t is None else float(t) for t in self.thresholds), EVERYBODY)
+
+    def leaves(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
+        """Returns who leaves at an exit (0-based), `[n]` bool, of those that have come to it."""
+        if exit_index == self.num_exits - 1:
+            return np.ones(len(confidence), bool)
+        return confidence >= np.float64(self.all_thresholds()[exit_index])
+
+    def is_close(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
+        """Returns whose decision at an exit rounding may turn round, `[n]` bool."""
+        if exit_index == self.num_exits - 1:
+            return np.zeros(len(confidence), bool)
+        return np.abs(confidence - self.all_thresholds()[exit_index]) <= ROUNDING
+
+    def exits(self, confidence: np.ndarray) -> np.ndarray:
+        """Returns the exit (0-based) that answers each example, `[n]`, given `[exits, n]`."""
+        return apply_thresholds(confidence, self.all_thresholds())
+
+    def to_json(self) -> str:
+        """Returns the policy as JSON."""
+        content = {"version": VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: Path) -> Path:
+        """Writes the policy as JSON: all of it or nothing."""
+        return write_whole(path, self.to_json().encode())
+
+
+def last_exit_only(num_exits: int) -> Policy:
+    """Returns the policy under which nobody leaves before the last exit.
+
+    >>> last_exit_only(3).thresholds
+    (None, None)
+    """
+    return Policy((None,) * (num_exits - 1))
+
+
+def read_policy(path: Path) -> Policy:
+    """Reads a policy from JSON.
+
+    Raises:
+      UserError: no such file, no JSON, a version that is not ours, missing or unknown fields, or
+        values that no policy can have.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the policy {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"the policy {path} is no JSON: {error}") from error
+    try:
+        return _from_content(content)
+    except UserError as error:
+        raise UserError(f"the policy {path}: {error}") from error
+
+
+def _from_content(content: Any) -> Policy:
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        version = content.get("version") if isinstance(content, dict) else None
+        raise UserError(f'its "version" is {version!r}, this program reads {VERSION}')
+    fields = {field.name for field in dataclasses.fields(Policy)}
+    given = set(content) - {"version"}
+    if given - fields or "thresholds" not in given:
+        raise UserError(
+            f"its fields are {', '.join(sorted(given))}: thresholds are needed, and "
+            f"{', '.join(sorted(fields))} are known"
+        )
+    for name in ("thresholds", "temperatures", "exit_shares"):
+        if not isinstance(content.get(name, []), list | None):
+            raise UserError(f"{name} must be a list, got {content[name]!r}")
+    for name, kind in (("fitted_on", dict), ("falls_back", bool)):
+        if not isinstance(content.get(name, kind()), kind):
+            raise UserError(f"{name} must be {_JSON_KINDS[kind]}, got {content[name]!r}")
+    return Policy(**{name: content[name] for name in given})
+
+
+def _check(what: str, values: Sequence[Any], *, low: float, count: int | None = None) -> None:
+    for value in values:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value <= low:
+            raise UserError(f"a {what} must be a finite number above {low}, got {value!r}")
+    if count is not None and len(values) != count:
+        raise UserError(f"{count - 1} thresholds go with {count} {what}s, got {len(values)}")

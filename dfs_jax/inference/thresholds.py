@@ -1,0 +1,247 @@
+"""Choosing thresholds: from a target for the mean cost, along a curve of ever cheaper policies.
+
+Costs are of any kind that adds up over stages: operations, seconds of a single example on this
+machine (latency), seconds an example in a full batch (the inverse of throughput).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dfs_jax.inference.budgeted import (
+    EVERYBODY,
+    NOBODY,
+    apply_thresholds,
+    choose_thresholds,
+    thresholds_for_shares,
+)
+from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.types import UserError
+
+RISKS = ("error", "disagreement")
+_SWEEPS = 10  # at most; two or three settle it
+_BISECTIONS = 20
+_STEPS = 100  # a curve's mean costs lie at most about a hundredth of the whole network's apart
+# How much of an answer's worth a whole pass through the network may cost, from least to most.
+_PRICES = np.geomspace(1e-4, 1e1, 81)
+
+
+class OperatingPoint(NamedTuple):
+    """What thresholds give on the data they were chosen on.
+
+    Attributes:
+      thresholds: one for each exit but the last, None where nobody leaves; midway between the
+        confidences of the last that leaves and the first that stays.
+      risk: the share of examples answered wrongly, or otherwise than the last exit would.
+      cost: the mean over the examples, in the unit of the costs.
+      exit_shares: the share of examples that each exit answers.
+    """
+
+    thresholds: tuple[float | None, ...]
+    risk: float
+    cost: float
+    exit_shares: tuple[float, ...]
+
+
+def mistakes(predictions: ExitPredictions, risk: str) -> np.ndarray:
+    """Returns at which exits which examples are answered badly, `[exits, n]` bool.
+
+    Args:
+      predictions: of n examples.
+      risk: "error", another answer than the label, or "disagreement", another than the last exit's.
+
+    Raises:
+      UserError: another risk.
+    """
+    if risk not in RISKS:
+        raise UserError(f"unknown risk {risk!r}: choose one of {', '.join(RISKS)}")
+    predicted = np.asarray(predictions.predicted)
+    return predicted != (np.asarray(predictions.labels) if risk == "error" else predicted[-1])
+
+
+def midway(
+    confidence: np.ndarray, thresholds: Sequence[float] | np.ndarray
+) -> tuple[float | None, ...]:
+    """Moves thresholds to the middle between neighbouring confidences, where rounding is harmless.
+
+    Who leaves where stays the same. The neighbours are those of the examples that come to the exit.
+
+    Args:
+      confidence: `[exits, n]`.
+      thresholds: one for every exit, as `choose_thresholds` returns them.
+
+    Returns:
+      One for each exit but the last: None where nobody leaves, `EVERYBODY` (-1e8) where all do.
+
+    Example:
+      >>> midway(np.array([[0.9, 0.5, 0.25], [0.5, 0.5, 0.5]]), [0.5, EVERYBODY])
+      (0.375,)
+    """
+    confidence = np.asarray(confidence, np.float64)
+    taken = apply_thresholds(confidence, thresholds)
+    moved: list[float | None] = []
+    for k in range(len(confidence) - 1):
+        leaving, staying = confidence[k][taken == k], confidence[k][taken > k]
+        staying = staying[~np.isnan(staying)]
+        if not len(leaving):
+            moved.append(None)
+        elif not len(staying):
+            moved.append(EVERYBODY)
+        else:
+            moved.append(float(leaving.min() + staying.max()) / 2)
+    return tuple(moved)
+
+
+def point_for_budget(
+    predictions: ExitPredictions, costs: Sequence[float], p: float, *, risk: str = "error"
+) -> OperatingPoint:
+    """Returns the literature's budgeted batch for one p (see `dfs_jax.inference.budgeted`)."""
+    confidence = np.asarray(predictions.confidence)
+    return _Family(predictions, costs, risk).point(choose_thresholds(confidence, p))
+
+
+def point_for_cost(
+    predictions: ExitPredictions, costs: Sequence[float], at_most: float, *, risk: str = "error"
+) -> OperatingPoint:
+    """Returns the point of least risk found whose mean cost is at most `at_most`.
+
+    On the `operating_curve`, or between its neighbours on both sides of the target.
+
+    Args:
+      predictions: what thresholds are chosen on (validation data).
+      costs: of the network up to and including each exit, shallow first.
+      at_most: the target, in the unit of the costs.
+      risk: "error" or "disagreement".
+
+    Raises:
+      UserError: not even the first exit alone costs so little.
+    """
+    family = _Family(predictions, costs, risk)
+    curve = family.curve()
+    above = [point for point in curve if point.cost > at_most]
+    below = [point for point in curve if point.cost <= at_most]
+    if not below:
+        raise UserError(
+            f"a mean cost of {at_most:g} cannot be met: the first exit alone costs {costs[0]:g}"
+        )
+    if above:
+        below += family.up_to(at_most, above[-1], below[0])
+    return min(below, key=lambda point: (point.risk, point.cost))
+
+
+def operating_curve(
+    predictions: ExitPredictions, costs: Sequence[float], *, risk: str = "error"
+) -> list[OperatingPoint]:
+    """Returns points from "nobody leaves early" to "all leave at the first exit", ever cheaper.
+
+    For a price of operations, thresholds are chosen that make the least of
+
+        mean_n mistake(n) + price * mean_n cost(n)
+
+    exit by exit from the deepest: those who leave at an exit are the surest that come to it, down
+    to where leaving on the whole stops being better than what they would get further on. Choices at
+    shallow exits change who comes to deep ones, so this is repeated until nothing changes. The
+    curve goes through 81 prices; where the policies of two of them lie far apart, others between
+    them mix the shares of examples that leave at each exit.
+
+    Args:
+      predictions: what thresholds are chosen on (validation data).
+      costs: of the network up to and including each exit, rising.
+      risk: "error" or "disagreement".
+
+    Raises:
+      UserError: costs that do not rise, or are of another count of exits; an unknown risk.
+    """
+    return _Family(predictions, costs, risk).curve()
+
+
+class _Family:
+    """The policies that one set of predictions gives."""
+
+    def __init__(self, predictions: ExitPredictions, costs: Sequence[float], risk: str):
+        self.confidence = np.asarray(predictions.confidence, np.float64)
+        self.mistakes = mistakes(predictions, risk)
+        self.costs = np.asarray(costs, np.float64)
+        self.exits, self.n = self.confidence.shape
+        if self.costs.shape != (self.exits,) or not (np.diff(self.costs, prepend=0) > 0).all():
+            raise UserError(f"{self.exits} exits take {self.exits} rising costs, got {list(costs)}")
+        if not self.n:
+            raise UserError("thresholds cannot be chosen on 0 examples")
+        # The surest first; what is no number is never sure.
+        self.order = np.argsort(np.nan_to_num(-self.confidence, nan=np.inf), axis=1, kind="stable")
+
+    def point(self, thresholds: Sequence[float] | np.ndarray) -> OperatingPoint:
+        """Returns what thresholds, one for every exit, give."""
+        taken = apply_thresholds(self.confidence, thresholds)
+        shares = np.bincount(taken, minlength=self.exits) / self.n
+        return OperatingPoint(
+            midway(self.confidence, thresholds),
+            float(self.mistakes[taken, np.arange(self.n)].mean()),
+            float(shares @ self.costs),
+            tuple(shares.tolist()),
+        )
+
+    def curve(self) -> list[OperatingPoint]:
+        """Returns points, each cheaper than the one before."""
+        nobody = [*[NOBODY] * (self.exits - 1), EVERYBODY]
+        first = [EVERYBODY] * self.exits
+        found = [self.point(self.for_price(price)) for price in _PRICES / self.costs[-1]]
+        points = [self.point(nobody)]
+        for point in [*sorted(found, key=lambda point: -point.cost), self.point(first)]:
+            gap = points[-1].cost - point.cost
+            steps = max(1, round(_STEPS * gap / self.costs[-1]))
+            between = [self.mixture(points[-1], point, i / steps) for i in range(1, steps)]
+            for candidate in (*between, point):
+                if point.cost <= candidate.cost < points[-1].cost:
+                    points.append(candidate)
+        return points
+
+    def for_price(self, price: float) -> np.ndarray:
+        """Returns the thresholds, one for every exit, of a price."""
+        loss = self.mistakes + price * self.costs[:, None]
+        thresholds = np.full(self.exits, NOBODY)
+        thresholds[-1] = EVERYBODY
+        for _ in range(_SWEEPS):
+            before = thresholds.copy()
+            for k in reversed(range(self.exits - 1)):
+                thresholds[k] = self._best_cut(k, thresholds, loss)
+            if np.array_equal(before, thresholds):
+                break
+        return thresholds
+
+    def mixture(self, dear: OperatingPoint, cheap: OperatingPoint, part: float) -> OperatingPoint:
+        """Returns a point between two; of the cheaper one comes a share of `part`."""
+        shares = (1 - part) * np.array(dear.exit_shares) + part * np.array(cheap.exit_shares)
+        return self.point(thresholds_for_shares(self.confidence, shares))
+
+    def up_to(
+        self, at_most: float, dear: OperatingPoint, cheap: OperatingPoint
+    ) -> Iterator[OperatingPoint]:
+        """Yields points between two, whose cost comes ever closer to `at_most` from below."""
+        too_dear, cheap_enough = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            part = (too_dear + cheap_enough) / 2
+            point = self.mixture(dear, cheap, part)
+            if point.cost <= at_most:
+                cheap_enough = part
+                yield point
+            else:
+                too_dear = part
+
+    def _best_cut(self, k: int, thresholds: np.ndarray, loss: np.ndarray) -> float:
+        """Returns the threshold at exit k that is best, given those of all other exits."""
+        come = apply_thresholds(self.confidence, [*thresholds[:k], *[EVERYBODY] * (self.exits - k)])
+        later = apply_thresholds(self.confidence, [*[NOBODY] * (k + 1), *thresholds[k + 1 :]])
+        sure = ~np.isnan(self.confidence[k])
+        ranked = self.order[k][((come == k) & sure)[self.order[k]]]
+        if not len(ranked):
+            return NOBODY
+        gain = np.cumsum(loss[later[ranked], ranked] - loss[k, ranked])
+        confidence = self.confidence[k][ranked]
+        # A cut between equals is none.
+        gain[:-1][confidence[:-1] == confidence[1:]] = -np.inf
+        best = int(np.argmax(gain))
+        return float(confidence[best]) if gain[best] > 0 else NOBODY
