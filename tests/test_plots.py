@@ -41,9 +41,9 @@ def report(exits):
 def drawn(monkeypatch):
     """The figures that are saved, kept for inspection."""
     figures = []
-    save = plots._save
+    save = plots.save_figure
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path)
+        plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path)
     )
     return figures
 

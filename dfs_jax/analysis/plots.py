@@ -1,6 +1,6 @@
 """Pictures of a run: how its exits learned, and what they give for what they cost.
 
-The only module that imports matplotlib; programs import it where they plot.
+With `cost_plots` the only module that imports matplotlib; programs import it where they plot.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def plot_accuracy_over_time(
     axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
     _use_percent(axes, [value for *_, values in curves for value in values])
     _label_line_ends(axes, [(values[-1], name, color) for name, color, _, values in curves])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_accuracy_against_operations(report: Report, path: str | os.PathLike[str]) -> Path:
@@ -125,7 +125,7 @@ def plot_accuracy_against_operations(report: Report, path: str | os.PathLike[str
     axes.set_xlim(left=0)
     _use_percent(axes, [level, *accuracies, *(point["accuracy"] for point in points)])
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _new_figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
@@ -191,7 +191,8 @@ def _move_apart(values: Sequence[float], gap: float, low: float, high: float) ->
     return [max(min(height, top), low) + rank * gap for rank, height in enumerate(pooled)]
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes a figure as PNG, all of it or nothing, and returns the path."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return write_whole(Path(path), png.getvalue())

@@ -1,0 +1,199 @@
+"""Times the parts of training steps side by side: every program in turn, round after round.
+
+What disturbs a machine then disturbs all programs alike, so that their ratios hold where their
+times do not. Any framework can stand in a row: what is timed are plain functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+from dfs_jax.data.augmentation import normalise
+from dfs_jax.data.pipeline import train_batches
+from dfs_jax.training.experiment import Experiment, initial_state, training_step
+from dfs_jax.training.sharding import put_batch, replicated
+from dfs_jax.training.state import TrainState
+from dfs_jax.training.step import step_keys
+from dfs_jax.types import ExitOutputs, PyTree
+
+Program = Callable[[], Any]
+
+_MIB = 2**20
+
+
+class StepPrograms(NamedTuple):
+    """The parts of one training step as functions that return when the work is done.
+
+    Each does all that the one before it does: `step` contains `forward_backward`, which contains
+    `forward`. Every one starts from a batch of uint8 images that is on the device already.
+
+    Attributes:
+      forward: normalises the images and computes the summed losses in training mode.
+      forward_backward: and their gradient.
+      step: and the optimizer's update and the sums of accuracies: the whole step.
+      data: makes the next batch and puts it on the device.
+      compile_s: seconds to trace and compile the step, nothing of it kept from earlier; None for
+        frameworks that compile nothing.
+      peak_mib: memory of the compiled step: arguments, outputs and temporaries, donated buffers
+        counted once; None where the framework does not say.
+    """
+
+    forward: Program
+    forward_backward: Program
+    step: Program
+    data: Program
+    compile_s: float | None = None
+    peak_mib: float | None = None
+
+
+class StepTimes(NamedTuple):
+    """Milliseconds of the parts of one step.
+
+    Attributes:
+      forward_ms: the losses.
+      backward_ms: what their gradient adds.
+      other_ms: what the rest of the step adds: optimizer, accuracies.
+      step_ms: the whole step.
+      data_ms: making a batch, beside the step.
+    """
+
+    forward_ms: float
+    backward_ms: float
+    other_ms: float
+    step_ms: float
+    data_ms: float
+
+
+def time_steps(rows: Sequence[StepPrograms], repeats: int) -> list[StepTimes]:
+    """Times all parts of all rows in turn and returns the medians, as differences of parts.
+
+    Args:
+      rows: the programs to compare.
+      repeats: rounds, in each of which every program runs once.
+
+    Example:
+      >>> def wait():
+      ...     time.sleep(0.002)
+      >>> times, = time_steps([StepPrograms(wait, wait, wait, wait)], repeats=3)
+      >>> times.step_ms >= 2
+      True
+    """
+    parts = [(row.forward, row.forward_backward, row.step, row.data) for row in rows]
+    seconds = iter(median_seconds([program for row in parts for program in row], repeats))
+    times = []
+    for _ in parts:
+        forward, both, step, data = (1e3 * next(seconds) for _ in range(4))
+        times.append(StepTimes(forward, both - forward, step - both, step, data))
+    return times
+
+
+def median_seconds(programs: Sequence[Program], repeats: int) -> list[float]:
+    """Runs every program once untimed, then `repeats` times in turn; returns the median of each.
+
+    Every other round runs backwards, so that no program always follows the same one.
+    """
+    for program in programs:
+        program()
+    taken: list[list[float]] = [[] for _ in programs]
+    for number in range(repeats):
+        order = range(len(programs))
+        for i in reversed(order) if number % 2 else order:
+            begin = time.perf_counter()
+            programs[i]()
+            taken[i].append(time.perf_counter() - begin)
+    return [median(seconds) for seconds in taken]
+
+
+def compile_step(experiment: Experiment) -> StepPrograms:
+    """Compiles the parts of an experiment's own training step and returns them, ready to run."""
+    batches = train_batches(experiment.dataset.train, experiment.sampler)
+    images, labels = put_batch(next(batches), experiment.mesh)
+    state = initial_state(experiment)
+    step, seconds = _compile_cold(training_step(experiment), state, images, labels)
+    forward, forward_backward = _loss_programs(experiment)
+    forward = forward.lower(state, images, labels).compile()
+    forward_backward = forward_backward.lower(state, images, labels).compile()
+    # The step takes its state over and leaves the next one; the others read one of their own.
+    kept, running = jax.tree.map(jnp.copy, state), [state]
+
+    def run_step() -> None:
+        running[0] = jax.block_until_ready(step(running[0], images, labels))
+
+    def make_batch() -> None:
+        jax.block_until_ready(put_batch(next(batches), experiment.mesh))
+
+    return StepPrograms(
+        forward=lambda: jax.block_until_ready(forward(kept, images, labels)),
+        forward_backward=lambda: jax.block_until_ready(forward_backward(kept, images, labels)),
+        step=run_step,
+        data=make_batch,
+        compile_s=seconds,
+        peak_mib=_peak_mib(step),
+    )
+
+
+def _loss_programs(experiment: Experiment) -> tuple[Any, Any]:
+    """Returns the jitted losses, and losses with gradient, of the training step."""
+    e = experiment
+
+    def loss_fn(params: PyTree, state: TrainState, images: jax.Array, labels: jax.Array):
+        augment_key, dropout_key = step_keys(state)
+        pixels = normalise(e.augment(images, augment_key), e.dataset.mean, e.dataset.std)
+        outputs, updated = e.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            pixels,
+            e.fork,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        total = jnp.sum(e.loss(cast(ExitOutputs, outputs), labels))
+        return total, updated.get("batch_stats", {})
+
+    def forward(state: TrainState, images: jax.Array, labels: jax.Array):
+        return loss_fn(state.params, state, images, labels)
+
+    def forward_backward(state: TrainState, images: jax.Array, labels: jax.Array):
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        return gradient(state.params, state, images, labels)
+
+    whole = replicated(e.mesh)
+    return jax.jit(forward, out_shardings=whole), jax.jit(forward_backward, out_shardings=whole)
+
+
+def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:
+    """Compiles as on a machine that never saw the program; returns it and the seconds taken."""
+    with _without_compilation_cache():
+        begin = time.perf_counter()
+        compiled = step.lower(*arguments).compile()
+        return compiled, time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    # Whether there is a cache is asked once and remembered, until it is reset.
+    _enable_compilation_cache(False)
+    try:
+        yield
+    finally:
+        _enable_compilation_cache(enabled)
+
+
+def _enable_compilation_cache(enable: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enable)
+    compilation_cache.reset_cache()
+
+
+def _peak_mib(compiled: Any) -> float:
+    sizes = compiled.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (held + sizes.temp_size_in_bytes) / _MIB
