@@ -8,14 +8,12 @@ import pytest
 
 from dfs_jax.inference.budgeted import (
     DEFAULT_BUDGETS,
-    EVERYBODY,
-    NOBODY,
-    apply_thresholds,
     budgeted_curve,
     choose_thresholds,
     exit_distribution,
 )
 from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 
 
 def predictions_of(probabilities, labels):

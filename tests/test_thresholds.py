@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from dfs_jax.inference.budgeted import DEFAULT_BUDGETS, EVERYBODY, NOBODY, choose_thresholds
+from dfs_jax.inference.budgeted import DEFAULT_BUDGETS, choose_thresholds
 from dfs_jax.inference.confidence import ExitPredictions
-from dfs_jax.inference.policy import Policy
+from dfs_jax.inference.policy import EVERYBODY, NOBODY, Policy
 from dfs_jax.inference.thresholds import (
     midway,
     mistakes,

@@ -16,9 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dfs_jax.inference.confidence import ExitPredictions
-
-NOBODY = 1e8  # no confidence reaches it: the exit answers no example
-EVERYBODY = -1e8  # every confidence reaches it: the exit answers all that are left
+from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 
 # 0.05, 0.10, ... 2.00, each the nearest float to its decimal.
 DEFAULT_BUDGETS = tuple(step / 20 for step in range(1, 41))
@@ -116,35 +114,6 @@ def thresholds_for_shares(confidence: np.ndarray, shares: np.ndarray) -> np.ndar
         left &= ~(confidence[k] >= thresholds[k])
     thresholds[-1] = EVERYBODY
     return thresholds
-
-
-def apply_thresholds(
-    confidence: np.ndarray, thresholds: Sequence[float] | np.ndarray
-) -> np.ndarray:
-    """Returns the exit that answers each example, `[n]` int, 0-based.
-
-    It is the first whose threshold the example's confidence reaches (`>=`), or the last.
-
-    Args:
-      confidence: `[exits, n]`.
-      thresholds: one an exit; the last one is not asked.
-
-    Raises:
-      ValueError: another count of thresholds than of exits.
-
-    Example:
-      >>> apply_thresholds(np.array([[0.9, 0.5], [0.6, 0.6]]), [0.7, -1e8]).tolist()
-      [0, 1]
-    """
-    confidence = np.asarray(confidence)
-    num_exits, n = confidence.shape
-    if len(thresholds) != num_exits:
-        raise ValueError(f"{num_exits} exits take {num_exits} thresholds, got {len(thresholds)}")
-    taken = np.full(n, num_exits - 1)
-    for k in reversed(range(num_exits - 1)):
-        # The comparison is in float64, so a threshold chosen in float32 meets itself exactly.
-        np.copyto(taken, k, where=confidence[k] >= np.float64(thresholds[k]))
-    return taken
 
 
 def budgeted_curve(

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from dfs_jax.files import write_whole
-from dfs_jax.inference.budgeted import EVERYBODY, NOBODY, apply_thresholds
 from dfs_jax.inference.scores import MEASURES, Measure
 from dfs_jax.types import UserError
+
+NOBODY = 1e8  # no confidence reaches it: the exit answers no example
+EVERYBODY = -1e8  # every confidence reaches it: the exit answers all that are left
 
 VERSION = 1
 FILE = "policy.json"
@@ -115,6 +117,35 @@ class Policy:
     def save(self, path: Path) -> Path:
         """Writes the policy as JSON: all of it or nothing."""
         return write_whole(path, self.to_json().encode())
+
+
+def apply_thresholds(
+    confidence: np.ndarray, thresholds: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """Returns the exit that answers each example, `[n]` int, 0-based.
+
+    It is the first whose threshold the example's confidence reaches (`>=`), or the last.
+
+    Args:
+      confidence: `[exits, n]`.
+      thresholds: one an exit; the last one is not asked.
+
+    Raises:
+      ValueError: another count of thresholds than of exits.
+
+    Example:
+      >>> apply_thresholds(np.array([[0.9, 0.5], [0.6, 0.6]]), [0.7, -1e8]).tolist()
+      [0, 1]
+    """
+    confidence = np.asarray(confidence)
+    num_exits, n = confidence.shape
+    if len(thresholds) != num_exits:
+        raise ValueError(f"{num_exits} exits take {num_exits} thresholds, got {len(thresholds)}")
+    taken = np.full(n, num_exits - 1)
+    for k in reversed(range(num_exits - 1)):
+        # The comparison is in float64, so a threshold chosen in float32 meets itself exactly.
+        np.copyto(taken, k, where=confidence[k] >= np.float64(thresholds[k]))
+    return taken
 
 
 def last_exit_only(num_exits: int) -> Policy:

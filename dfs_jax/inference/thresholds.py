@@ -11,14 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dfs_jax.inference.budgeted import (
-    EVERYBODY,
-    NOBODY,
-    apply_thresholds,
-    choose_thresholds,
-    thresholds_for_shares,
-)
+from dfs_jax.inference.budgeted import choose_thresholds, thresholds_for_shares
 from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 from dfs_jax.types import UserError
 
 RISKS = ("error", "disagreement")
