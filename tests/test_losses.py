@@ -10,7 +10,7 @@ import pytest
 
 from dfs_jax.losses import LOSSES, create_loss
 from dfs_jax.losses.deep_supervision import DeepSupervision, exit_cross_entropies
-from dfs_jax.losses.distillation import BYOT, safe_norm
+from dfs_jax.losses.distillation import BYOT, MultiExitDistillation, safe_norm
 from dfs_jax.types import ExitOutputs, UserError
 
 EXITS, BATCH, CLASSES, WIDTH = 3, 5, 7, 11
@@ -23,6 +23,7 @@ OUTPUTS = ExitOutputs(
 LOSS_ROWS = {
     "deep_supervision": {"exit_weights": (1.0, 2.0, 0.5)},
     "byot": {"kd_weight": 0.4, "temperature": 2.0, "feature_weight": 0.1},
+    "distillation": {"teacher": "deeper", "temperature": 2.0},
 }
 
 
@@ -47,6 +48,18 @@ def test_every_loss_gives_one_finite_value_an_exit(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(gradient, OUTPUTS)
 
 
+@pytest.mark.parametrize("name", LOSS_ROWS)
+def test_a_loss_that_says_so_couples_no_exits(name):
+    """Exit e's loss has no gradient at the other exits' outputs: per-exit gradients rely on it."""
+    loss = create_loss(name, **LOSS_ROWS[name])
+    assert not loss.couples_exits
+    jacobian = jax.jacrev(lambda o: loss(o, LABELS))(OUTPUTS)
+    for e in range(EXITS):
+        for j in range(EXITS):
+            parts = (jacobian.logits[e, j], jacobian.features[j][e])
+            assert any(bool(jnp.any(part)) for part in parts) == (e == j), (e, j)
+
+
 def test_cross_entropy_of_known_probabilities():
     logits = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]]))
     entropies = exit_cross_entropies(logits, jnp.asarray([0, 2]))
@@ -58,6 +71,13 @@ def test_deep_supervision_is_the_mean_over_examples_times_the_weight():
     np.testing.assert_allclose(DeepSupervision()(OUTPUTS, LABELS), expected, rtol=1e-5)
     weighted = DeepSupervision(exit_weights=[0, 1, 2.5])(OUTPUTS, LABELS)
     np.testing.assert_allclose(weighted, expected * [0, 1, 2.5], rtol=1e-5)
+
+
+def test_linear_weights_grow_with_depth():
+    linear = DeepSupervision(exit_weights="linear")(OUTPUTS, LABELS)
+    plain = DeepSupervision(exit_weights="constant")(OUTPUTS, LABELS)
+    np.testing.assert_array_equal(plain, DeepSupervision()(OUTPUTS, LABELS))
+    np.testing.assert_allclose(linear, plain * np.asarray([0.5, 1.0, 1.5]), rtol=1e-6)
 
 
 def test_label_smoothing_spreads_its_share_evenly():
@@ -81,6 +101,32 @@ def test_byot_by_hand(options):
         expected.append((1 - g) * entropies[i] + g * kd + w * fd)
     values = BYOT(**options)(OUTPUTS, LABELS)
     np.testing.assert_allclose(values, [*expected, entropies[-1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["last", "deeper"])
+def test_distillation_by_hand(teacher):
+    g, t, scale = 0.3, 2.5, 1.7
+    loss = MultiExitDistillation(kd_weight=g, temperature=t, teacher=teacher, scale=scale)
+    logits = np.asarray(OUTPUTS.logits, np.float64)
+    entropies = entropies_by_hand(OUTPUTS.logits, LABELS)
+    expected = []
+    for i in range(EXITS):
+        teachers = [EXITS - 1] if teacher == "last" else range(i + 1, EXITS)
+        kds = [
+            np.mean(-(softmax(logits[j] / t) * np.log(softmax(logits[i] / t))).sum(-1))
+            for j in teachers
+        ]
+        kd = np.mean(kds) if i < EXITS - 1 else 0
+        expected.append(scale * ((1 - g) * entropies[i] + g * t**2 * kd))
+    np.testing.assert_allclose(loss(OUTPUTS, LABELS), expected, rtol=1e-5)
+
+
+def test_distillation_without_teachers_is_deep_supervision():
+    labels_alone = MultiExitDistillation(kd_weight=0, scale=1, label_smoothing=0.2)
+    smooth = DeepSupervision(label_smoothing=0.2)(OUTPUTS, LABELS)
+    np.testing.assert_allclose(labels_alone(OUTPUTS, LABELS), smooth, rtol=1e-6)
+    half = MultiExitDistillation()(OUTPUTS, LABELS)[-1]
+    np.testing.assert_allclose(half, DeepSupervision()(OUTPUTS, LABELS)[-1], rtol=1e-6)
 
 
 def test_byot_teacher_is_detached():
@@ -135,12 +181,22 @@ def test_byot_smooths_labels():
         ),
         ("deep_supervision", {"exit_weights": (1, -2)}, r"finite and not negative, got \(1, -2\)"),
         ("deep_supervision", {"exit_weights": (float("nan"),)}, "finite and not negative"),
+        (
+            "deep_supervision",
+            {"exit_weights": "steep"},
+            "constant or linear, or one .* got 'steep'",
+        ),
+        ("deep_supervision", {"exit_weights": 2}, "or one number an exit, got 2"),
         ("deep_supervision", {"temperature": 3.0}, "has no option 'temperature'"),
         ("byot", {"kd_weight": 1.5}, r"kd_weight must lie in \[0, 1\], got 1.5"),
         ("byot", {"temperature": 0}, "temperature must be above 0, got 0"),
         ("byot", {"feature_weight": -1}, "feature_weight must be at least 0, got -1"),
         ("byot", {"label_smoothing": -0.1}, "label_smoothing must lie"),
-        ("hinge", {}, "unknown loss 'hinge': choose one of byot, deep_supervision"),
+        ("distillation", {"kd_weight": -0.5}, r"kd_weight must lie in \[0, 1\], got -0.5"),
+        ("distillation", {"temperature": float("inf")}, "temperature must be above 0, got inf"),
+        ("distillation", {"teacher": "first"}, "teacher must be one of last, deeper, got 'first'"),
+        ("distillation", {"scale": 0}, "scale must be finite and above 0, got 0"),
+        ("hinge", {}, "unknown loss 'hinge': choose one of byot, deep_supervision, distillation"),
     ],
 )
 def test_mistakes_are_told(name, options, message):

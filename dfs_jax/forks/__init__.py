@@ -14,6 +14,7 @@ FORKS = Registry(
     {
         "plain": "dfs_jax.forks.plain:PlainFork",
         "dfs": "dfs_jax.surgery:FeatureSurgery",
+        "gradient_equilibrium": "dfs_jax.forks.gradient_equilibrium:GradientEquilibrium",
     },
 )
 

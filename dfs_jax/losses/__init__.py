@@ -14,6 +14,7 @@ LOSSES = Registry(
     {
         "deep_supervision": "dfs_jax.losses.deep_supervision:DeepSupervision",
         "byot": "dfs_jax.losses.distillation:BYOT",
+        "distillation": "dfs_jax.losses.distillation:MultiExitDistillation",
     },
 )
 
@@ -22,7 +23,8 @@ class Loss(Protocol):
     """Maps a network's outputs and `labels` `[batch]` to one loss an exit, `[exits]`.
 
     A loss that compares features across exits sets `adapts_features = True`: early heads then get
-    an adaptation layer.
+    an adaptation layer. One whose value for an exit sends gradient to that exit's outputs alone
+    sets `couples_exits = False`: single exits' gradients are then cheaper.
     """
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array: ...

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dfs_jax.types import ExitOutputs
+
+SCHEDULES = ("constant", "linear")
 
 
 def exit_cross_entropies(
@@ -29,6 +32,17 @@ def exit_cross_entropies(
     return optax.softmax_cross_entropy(logits, targets[None])
 
 
+def linear_weights(num_exits: int) -> tuple[float, ...]:
+    """Returns weights that grow with depth, `2 (i + 1) / (L + 1)` for exit i (0-based) of L.
+
+    Their mean is 1, as that of constant weights.
+
+    >>> linear_weights(4)
+    (0.4, 0.8, 1.2, 1.6)
+    """
+    return tuple(2 * i / (num_exits + 1) for i in range(1, num_exits + 1))
+
+
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raises ValueError unless `label_smoothing` lies in [0, 1)."""
     if not 0 <= label_smoothing < 1:
@@ -40,12 +54,13 @@ class DeepSupervision:
     """Weighted cross-entropy at every exit: `w_i * mean_n CE(logits_i, labels)`.
 
     Args:
-      exit_weights: w, one number an exit, shallow first; None for 1 everywhere.
+      exit_weights: w, one number an exit, shallow first; "constant" (or None) for 1 everywhere;
+        "linear" for weights that grow with depth, see `linear_weights`.
       label_smoothing: in [0, 1).
 
     Raises:
-      ValueError: a label smoothing outside its range, a negative or non-finite weight, or (when
-        called) another count of weights than exits.
+      ValueError: a label smoothing outside its range, a negative or non-finite weight, an unknown
+        schedule, or (when called) another count of weights than exits.
 
     Reference: Lee et al., "Deeply-Supervised Nets", AISTATS 2015.
 
@@ -55,24 +70,33 @@ class DeepSupervision:
       [0.693, 0.693, 0.693]
     """
 
-    exit_weights: Sequence[float] | None = None
+    exit_weights: Sequence[float] | str | None = None
     label_smoothing: float = 0.0
+
+    couples_exits: ClassVar[bool] = False
 
     def __post_init__(self):
         check_label_smoothing(self.label_smoothing)
-        if self.exit_weights is not None:
-            weights = tuple(self.exit_weights)
-            if not all(0 <= weight < float("inf") for weight in weights):
-                raise ValueError(f"exit_weights must be finite and not negative, got {weights}")
-            object.__setattr__(self, "exit_weights", weights)
+        weights = self.exit_weights
+        if weights is None or weights in SCHEDULES:
+            return
+        if isinstance(weights, str) or not isinstance(weights, Sequence):
+            raise ValueError(
+                f"exit_weights must be {' or '.join(SCHEDULES)}, or one number an exit, "
+                f"got {weights!r}"
+            )
+        if not all(0 <= weight < float("inf") for weight in weights):
+            raise ValueError(f"exit_weights must be finite and not negative, got {tuple(weights)}")
+        object.__setattr__(self, "exit_weights", tuple(weights))
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
         """Returns the exits' losses, `[exits]`."""
         losses = exit_cross_entropies(outputs.logits, labels, self.label_smoothing).mean(axis=1)
-        if self.exit_weights is None:
+        weights = (
+            linear_weights(len(losses)) if self.exit_weights == "linear" else self.exit_weights
+        )
+        if weights is None or weights == "constant":
             return losses
-        if len(self.exit_weights) != len(losses):
-            raise ValueError(
-                f"{len(losses)} exits take {len(losses)} exit_weights, got {self.exit_weights}"
-            )
-        return losses * jnp.asarray(self.exit_weights, losses.dtype)
+        if len(weights) != len(losses):
+            raise ValueError(f"{len(losses)} exits take {len(losses)} exit_weights, got {weights}")
+        return losses * jnp.asarray(weights, losses.dtype)
