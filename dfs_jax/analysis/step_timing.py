@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
-from dfs_jax.training.sharding import put_batch, replicated
+from dfs_jax.training.sharding import jit_for_mesh, put_batch, replicated
 from dfs_jax.training.state import TrainState
 from dfs_jax.training.step import step_keys
 from dfs_jax.types import ExitOutputs, PyTree
@@ -166,7 +166,8 @@ def _loss_programs(experiment: Experiment) -> tuple[Any, Any]:
         return gradient(state.params, state, images, labels)
 
     whole = replicated(e.mesh)
-    return jax.jit(forward, out_shardings=whole), jax.jit(forward_backward, out_shardings=whole)
+    losses = jit_for_mesh(forward, e.mesh, out_shardings=whole)
+    return losses, jit_for_mesh(forward_backward, e.mesh, out_shardings=whole)
 
 
 def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:

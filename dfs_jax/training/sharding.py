@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dfs_jax.cpu_kernels import compiler_options
 from dfs_jax.types import PyTree, UserError
 
 DATA_AXIS = "data"
@@ -16,9 +20,10 @@ def create_mesh() -> Mesh:
     return jax.make_mesh((len(devices),), (DATA_AXIS,), (AxisType.Auto,), devices=devices)
 
 
-def platform_of(mesh: Mesh) -> str:
-    """Returns what kind of devices these are: "cpu", "gpu" or "tpu"."""
-    return mesh.devices.flat[0].platform
+def jit_for_mesh(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
+    """Returns `jax.jit(function, **options)`, compiled as suits the kind of the mesh's devices."""
+    platform = mesh.devices.flat[0].platform
+    return jax.jit(function, compiler_options=compiler_options(platform), **options)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

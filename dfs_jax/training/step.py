@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dfs_jax.cpu_kernels import compiler_options
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
-from dfs_jax.training.sharding import batch_sharded, platform_of, replicated
+from dfs_jax.training.sharding import batch_sharded, jit_for_mesh, replicated
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import PyTree
 
@@ -76,12 +75,12 @@ def make_train_step(
         )
 
     whole, split = replicated(mesh), batch_sharded(mesh)
-    return jax.jit(
+    return jit_for_mesh(
         train_step,
+        mesh,
         in_shardings=(whole, split, split),
         out_shardings=whole,
         donate_argnums=0,
-        compiler_options=compiler_options(platform_of(mesh)),
     )
 
 
@@ -100,12 +99,7 @@ def make_eval_step(
         return exit_predictions(outputs.logits, labels)
 
     whole, split = replicated(mesh), batch_sharded(mesh)
-    return jax.jit(
-        eval_step,
-        in_shardings=(whole, split, split),
-        out_shardings=whole,
-        compiler_options=compiler_options(platform_of(mesh)),
-    )
+    return jit_for_mesh(eval_step, mesh, in_shardings=(whole, split, split), out_shardings=whole)
 
 
 def step_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:
