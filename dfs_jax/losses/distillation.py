@@ -111,7 +111,8 @@ class MultiExitDistillation:
 
     Example: without anything known, both parts are log 3, the second T^2 times.
       >>> outputs = ExitOutputs(jnp.zeros((2, 5, 3)), ())
-      >>> [round(float(x)) for x in MultiExitDistillation()(outputs, jnp.zeros(5, int)) / jnp.log(3)]
+      >>> losses = MultiExitDistillation()(outputs, jnp.zeros(5, int))
+      >>> [round(float(loss / jnp.log(3))) for loss in losses]
       [17, 1]
     """
 
