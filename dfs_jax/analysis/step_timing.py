@@ -7,6 +7,8 @@ times do not. Any framework can stand in a row: what is timed are plain function
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
@@ -32,8 +34,8 @@ _MIB = 2**20
 class StepPrograms(NamedTuple):
     """The parts of one training step as functions that return when the work is done.
 
-    Each does all that the one before it does: `step` contains `forward_backward`, which contains
-    `forward`. Every one starts from a batch of uint8 images that is on the device already.
+    `step` does all that `forward_backward` does and that all that `forward` does, each from a batch
+    of uint8 images that is on the device already. What they return is for whoever wants to look.
 
     Attributes:
       forward: normalises the images and computes the summed losses in training mode.
@@ -103,13 +105,21 @@ def median_seconds(programs: Sequence[Program], repeats: int) -> list[float]:
     for program in programs:
         program()
     taken: list[list[float]] = [[] for _ in programs]
-    for number in range(repeats):
-        order = range(len(programs))
-        for i in reversed(order) if number % 2 else order:
-            begin = time.perf_counter()
-            programs[i]()
-            taken[i].append(time.perf_counter() - begin)
+    with _without_garbage_collection():
+        for number in range(repeats):
+            order = range(len(programs))
+            for i in reversed(order) if number % 2 else order:
+                begin = time.perf_counter()
+                programs[i]()
+                taken[i].append(time.perf_counter() - begin)
     return [median(seconds) for seconds in taken]
+
+
+def available_cores() -> int:
+    """Returns how many cores this process may use, which is what XLA takes."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # systems without affinities
 
 
 def compile_step(experiment: Experiment) -> StepPrograms:
@@ -124,8 +134,9 @@ def compile_step(experiment: Experiment) -> StepPrograms:
     # The step takes its state over and leaves the next one; the others read one of their own.
     kept, running = jax.tree.map(jnp.copy, state), [state]
 
-    def run_step() -> None:
+    def run_step() -> TrainState:
         running[0] = jax.block_until_ready(step(running[0], images, labels))
+        return running[0]
 
     def make_batch() -> None:
         jax.block_until_ready(put_batch(next(batches), experiment.mesh))
@@ -176,6 +187,16 @@ def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:
         begin = time.perf_counter()
         compiled = step.lower(*arguments).compile()
         return compiled, time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,282 @@
+"""Measures the training steps of several methods, batch sizes and frameworks side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dfs_jax import program
+from dfs_jax.analysis.cost_report import image_set_shape
+from dfs_jax.analysis.cost_table import CostRow, cost_table
+from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
+from dfs_jax.analysis.step_timing import (
+    StepPrograms,
+    StepTimes,
+    available_cores,
+    compile_step,
+    time_steps,
+)
+from dfs_jax.data.dataset import Dataset, Split
+from dfs_jax.data.statistics import channel_statistics
+from dfs_jax.losses import create_loss
+from dfs_jax.models.contract import ConvolutionalModel
+from dfs_jax.registry import Registry
+from dfs_jax.training.config import check_config
+from dfs_jax.training.experiment import Experiment, build_experiment, model_from_config
+from dfs_jax.types import Config, UserError, check_whole
+
+PEERS = Registry("peer", {"torch": "benchmarks.torch_peer:TorchPeer"})
+
+OURS, OUR_LAYOUT = "jax", "channels_last"
+DEFAULT_RATIOS = (0.3, 0.5, 0.7)
+DEFAULT_REPEATS = 9
+_MADE_UP_BATCHES = 4
+# Options of augmentations that a peer does without.
+_AUGMENTATION_OPTIONS = ("crop_", "autoaugment_", "cutout_")
+
+
+class Method(NamedTuple):
+    """What a row trains.
+
+    Attributes:
+      fork, loss: their names in a config.
+      model: options of the model, besides those of the config.
+    """
+
+    fork: str
+    loss: str
+    model: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it is another way to run a method, for comparison, and not one of its own."""
+        return bool(self.model)
+
+
+_NAIVE = {"partitioned_backward": False}
+METHODS = {
+    "dsn": Method("plain", "deep_supervision"),
+    "byot": Method("plain", "byot"),
+    "dfs": Method("dfs", "deep_supervision"),
+    "dfs_byot": Method("dfs", "byot"),
+    # The fork as one writes it: the whole input gradient is computed, then cut.
+    "dfs_naive": Method("dfs", "deep_supervision", _NAIVE),
+    # Nothing but Flax's own layers.
+    "dfs_flax": Method("dfs", "deep_supervision", {**_NAIVE, "cpu_kernels": False}),
+}
+DEFAULT_METHODS = ("dsn", "byot", "dfs", "dfs_naive", "dfs_flax")
+
+
+class Peer(Protocol):
+    """Another framework that runs the same training steps.
+
+    Attributes:
+      name: of the framework.
+      layouts: how images may lie in memory; each makes rows of its own.
+    """
+
+    name: str
+    layouts: Sequence[str]
+
+    def compile_step(self, experiment: Experiment, layout: str) -> StepPrograms:
+        """Returns the parts of the experiment's step; raises UserError for what it cannot run."""
+        ...
+
+
+class Case(NamedTuple):
+    """One row to measure: a method in one framework."""
+
+    method: str
+    partition_ratio: float | None
+    framework: str
+    layout: str
+    experiment: Experiment
+
+
+def measure_training_cost(
+    config: Config,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+    partition_ratios: Sequence[float] = DEFAULT_RATIOS,
+    peer: str | None = None,
+    repeats: int = DEFAULT_REPEATS,
+) -> list[CostRow]:
+    """Compiles and times every method at every batch size, and prints a table for each size.
+
+    All rows of one batch size are timed in turn; images are noise of the shape of the config's set.
+
+    Args:
+      config: of a run; DFS refers to foreign features as its fork says.
+      batch_sizes: images a step; None for the config's own.
+      methods: of `METHODS`; None for `DEFAULT_METHODS`, as far as the model has their options.
+      partition_ratios: betas of DFS; variants of it are timed at the middle one.
+      peer: of `PEERS`, or one's own "package.module:attribute"; nothing is then augmented.
+      repeats: rounds that medians are taken of.
+
+    Returns:
+      One dict a row: `model`, `method`, `partition_ratio`, `batch`, `framework`, `layout`;
+      `forward_ms`, `backward_ms`, `other_ms`, `step_ms`, `data_ms` (see `StepTimes`);
+      `images_per_second`, of the step alone; `compile_s`, `peak_mib` (see `StepPrograms`); `macs`
+      and `macs_theory`, multiply-adds for one image of the step as it runs, and of one without the
+      gradients of inputs that train nothing; `fork`, `loss`, names in the config.
+
+    Raises:
+      UserError: an unknown name or a value out of range, told before anything is compiled.
+    """
+    check_whole("repeats", repeats)
+    if not partition_ratios:
+        raise UserError("partition_ratios must name at least one beta")
+    for batch_size in batch_sizes or ():
+        check_whole("each of batch_sizes", batch_size)
+    check_config(config)
+    rival = None if peer is None else _create_peer(peer)
+    config = config if rival is None else _without_augmentation(config)
+    batch_sizes = batch_sizes or [config.batch_size]
+    dataset = _noise_like(config, max(batch_sizes))
+    planned = [
+        _plan(_changed(config, {"batch_size": size}), dataset, methods, partition_ratios, rival)
+        for size in batch_sizes
+    ]
+    rows: list[CostRow] = []
+    for cases in planned:
+        measured = _measure(cases, rival, repeats)
+        program.say(f"\n{_headline(cases[0].experiment, rival, repeats)}\n{cost_table(measured)}\n")
+        rows += measured
+    return rows
+
+
+def _plan(
+    config: Config,
+    dataset: Dataset,
+    names: Sequence[str] | None,
+    ratios: Sequence[float],
+    rival: Peer | None,
+) -> list[Case]:
+    """Builds the experiments of one batch size: our rows, then the peer's."""
+    ours = []
+    for name in names or _default_methods(config):
+        if name not in METHODS:
+            raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+        method = METHODS[name]
+        for ratio in _ratios_of(method, ratios):
+            experiment = build_experiment(_config_of(config, method, ratio), dataset)
+            ours.append(Case(name, ratio, OURS, OUR_LAYOUT, experiment))
+    if rival is None:
+        return ours
+    theirs = [
+        case._replace(framework=rival.name, layout=layout)
+        for layout in rival.layouts
+        for case in ours
+        if not METHODS[case.method].is_variant
+    ]
+    return ours + theirs
+
+
+def _default_methods(config: Config) -> list[str]:
+    model = model_from_config(config.model, create_loss(METHODS["dsn"].loss), num_classes=2)
+    has_variants = isinstance(model, ConvolutionalModel)
+    return [name for name in DEFAULT_METHODS if has_variants or not METHODS[name].is_variant]
+
+
+def _ratios_of(method: Method, ratios: Sequence[float]) -> Sequence[float | None]:
+    if method.fork == "plain":
+        return [None]
+    return [sorted(ratios)[len(ratios) // 2]] if method.is_variant else ratios
+
+
+def _config_of(config: Config, method: Method, ratio: float | None) -> Config:
+    """Returns the config of a method; options of a fork or a loss stay where it is the same one."""
+    fields: dict[str, Any] = {f"model.{key}": value for key, value in method.model.items()}
+    for section, name in (("fork", method.fork), ("loss", method.loss)):
+        if config[section].name != name:
+            fields |= {f"{section}.{key}": None for key in config[section]}
+            fields[f"{section}.name"] = name
+    return _changed(config, {**fields, "fork.partition_ratio": None if ratio is None else (ratio,)})
+
+
+def _without_augmentation(config: Config) -> Config:
+    options = {f"data.{key}": None for key in config.data if key.startswith(_AUGMENTATION_OPTIONS)}
+    return _changed(config, {"data.augmentation": "none", **options})
+
+
+def _changed(config: Config, fields: dict[str, Any]) -> Config:
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+def _noise_like(config: Config, batch_size: int) -> Dataset:
+    """Returns a few batches of noise in the shape of the config's set."""
+    num_classes, image_shape = image_set_shape(config.data)
+    draw, count = np.random.default_rng(config.seed), _MADE_UP_BATCHES * batch_size
+    images = draw.integers(0, 256, (count, *image_shape), np.uint8)
+    split = Split(images, draw.integers(0, num_classes, count, np.int32))
+    mean, std = channel_statistics(images)
+    names = tuple(map(str, range(num_classes)))
+    return Dataset(config.data.name, split, None, split, names, mean, std)
+
+
+def _create_peer(name: str) -> Peer:
+    try:
+        return PEERS.create(name)
+    except ModuleNotFoundError as error:
+        if error.name != "benchmarks":
+            raise
+        raise UserError(
+            f"the peer {name!r} lies beside the package: run in its repository"
+        ) from error
+
+
+def _measure(cases: Sequence[Case], rival: Peer | None, repeats: int) -> list[CostRow]:
+    """Measures one batch size. A peer's programs, which it may refuse to make, are made first."""
+    made: dict[int, StepPrograms] = {}
+    for i, case in sorted(enumerate(cases), key=lambda item: item[1].framework == OURS):
+        beta = "" if case.partition_ratio is None else f" {case.partition_ratio:g}"
+        program.say(f"preparing {case.method}{beta}, {case.framework} {case.layout}")
+        if rival is not None and case.framework == rival.name:
+            made[i] = rival.compile_step(case.experiment, case.layout)
+        else:
+            made[i] = compile_step(case.experiment)
+    programs = [made[i] for i in range(len(cases))]
+    times = time_steps(programs, repeats)
+    return [_row(*items) for items in zip(cases, programs, times, strict=True)]
+
+
+def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
+    config, model = case.experiment.config, case.experiment.model
+    if case.framework != OURS and isinstance(model, ConvolutionalModel):
+        model = model.clone(partitioned_backward=False)  # what differentiating by rote computes
+    parts = model, case.experiment.fork, case.experiment.loss, case.experiment.dataset.image_shape
+    return {
+        "model": config.model.name,
+        "method": case.method,
+        "partition_ratio": case.partition_ratio,
+        "batch": config.batch_size,
+        "framework": case.framework,
+        "layout": case.layout,
+        **times._asdict(),
+        "images_per_second": 1e3 * config.batch_size / times.step_ms,
+        "compile_s": programs.compile_s,
+        "peak_mib": programs.peak_mib,
+        "macs": traced_step_cost(*parts).total,
+        "macs_theory": theoretical_step_cost(*parts).total,
+        "fork": config.fork.name,
+        "loss": config.loss.name,
+    }
+
+
+def _headline(experiment: Experiment, rival: Peer | None, repeats: int) -> str:
+    config, (height, width, _) = experiment.config, experiment.dataset.image_shape
+    augmentation = config.data.augmentation or "none"
+    beside = "" if rival is None else f" (always so beside {rival.name})"
+    return (
+        f"{config.model.name} on {height}x{width} noise, batch {config.batch_size}, "
+        f"{available_cores()} cores, medians of {repeats} rounds.\n"
+        f"Every step normalises its images; augmentation: {augmentation}{beside}."
+    )
