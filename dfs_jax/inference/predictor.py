@@ -1,0 +1,243 @@
+"""A multi-exit network that really stops early.
+
+The network is compiled as stages. After each one the host compares confidences with thresholds;
+who is sure enough leaves, the others are put together into one of a few batch shapes and go on.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from dfs_jax.inference.answers import (
+    AnswerTable,
+    BatchPrediction,
+    Prediction,
+    check_images,
+    one_answer,
+)
+from dfs_jax.inference.pipeline import Counts, Engine, Pipeline
+from dfs_jax.inference.policy import ROUNDING, Policy, last_exit_only
+from dfs_jax.inference.programs import Programs
+from dfs_jax.inference.stages import Stage, model_stages
+from dfs_jax.inference.stream import stream_answers
+from dfs_jax.inference.timing import StageTimes, measure_stages
+from dfs_jax.inference.waiting import DeviceBuffer, HostBuffer
+from dfs_jax.types import PyTree, UserError, check_whole
+
+if TYPE_CHECKING:
+    from dfs_jax.forks import Fork
+    from dfs_jax.models.contract import MultiExitModel
+
+_ROUNDS_FULL, _ROUNDS_ALONE = 5, 31
+_IN_FLIGHT = 16  # full batches
+
+
+class EarlyExitPredictor:
+    """Classifies images, each at the first exit that is sure enough.
+
+    The first call compiles and measures (`warm_up` does it beforehand). A policy under which the
+    whole network is faster, by the measured times and the exits that examples take, falls back to
+    it: the last exit then answers. One predictor serves one thread.
+
+    Args:
+      stages: functions `(carry) -> (carry, logits)`, shallow first; see `model_stages`.
+      example: shape and type of one image, `jax.ShapeDtypeStruct((height, width, channels), ...)`.
+      policy: when to stop; None for the last exit alone.
+      batch_size: of a full batch.
+      shapes: the batch sizes that programs are compiled for; None for 1, 4, 16 and the powers of
+        two from 32 to `batch_size`. Smaller batches are padded to the next.
+      fall_back: whether the whole network may run instead where it is faster; the policy's
+        `falls_back` must agree.
+
+    Raises:
+      UserError: stages that do not fit together, a policy for another count of exits, shapes that
+        are not ascending up to `batch_size`.
+
+    Example: two stages on numbers, of which the first is sure of those far from 0.
+      >>> stage = lambda x: (x, jax.numpy.concatenate([x, -x], axis=-1))
+      >>> one_number = jax.ShapeDtypeStruct((1,), np.float32)
+      >>> predictor = EarlyExitPredictor(
+      ...     [stage, stage], one_number, Policy((0.9,)), batch_size=4, fall_back=False
+      ... )
+      >>> predictor(np.array([[3.0], [-0.1], [-2.0]])).exit_index.tolist()
+      [0, 1, 0]
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        example: jax.ShapeDtypeStruct,
+        policy: Policy | None = None,
+        *,
+        batch_size: int = 256,
+        shapes: Sequence[int] | None = None,
+        fall_back: bool = True,
+    ):
+        check_whole("batch_size", batch_size)
+        self.policy = last_exit_only(len(stages)) if policy is None else policy
+        if self.policy.num_exits != len(stages):
+            raise UserError(
+                f"the policy is for {self.policy.num_exits} exits, the network has {len(stages)}"
+            )
+        self.programs = Programs(
+            stages, self.policy.measure_function, self.policy.temperatures, example
+        )
+        self.shapes = _check_shapes(shapes, batch_size)
+        self.times: dict[int, StageTimes] = {}
+        self.counts = Counts(len(stages))
+        self._thresholds = self.policy.all_thresholds()[:-1]
+        self._may_fall_back = fall_back and self.policy.falls_back
+        self._is_warm = False
+
+    @classmethod
+    def from_model(
+        cls,
+        model: MultiExitModel,
+        variables: dict[str, Any],
+        fork: Fork,
+        example: jax.ShapeDtypeStruct,
+        policy: Policy | None = None,
+        *,
+        prepare: Callable[[jax.Array], jax.Array] | None = None,
+        **options: Any,
+    ) -> EarlyExitPredictor:
+        """Returns the predictor of a model and its variables (see `model_stages`)."""
+        stages = model_stages(model, variables, fork, prepare=prepare)
+        return cls(stages, example, policy, **options)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a full batch."""
+        return self.shapes[-1]
+
+    def warm_up(self) -> dict[int, StageTimes]:
+        """Compiles every program and measures stages alone and in a full batch; does so once.
+
+        Returns:
+          The times by batch size: of 1 and of a full batch.
+        """
+        if not self._is_warm:
+            example = self.programs.example
+            for shape in self.shapes:
+                carry: PyTree = np.zeros((shape, *example.shape), example.dtype)
+                self.programs.run_whole(carry)
+                for k in range(self.programs.num_exits):
+                    carry, _ = self.programs.run(k, carry)
+            for batch, rounds in ((1, _ROUNDS_ALONE), (self.batch_size, _ROUNDS_FULL)):
+                self.times[batch] = measure_stages(self.programs, batch, rounds=rounds)
+            self._is_warm = True
+        return self.times
+
+    def __call__(self, images: np.ndarray | Sequence[Any]) -> BatchPrediction:
+        """Classifies a batch of any size.
+
+        Args:
+          images: an array `[n, height, width, channels]`, or a list of n images. Those of another
+            shape or type, or with pixels that are not finite, are reported in `errors`.
+        """
+        self.warm_up()
+        now = time.perf_counter()
+        good, places, errors = check_images(images, self.programs.example)
+        if len(places) == 1 and not errors:
+            return self._answer_one(good, now)
+        table = AnswerTable(len(places) + len(errors), self.programs.classes)
+        tickets = table.take(len(places) + len(errors), now)
+        for place, reason in errors.items():
+            table.fail(place, reason)
+        pipeline = self._pipeline(table)
+        pipeline.add(good, tickets[places])
+        pipeline.finish()
+        return table.all()
+
+    def stream(
+        self,
+        batches: Iterable[Any],
+        *,
+        max_wait: float | None = 1.0,
+        max_in_flight: int | None = None,
+    ) -> Iterator[Prediction]:
+        """Yields a `Prediction` for every example of every batch, in order, in constant memory.
+
+        Waiting examples of several batches are merged, so that deep stages run full.
+
+        Args:
+          batches: an iterable of arrays `[n, height, width, channels]` or lists of n images; it is
+            read in a thread of its own, at most two batches ahead.
+          max_wait: seconds for which an example waits at a stage for others to fill the batch, as
+            long as answers are being taken; None for as long as it takes.
+          max_in_flight: how many examples are under way at most, read or answered but not yet
+            handed on; None for 16 full batches. Where an early one holds all others up, its stage
+            runs without being full.
+
+        Raises:
+          UserError: numbers out of range. What reading the input raises, after the answers to what
+            was read before.
+        """
+        in_flight = _IN_FLIGHT * self.batch_size if max_in_flight is None else max_in_flight
+        check_whole("max_in_flight", in_flight, at_least=self.batch_size)
+        if max_wait is not None and not max_wait >= 0:
+            raise UserError(f"max_wait must be at least 0 seconds, got {max_wait!r}")
+        self.warm_up()
+        return stream_answers(
+            batches,
+            self._pipeline,
+            AnswerTable(in_flight, self.programs.classes),
+            self.programs.example,
+            chunk=self.batch_size,
+            max_wait=max_wait,
+        )
+
+    def runs_whole(self, batch: int) -> bool:
+        """Returns whether the whole network is now expected to be faster on such a batch."""
+        if not self._may_fall_back or batch not in self.times:
+            return False
+        shares = self.counts.shares() or self.policy.exit_shares
+        if shares is None and all(threshold is None for threshold in self.policy.thresholds):
+            shares = (*(0.0 for _ in self.policy.thresholds), 1.0)
+        return shares is not None and not self.times[batch].stopping_pays(shares)
+
+    def _pipeline(self, table: AnswerTable) -> Pipeline:
+        buffer = HostBuffer if jax.default_backend() == "cpu" else DeviceBuffer
+        engine = Engine(
+            self.programs,
+            self.policy,
+            self.shapes,
+            lambda carry: buffer(carry, self.batch_size),
+            functools.partial(self.runs_whole, self.batch_size),
+            self.counts,
+        )
+        return Pipeline(engine, table)
+
+    def _answer_one(self, image: np.ndarray, now: float) -> BatchPrediction:
+        """Runs a single example, which needs neither queues nor copies."""
+        last = self.programs.num_exits - 1
+        if self.runs_whole(1):
+            self.counts.whole += 1
+            return one_answer(self.programs.run_whole(image), last, now)
+        carry: PyTree = image
+        for k, threshold in enumerate(self._thresholds):
+            carry, answers = self.programs.run(k, carry)
+            confidence = float(answers[0, self.programs.classes])
+            if abs(confidence - threshold) <= ROUNDING:
+                self.counts.close += 1
+            if confidence >= threshold:
+                break
+        else:
+            k, answers = last, self.programs.run(last, carry)[1]
+        self.counts.exits[k] += 1
+        return one_answer(answers, k, now)
+
+
+def _check_shapes(shapes: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
+    if shapes is None:
+        powers = [1, 4, 16, *(2**i for i in range(5, batch_size.bit_length()))]
+        return (*(shape for shape in powers if shape < batch_size), batch_size)
+    if list(shapes) != sorted({1, *shapes}) or shapes[-1] != batch_size:
+        raise UserError(f"shapes must ascend from 1 to batch_size {batch_size}, got {list(shapes)}")
+    return tuple(shapes)

@@ -1,0 +1,110 @@
+"""The compiled programs of a staged network: one call and one small array to read for each stage.
+
+What a stage says of its examples comes as one float32 array, `[batch, classes + 2]`, since every
+array that the host reads takes its time:
+
+    probabilities [classes] | confidence | predicted class
+
+A program is compiled for each batch shape that it meets. Temperatures are arguments, so another
+policy with the same measure compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from dfs_jax.inference.scores import Measure, answer
+from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
+from dfs_jax.types import PyTree
+
+
+class Programs:
+    """The stages and the whole network, compiled.
+
+    Args:
+      stages: functions of what came before.
+      measure: how sure an exit is.
+      temperatures: one for each exit.
+      example: one image's shape and type.
+
+    Attributes:
+      carries: what each stage takes, shapes and types of one example, without the batch.
+      classes: how many.
+      num_exits: how many.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        measure: Measure,
+        temperatures: Sequence[float],
+        example: jax.ShapeDtypeStruct,
+    ):
+        self.example = example
+        self.classes = check_stages(stages, example)
+        self.num_exits = len(stages)
+        self._stages = as_pytrees(stages)
+        self._temperatures = [jnp.float32(t) for t in temperatures]
+        # A function of its own for each stage: their caches stay small, and lookups quick.
+        last = self.num_exits - 1
+        self._run = [
+            jax.jit(functools.partial(_stage_program, measure, i == 0, i == last))
+            for i in range(self.num_exits)
+        ]
+        self._whole = jax.jit(functools.partial(_whole_program, measure))
+        self.carries = self._trace_carries()
+
+    def run(self, k: int, carry: PyTree) -> tuple[PyTree, np.ndarray]:
+        """Runs stage k on images (k = 0) or on what the stage before returned.
+
+        Returns:
+          What the next stage takes (None after the last), still on the device, and the answers
+          `[batch, classes + 2]`, on the host; everything is computed when it returns.
+        """
+        carry, answers = self._run[k](self._stages[k], self._temperatures[k], carry)
+        return carry, np.asarray(answers)
+
+    def run_whole(self, images: Any) -> np.ndarray:
+        """Runs the whole network as one program; returns the last exit's answers."""
+        return np.asarray(self._whole(self._stages, self._temperatures[-1], images))
+
+    def _trace_carries(self) -> list[PyTree]:
+        taken: list[PyTree] = [self.example]
+        batch: PyTree = jax.ShapeDtypeStruct((1, *self.example.shape), self.example.dtype)
+        for k in range(self.num_exits - 1):
+            batch, _ = jax.eval_shape(self._run[k], self._stages[k], self._temperatures[k], batch)
+            taken.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
+        return taken
+
+
+def _stage_program(
+    measure: Measure,
+    is_first: bool,
+    is_last: bool,
+    stage: Partial,
+    temperature: jax.Array,
+    carry: PyTree,
+) -> tuple[PyTree, jax.Array]:
+    inner, history = (carry, None) if is_first else carry
+    inner, logits = stage(inner)
+    answers, history = answer(measure, logits, temperature, history)
+    return None if is_last else (inner, history), _pack(*answers)
+
+
+def _whole_program(
+    measure: Measure, stages: Sequence[Partial], temperature: jax.Array, images: jax.Array
+) -> jax.Array:
+    answers, _ = answer(measure, last_logits(stages, images), temperature, None)
+    return _pack(*answers)
+
+
+def _pack(probabilities: jax.Array, predicted: jax.Array, confidence: jax.Array) -> jax.Array:
+    columns = (confidence[:, None], predicted[:, None].astype(jnp.float32))
+    return jnp.concatenate([probabilities, *columns], axis=-1)

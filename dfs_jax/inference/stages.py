@@ -1,0 +1,166 @@
+"""A network as stages: block and head, one after another, each a function of what came before.
+
+    stage(carry) -> (carry, logits)
+
+The first stage takes images `[batch, height, width, channels]`, the last one's carry is not used.
+A carry is a pytree of arrays with the batch first; rows never read each other. Stages come from a
+model and its variables (`model_stages`), or from exported files. One that is a
+`jax.tree_util.Partial` brings its weights as leaves, so that they are arguments of the compiled
+program; any other callable is taken as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from dfs_jax.types import PyTree, UserError
+
+if TYPE_CHECKING:
+    # Exported stages run where flax, which models need, is not installed.
+    from dfs_jax.forks import Fork
+    from dfs_jax.models.contract import MultiExitModel
+
+Stage: TypeAlias = Callable[[PyTree], tuple[PyTree, jax.Array]]
+
+
+def model_stages(
+    model: MultiExitModel,
+    variables: dict[str, Any],
+    fork: Fork,
+    *,
+    prepare: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[Stage, ...]:
+    """Returns the stages of a model, in evaluation mode.
+
+    Args:
+      model: a backbone, not bound.
+      variables: `{"params": ..., "batch_stats": ...}`.
+      fork: as in training; some forks change values (`referencing="none"` cuts channels).
+      prepare: applied to the images first, such as their normalisation.
+
+    Returns:
+      One stage an exit, shallow first. Together they compute what `run_exits` does.
+    """
+    return tuple(
+        Partial(
+            functools.partial(_run_stage, model, fork, prepare if i == 0 else None, i),
+            _variables_of(variables, i),
+        )
+        for i in range(model.num_exits)
+    )
+
+
+def _run_stage(
+    model: MultiExitModel,
+    fork: Fork,
+    prepare: Callable[[jax.Array], jax.Array] | None,
+    i: int,
+    variables: dict[str, Any],
+    carry: PyTree,
+) -> tuple[PyTree, jax.Array]:
+    def block_and_head(bound: MultiExitModel, carry: PyTree) -> tuple[PyTree, jax.Array]:
+        carry = bound.block(i, carry, train=False)
+        forked = fork(bound.feature(carry), exit_index=i, num_exits=bound.num_exits)
+        logits = bound.head(i, forked.to_head, train=False).logits
+        return bound.with_feature(carry, forked.to_trunk), logits
+
+    carry = carry if prepare is None else prepare(carry)
+    return model.apply(variables, carry, method=block_and_head)  # type: ignore[return-value]
+
+
+def _variables_of(variables: dict[str, Any], i: int) -> dict[str, Any]:
+    names = (f"block{i + 1}", f"head{i + 1}")
+    return {
+        collection: {name: tree[name] for name in names if name in tree}
+        for collection, tree in variables.items()
+    }
+
+
+def run_stages(stages: Sequence[Stage], images: jax.Array) -> jax.Array:
+    """Returns every exit's logits, `[exits, batch, classes]`."""
+    carry, logits = images, []
+    for stage in stages:
+        carry, exit_logits = stage(carry)
+        logits.append(exit_logits)
+    return jnp.stack(logits)
+
+
+def last_logits(stages: Sequence[Stage], images: jax.Array) -> jax.Array:
+    """Returns the last exit's logits, `[batch, classes]`; compiled, early heads are left out."""
+    carry, logits = images, None
+    for stage in stages:
+        carry, logits = stage(carry)
+    assert logits is not None
+    return logits
+
+
+def recorded_logits(
+    stages: Sequence[Stage], images: np.ndarray, *, batch_size: int = 250
+) -> np.ndarray:
+    """Runs every exit on many images, `[exits, n, classes]` float32: what policies are fitted on.
+
+    Args:
+      stages: of `model_stages` or of an export.
+      images: `[n, height, width, channels]`.
+      batch_size: how many at a time.
+    """
+    run = jax.jit(lambda stages, x: run_stages(stages, x).astype(jnp.float32))
+    stages = as_pytrees(stages)
+    parts = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        missing = min(batch_size, len(images)) - len(part)
+        padded = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
+        parts.append(np.asarray(run(stages, padded))[:, : len(part)])
+    return np.concatenate(parts, axis=1)
+
+
+def as_pytrees(stages: Sequence[Stage]) -> tuple[Partial, ...]:
+    """Returns the stages as arguments that a compiled program can take."""
+    return tuple(stage if isinstance(stage, Partial) else Partial(stage) for stage in stages)
+
+
+def check_stages(stages: Sequence[Stage], example: jax.ShapeDtypeStruct) -> int:
+    """Traces the stages on images like `example` (without a batch), and returns the classes.
+
+    Raises:
+      UserError: no stages, logits that are not `[batch, classes]` with one count of classes, or a
+        carry whose leaves do not have the batch first.
+    """
+    if not stages:
+        raise UserError("a network has at least 1 stage, got none")
+    batch = 3
+    carry: PyTree = jax.ShapeDtypeStruct((batch, *example.shape), example.dtype)
+    classes = None
+    for i, stage in enumerate(stages):
+        carry, logits = jax.eval_shape(stage, carry)
+        if (
+            len(logits.shape) != 2
+            or logits.shape[0] != batch
+            or logits.shape[1] != (classes or logits.shape[1])
+        ):
+            raise UserError(
+                f"stage {i + 1} must return logits [batch, {classes or 'classes'}], "
+                f"got {list(logits.shape)} for a batch of {batch}"
+            )
+        classes = logits.shape[1]
+        if i < len(stages) - 1:
+            _check_batch_first(i, carry, batch)
+    assert classes is not None
+    return classes
+
+
+def _check_batch_first(i: int, carry: PyTree, batch: int) -> None:
+    for leaf in jax.tree.leaves(carry):
+        if leaf.shape[:1] != (batch,):
+            raise UserError(
+                f"stage {i + 1} must return a carry with the batch first, "
+                f"got {list(leaf.shape)} for a batch of {batch}"
+            )
