@@ -1,15 +1,16 @@
 """Which kernels compute which convolution: one rule, from measurements.
 
-XLA's time over the kernel's, processor time, medians, batches of 64 and 128, 4x4 to 32x32 pixels:
+XLA's time over the kernel's, medians, batches of 64 and 128 on two cores, XLA compiled with
+`compiler_options`:
 
-    kernel               channels   forward      weight gradient  input gradient
-    3x3, even sides      32 - 512   1.2 ... 1.9  (below)          1.2 ... 1.9     `winograd`
-    3x3                  3 - 512                 1.0 ... 2.3                      `taps`
-    3x3, stride 2        16 - 512   0.9 ... 1.4  1.2 ... 2.1      1.0 ... 2.0     `taps`
-    1x1                  16 - 256   0.9 ... 2.9  2.6 ... 3.6      1.0 ... 2.2     `pointwise`
-    3x3, depthwise       64 - 256   10 ... 20    3 ... 12         27 ... 42       `depthwise`
+    kernel           channels   sides    forward      weights      inputs
+    3x3, even sides  32 - 256   8 - 32   1.0 ... 1.9  (below)      1.3 ... 1.9  `winograd`
+    3x3              3 - 64     32                    1.0 ... 1.9               `taps`
+    3x3, stride 2    32 - 512   8 - 32                             1.0 ... 2.8  `taps`
+    1x1              64 - 512   8 - 32                1.0 ... 3.0               `pointwise`
+    3x3, depthwise   64 - 256   8 - 32   10 ... 20    3 ... 12     27 ... 42    `depthwise`
 
-Where nothing is said, and below the least channels here, XLA's is about as fast. Winograd's weight
+Where nothing is said, and for fewer channels, XLA's is about as fast or faster. Winograd's weight
 gradient would be a fifth faster than that by taps, but less exact than XLA's.
 """
 
@@ -26,13 +27,14 @@ from dfs_jax.cpu_kernels import depthwise, pointwise, taps, winograd
 
 Kernel = Callable[[jax.Array, jax.Array], jax.Array]
 
-# The fewer and the more of input and output channels.
+# The fewer and the more of input and output channels, and the pixels of an image. What one of a
+# larger image unfolds leaves the cache; one of a smaller image is little work beside the
+# transform of the weights.
 LEAST_FOR_WINOGRAD = (32, 64)
-LEAST_FOR_STRIDED = (16, 32)
-LEAST_FOR_STRIDED_FORWARD = (64, 64)
-# Pixels: what one larger image unfolds leaves the cache, and XLA is faster again.
-LARGEST_FOR_WINOGRAD = 64 * 64
-LARGEST_FOR_TAPS = 128 * 128
+PIXELS_FOR_WINOGRAD = range(8 * 8, 64 * 64 + 1)
+# Few pixels and many channels are what XLA's own weight gradient is good at.
+PIXELS_FOR_TAPS = range(24 * 24, 128 * 128 + 1)
+LEAST_FOR_STRIDED = 16
 
 
 class Geometry(NamedTuple):
@@ -81,29 +83,25 @@ def choose_kernels(geometry: Geometry, channels: int, features: int) -> Kernels:
         return Kernels()
     if geometry.is_depthwise:
         return _depthwise(geometry) if geometry.strides in ((1, 1), (2, 2)) else Kernels()
-    if geometry.pixels > LARGEST_FOR_TAPS:
-        return Kernels()
     if geometry.strides == (1, 1):
         return _plain(geometry, widths)
     return _strided(geometry, widths) if geometry.strides == (2, 2) else Kernels()
 
 
 def _plain(geometry: Geometry, widths: tuple[int, int]) -> Kernels:
-    tiled = (
-        all(side % 2 == 0 for side in geometry.sides) and geometry.pixels <= LARGEST_FOR_WINOGRAD
+    even = all(side % 2 == 0 for side in geometry.sides)
+    wide = all(width >= least for width, least in zip(widths, LEAST_FOR_WINOGRAD, strict=True))
+    tiled = even and wide and geometry.pixels in PIXELS_FOR_WINOGRAD
+    return Kernels(
+        winograd.forward if tiled else None,
+        taps.weight_gradient if geometry.pixels in PIXELS_FOR_TAPS else None,
+        winograd.input_gradient if tiled else None,
     )
-    if not tiled or not _at_least(widths, LEAST_FOR_WINOGRAD):
-        return Kernels(weight_gradient=taps.weight_gradient)
-    return Kernels(winograd.forward, taps.weight_gradient, winograd.input_gradient)
 
 
 def _pointwise(geometry: Geometry) -> Kernels:
-    strides, sides = geometry.strides, geometry.sides
-    return Kernels(
-        functools.partial(pointwise.forward, strides=strides),
-        functools.partial(pointwise.weight_gradient, strides=strides),
-        functools.partial(pointwise.input_gradient, strides=strides, sides=sides),
-    )
+    kernel = functools.partial(pointwise.weight_gradient, strides=geometry.strides)
+    return Kernels(weight_gradient=kernel)
 
 
 def _depthwise(geometry: Geometry) -> Kernels:
@@ -116,14 +114,7 @@ def _depthwise(geometry: Geometry) -> Kernels:
 
 
 def _strided(geometry: Geometry, widths: tuple[int, int]) -> Kernels:
-    if not _at_least(widths, LEAST_FOR_STRIDED):
+    if widths[0] < LEAST_FOR_STRIDED or geometry.pixels > PIXELS_FOR_TAPS[-1]:
         return Kernels()
-    return Kernels(
-        taps.strided_forward if _at_least(widths, LEAST_FOR_STRIDED_FORWARD) else None,
-        taps.strided_weight_gradient,
-        functools.partial(taps.strided_input_gradient, sides=geometry.sides),
-    )
-
-
-def _at_least(widths: tuple[int, int], least: tuple[int, int]) -> bool:
-    return all(width >= bound for width, bound in zip(widths, least, strict=True))
+    kernel = functools.partial(taps.strided_input_gradient, sides=geometry.sides)
+    return Kernels(input_gradient=kernel)

@@ -23,33 +23,11 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
         height, padded = dy.shape[1], _pad(dy, axis=1)
         rows = jnp.concatenate([padded[:, i : i + height] for i in (2, 1, 0)], axis=-1)
-        return _contract_pixels(_columns(x), rows)
+        return contract_pixels(_columns(x), rows)
 
     channels, features = x.shape[-1], dy.shape[-1]
     taps = sum_chunks(some_images, x, dy, _chunk_size(x, 3 * (channels + features)))
     return taps.reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
-
-
-def strided_forward(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Returns the convolution of stride 2 and padding 1 of `x` with `w` `[3, 3, in, out]`."""
-    matrix = w.reshape(-1, w.shape[3])
-
-    def some_images(x: jax.Array) -> jax.Array:
-        unfolded = jnp.concatenate(shifts(x, 2), axis=-1)
-        return (unfolded @ matrix).reshape(*unfolded.shape[:3], -1)
-
-    return map_chunks(some_images, x, _chunk_size(x, 3 * w.shape[2]))
-
-
-def strided_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Returns the gradient `[3, 3, in, out]` of a kernel of stride 2 and padding 1."""
-    channels, features = x.shape[-1], dy.shape[-1]
-
-    def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _contract_pixels(jnp.concatenate(shifts(x, 2), axis=-1), dy)
-
-    total = sum_chunks(some_images, x, dy, _chunk_size(x, 3 * channels))
-    return total.reshape(3, 3, channels, features)
 
 
 def strided_input_gradient(dy: jax.Array, w: jax.Array, sides: tuple[int, int]) -> jax.Array:
@@ -102,7 +80,8 @@ def _columns(x: jax.Array) -> jax.Array:
     return jnp.concatenate(shifts, axis=-1).reshape(-1, 3 * x.shape[3])
 
 
-def _contract_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
+def contract_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the products of every channel of `x` with every one of `y`, summed over the rest."""
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
 
