@@ -1,0 +1,120 @@
+"""Anytime prediction: an answer after every exit, as it comes, for whoever may have to stop.
+
+    ensemble None       the exit's own probabilities p_k
+    ensemble "mean"     the mean of p_1 ... p_k
+    ensemble "product"  proportional to the geometric mean of p_1 ... p_k
+
+With `monotone=True` an example keeps its answer until a later one is surer (has a larger largest
+probability), so that its confidence never falls as time goes on.
+
+Reference: Jazbec et al., "Towards Anytime Classification in Early-Exit Architectures by Enforcing
+Conditional Monotonicity", NeurIPS 2023 (product of experts; keeping the surest answer).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from dfs_jax.inference.stages import Stage, as_pytrees
+from dfs_jax.types import PyTree, UserError
+
+ENSEMBLES = (None, "mean", "product")
+
+
+class AnytimeAnswer(NamedTuple):
+    """What is known after an exit.
+
+    Attributes:
+      exit_index: the exit, 0-based.
+      probabilities: `[n, classes]` float32.
+      predicted: `[n]`, the class of the largest probability.
+    """
+
+    exit_index: int
+    probabilities: np.ndarray
+    predicted: np.ndarray
+
+
+class AnytimePredictor:
+    """Yields answers exit by exit; nothing beyond the exit that is asked for is computed.
+
+    Args:
+      stages: functions `(carry) -> (carry, logits)`, shallow first.
+      temperatures: one for each exit; None for 1.
+      ensemble: None, "mean" or "product".
+      monotone: whether an example keeps the surest answer it has had.
+
+    Raises:
+      UserError: an unknown ensemble, or another count of temperatures than of stages.
+
+    Example: the second of two stages contradicts the first, less surely.
+      >>> stages = [lambda x: (x, x), lambda x: (x, -x / 2)]
+      >>> x = np.array([[2.0, 0.0]], np.float32)
+      >>> [a.predicted.tolist() for a in AnytimePredictor(stages)(x)]
+      [[0], [1]]
+      >>> [a.predicted.tolist() for a in AnytimePredictor(stages, monotone=True)(x)]
+      [[0], [0]]
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        temperatures: Sequence[float] | None = None,
+        *,
+        ensemble: str | None = None,
+        monotone: bool = False,
+    ):
+        if ensemble not in ENSEMBLES:
+            raise UserError(f'unknown ensemble {ensemble!r}: choose None, "mean" or "product"')
+        self._temperatures = (1.0,) * len(stages) if temperatures is None else tuple(temperatures)
+        if len(self._temperatures) != len(stages):
+            raise UserError(
+                f"{len(stages)} stages take {len(stages)} temperatures, "
+                f"got {len(self._temperatures)}"
+            )
+        self._stages = as_pytrees(stages)
+        self._run = [
+            jax.jit(functools.partial(_anytime_program, ensemble, monotone, k))
+            for k in range(len(stages))
+        ]
+
+    def __call__(self, images: Any) -> Iterator[AnytimeAnswer]:
+        """Yields an `AnytimeAnswer` an exit, shallow first; stop asking to stop computing.
+
+        Args:
+          images: `[n, height, width, channels]`.
+        """
+        carry: PyTree = images
+        for k, run in enumerate(self._run):
+            carry, probabilities = run(self._stages[k], jnp.float32(self._temperatures[k]), carry)
+            answer = np.asarray(probabilities)
+            yield AnytimeAnswer(k, answer, answer.argmax(axis=-1))
+
+
+def _anytime_program(
+    ensemble: str | None,
+    monotone: bool,
+    k: int,
+    stage: Partial,
+    temperature: jax.Array,
+    carry: PyTree,
+) -> tuple[PyTree, jax.Array]:
+    inner, total, best = (carry, None, None) if k == 0 else carry
+    inner, logits = stage(inner)
+    log_p = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32) / temperature)
+    p = jnp.exp(log_p)
+    if ensemble is not None:
+        new = p if ensemble == "mean" else log_p
+        total = new if k == 0 else total + new
+        p = total / (k + 1) if ensemble == "mean" else jax.nn.softmax(total / (k + 1))
+    if best is not None:
+        is_surer = p.max(axis=-1) > best.max(axis=-1)
+        p = jnp.where(is_surer[:, None], p, best)
+    return (inner, total, p if monotone else None), p
