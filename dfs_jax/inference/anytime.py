@@ -112,7 +112,7 @@ def _anytime_program(
     p = jnp.exp(log_p)
     if ensemble is not None:
         new = p if ensemble == "mean" else log_p
-        total = new if k == 0 else total + new
+        total = new if total is None else total + new
         p = total / (k + 1) if ensemble == "mean" else jax.nn.softmax(total / (k + 1))
     if best is not None:
         is_surer = p.max(axis=-1) > best.max(axis=-1)
