@@ -48,6 +48,32 @@ def stem_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType]
 
 
+def upsample_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Resizes `[batch, h, w, channels]` bilinearly with half-pixel centres, as PyTorch does.
+
+    Doubling, by far the commonest, costs a few multiplications an output; `jax.image.resize` would
+    multiply by matrices.
+
+    Example:
+      >>> upsample_bilinear(jnp.array([0.0, 4.0]).reshape(1, 1, 2, 1), 1, 4).ravel().tolist()
+      [0.0, 1.0, 3.0, 4.0]
+    """
+    for axis, size in ((1, height), (2, width)):
+        if size == 2 * x.shape[axis]:
+            x = _doubled(x, axis)
+    return jax.image.resize(x, (len(x), height, width, x.shape[3]), "bilinear")
+
+
+def _doubled(x: jax.Array, axis: int) -> jax.Array:
+    """Returns 3/4 of every value and 1/4 of the one before it, then of the one after it."""
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
+    before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+    after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+    pairs = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=axis + 1)
+    return pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over the last axis, with PyTorch's running statistics.
 

@@ -60,7 +60,7 @@ KERNELS = {
         *(3, 2, (6, 11)),
         (
             None,
-            None,
+            taps.strided_weight_gradient,
             functools.partial(taps.strided_input_gradient, sides=(6, 11)),
         ),
     ),
@@ -180,7 +180,7 @@ CHOICES = [
     (3, 1, 1, (128, 128), 64, 64, False, (None, taps, None)),
     (3, 1, 1, (130, 128), 64, 64, False, (None, None, None)),
     (3, 2, 1, (130, 128), 64, 64, False, (None, None, None)),
-    (3, 2, 1, (7, 8), 32, 16, False, (None, None, taps)),
+    (3, 2, 1, (7, 8), 32, 16, False, (None, taps, taps)),
     (3, 2, 1, (7, 8), 3, 32, False, (None, None, None)),
     (3, 3, 1, (7, 8), 32, 32, False, (None, None, None)),
     (1, 2, 0, (7, 8), 3, 5, False, (None, pointwise, None)),

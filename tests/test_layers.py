@@ -1,13 +1,14 @@
-"""BatchNorm by hand, and the padding of convolutions."""
+"""BatchNorm by hand, the padding of convolutions, and upsampling."""
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init
+from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init, upsample_bilinear
 
 RNG = np.random.default_rng(0)
 
@@ -93,3 +94,17 @@ def test_kernels_are_drawn_normally_with_variance_two_over_fan_in(shape):
     np.testing.assert_allclose((np.abs(standard) < 1).mean(), 0.6827, atol=error)
     assert len(np.unique(kernel)) > 0.99 * kernel.size
     assert conv_init(jax.random.key(0), (1, 1, 1, 1)).shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("sides", [(6, 10), (5, 7), (6, 9), (3, 5)])
+def test_upsampling_is_bilinear_resizing(sides):
+    """Doubled in both directions, in none, in one, and left as it is."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 4)), jnp.float32)
+
+    def results(resize):
+        y, pullback = jax.vjp(resize, x)
+        return y, pullback(jnp.cos(y))
+
+    ours = results(lambda x: upsample_bilinear(x, *sides))
+    plain = results(lambda x: jax.image.resize(x, (2, *sides, 4), "bilinear"))
+    chex.assert_trees_all_close(ours, plain, atol=1e-6)

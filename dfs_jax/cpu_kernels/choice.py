@@ -6,7 +6,7 @@ XLA's time over the kernel's, medians, batches of 64 and 128 on two cores, XLA c
     kernel           channels   sides    forward      weights      inputs
     3x3, even sides  32 - 256   8 - 32   1.0 ... 1.9  (below)      1.3 ... 1.9  `winograd`
     3x3              3 - 64     32                    1.0 ... 1.9               `taps`
-    3x3, stride 2    32 - 512   8 - 32                             1.0 ... 2.8  `taps`
+    3x3, stride 2    32 - 512   8 - 32                0.9 ... 1.2  1.0 ... 2.8  `taps`
     1x1              64 - 512   8 - 32                1.0 ... 3.0               `pointwise`
     3x3, depthwise   64 - 256   8 - 32   10 ... 20    3 ... 12     27 ... 42    `depthwise`
 
@@ -117,4 +117,4 @@ def _strided(geometry: Geometry, widths: tuple[int, int]) -> Kernels:
     if widths[0] < LEAST_FOR_STRIDED or geometry.pixels > PIXELS_FOR_TAPS[-1]:
         return Kernels()
     kernel = functools.partial(taps.strided_input_gradient, sides=geometry.sides)
-    return Kernels(input_gradient=kernel)
+    return Kernels(weight_gradient=taps.strided_weight_gradient, input_gradient=kernel)

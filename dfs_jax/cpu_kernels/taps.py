@@ -30,6 +30,17 @@ def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     return taps.reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
 
 
+def strided_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Returns the gradient `[3, 3, in, out]` of a kernel of stride 2 and padding 1."""
+    channels, features = x.shape[-1], dy.shape[-1]
+
+    def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return contract_pixels(jnp.concatenate(shifts(x, 2), axis=-1), dy)
+
+    total = sum_chunks(some_images, x, dy, _chunk_size(x, 3 * channels))
+    return total.reshape(3, 3, channels, features)
+
+
 def strided_input_gradient(dy: jax.Array, w: jax.Array, sides: tuple[int, int]) -> jax.Array:
     """Returns the input's gradient, of those sides, for stride 2 and padding 1.
 

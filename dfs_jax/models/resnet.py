@@ -7,7 +7,14 @@ import functools
 import jax
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init, stem_pool
+from dfs_jax.layers import (
+    BatchNorm,
+    Conv1x1,
+    Conv3x3,
+    conv_init,
+    stem_pool,
+    upsample_bilinear,
+)
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.partitioned import Execution
@@ -189,7 +196,7 @@ class AttentionGate(nn.Module):
         separable = SeparableConv(x.shape[-1], execution=self.execution, name="separable")
         mask = separable(x, train=train)
         mask = nn.relu(BatchNorm(name="norm")(mask, train=train))
-        return x * nn.sigmoid(jax.image.resize(mask, x.shape, "bilinear"))
+        return x * nn.sigmoid(upsample_bilinear(mask, *x.shape[1:3]))
 
 
 class AttentionHead(nn.Module):
