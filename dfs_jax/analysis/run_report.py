@@ -55,7 +55,7 @@ def report_run(
     """
     experiment = experiment or build_experiment(read_config(workdir))
     evaluation = evaluate_run(workdir, experiment, split=split, checkpoint=checkpoint)
-    report = _build(evaluation)
+    report = report_evaluation(evaluation)
     name = "report.json" if split == "test" else f"report_{split}.json"
     written = write_report(report, output or workdir / name)
     if output is None and split == "test":
@@ -66,7 +66,8 @@ def report_run(
     return report
 
 
-def _build(evaluation: RunEvaluation) -> Report:
+def report_evaluation(evaluation: RunEvaluation) -> Report:
+    """Returns the report of a run's evaluation (see `dfs_jax.analysis.report.build_report`)."""
     experiment = evaluation.experiment
     config = experiment.config
     return build_report(
