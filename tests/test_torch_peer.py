@@ -34,14 +34,19 @@ torch = pytest.importorskip("torch")
 from benchmarks.torch_exits import Surgery, TorchOutputs  # noqa: E402 (they need torch)
 from benchmarks.torch_step import TorchStep, build_network, torch_loss  # noqa: E402
 
-SMALL_MSDNET = {"base": 2, "initial_channels": 3, "growth": 2, "head_channels": 5}
+SMALL_MSDNET = {"initial_channels": 3, "growth": 2, "head_channels": 5, "head_dropout": 0.0}
+# Two scales of which the second layer drops one.
+TINY_MSDNET = {
+    **{**SMALL_MSDNET, "num_exits": 2, "base": 1, "step": 1},
+    **{"scale_factors": (1, 2), "bottleneck_factors": (1, 2)},
+}
 NETWORKS = [
     ("vgg7", {"width": 3}, 8),
     ("resnet18", {"width": 3, "stage_sizes": (1, 2)}, 8),
-    ("msdnet", {**SMALL_MSDNET, "head_dropout": 0.0, "num_exits": 2}, 8),
+    ("msdnet", TINY_MSDNET, 8),
     pytest.param("resnet18", {"width": 3}, 16, marks=pytest.mark.slow),
     pytest.param("resnet50", {"width": 2, "stage_sizes": (2, 1)}, 8, marks=pytest.mark.slow),
-    pytest.param("msdnet", {**SMALL_MSDNET, "head_dropout": 0.0}, 16, marks=pytest.mark.slow),
+    pytest.param("msdnet", {**SMALL_MSDNET, "base": 2}, 16, marks=pytest.mark.slow),
 ]
 LOSSES = (create_loss("deep_supervision"), create_loss("byot"))
 
@@ -142,9 +147,10 @@ UNAUGMENTED = {"data.augmentation": "none", "data.crop_padding": None}
 
 def test_steps_are_ours():
     """Images, normalisation, losses, momentum, weight decay and accuracies, for three steps."""
-    experiment = build_experiment(
-        tiny_config(**{**UNAUGMENTED, "optimizer.weight_decay": 0.01, "optimizer.nesterov": True})
-    )
+    options = {"weight_decay": 0.01, "nesterov": True}
+    changes = {f"optimizer.{key}": value for key, value in options.items()}
+    changes["schedule.name"] = "constant"
+    experiment = build_experiment(tiny_config(**UNAUGMENTED, **changes))
     others = [TorchStep(experiment, layout) for layout in PEERS.resolve("torch").layouts]
     state, step = initial_state(experiment), training_step(experiment)
     dataset, sampler = experiment.dataset, experiment.sampler

@@ -45,11 +45,13 @@ class Method(NamedTuple):
     Attributes:
       fork, loss: their names in a config.
       model: options of the model, besides those of the config.
+      plain_jit: compiled without this package's options.
     """
 
     fork: str
     loss: str
     model: Mapping[str, Any] = MappingProxyType({})
+    plain_jit: bool = False
 
     @property
     def is_variant(self) -> bool:
@@ -65,8 +67,8 @@ METHODS = {
     "dfs_byot": Method("dfs", "byot"),
     # The fork as one writes it: the whole input gradient is computed, then cut.
     "dfs_naive": Method("dfs", "deep_supervision", _NAIVE),
-    # Nothing but Flax's own layers.
-    "dfs_flax": Method("dfs", "deep_supervision", {**_NAIVE, "cpu_kernels": False}),
+    # Nothing but Flax's own layers under jax.jit.
+    "dfs_flax": Method("dfs", "deep_supervision", {**_NAIVE, "cpu_kernels": False}, True),
 }
 DEFAULT_METHODS = ("dsn", "byot", "dfs", "dfs_naive", "dfs_flax")
 
@@ -95,6 +97,11 @@ class Case(NamedTuple):
     framework: str
     layout: str
     experiment: Experiment
+
+    @property
+    def key(self) -> tuple[str, float | None, str]:
+        """What its operations depend on."""
+        return self.method, self.partition_ratio, self.framework
 
 
 def measure_training_cost(
@@ -142,9 +149,13 @@ def measure_training_cost(
         _plan(_changed(config, {"batch_size": size}), dataset, methods, partition_ratios, rival)
         for size in batch_sizes
     ]
+    operations = _count_operations(planned[0])  # of one image, whatever the batch
     rows: list[CostRow] = []
     for cases in planned:
-        measured = _measure(cases, rival, repeats)
+        measured = [
+            {**row, **operations[case.key]}
+            for case, row in zip(cases, _measure(cases, rival, repeats), strict=True)
+        ]
         program.say(f"\n{_headline(cases[0].experiment, rival, repeats)}\n{cost_table(measured)}\n")
         rows += measured
     return rows
@@ -228,9 +239,25 @@ def _create_peer(name: str) -> Peer:
     except ModuleNotFoundError as error:
         if error.name != "benchmarks":
             raise
-        raise UserError(
-            f"the peer {name!r} lies beside the package: run in its repository"
-        ) from error
+        raise UserError(f"the {name} peer is not installed: run in this repository") from error
+
+
+def _count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int]]:
+    """Returns the operations of every kind of case, by its key."""
+    counted = {}
+    for case in cases:
+        if case.key not in counted:
+            counted[case.key] = _operations(case)
+    return counted
+
+
+def _operations(case: Case) -> dict[str, int]:
+    model, dataset = case.experiment.model, case.experiment.dataset
+    if case.framework != OURS and isinstance(model, ConvolutionalModel):
+        model = model.clone(partitioned_backward=False)  # others differentiate the naive graph
+    parts = model, case.experiment.fork, case.experiment.loss, dataset.image_shape
+    traced, theory = traced_step_cost(*parts), theoretical_step_cost(*parts)
+    return {"macs": traced.total, "macs_theory": theory.total}
 
 
 def _measure(cases: Sequence[Case], rival: Peer | None, repeats: int) -> list[CostRow]:
@@ -242,17 +269,14 @@ def _measure(cases: Sequence[Case], rival: Peer | None, repeats: int) -> list[Co
         if rival is not None and case.framework == rival.name:
             made[i] = rival.compile_step(case.experiment, case.layout)
         else:
-            made[i] = compile_step(case.experiment)
+            made[i] = compile_step(case.experiment, plain_jit=METHODS[case.method].plain_jit)
     programs = [made[i] for i in range(len(cases))]
     times = time_steps(programs, repeats)
     return [_row(*items) for items in zip(cases, programs, times, strict=True)]
 
 
 def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
-    config, model = case.experiment.config, case.experiment.model
-    if case.framework != OURS and isinstance(model, ConvolutionalModel):
-        model = model.clone(partitioned_backward=False)  # what differentiating by rote computes
-    parts = model, case.experiment.fork, case.experiment.loss, case.experiment.dataset.image_shape
+    config = case.experiment.config
     return {
         "model": config.model.name,
         "method": case.method,
@@ -264,8 +288,6 @@ def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
         "images_per_second": 1e3 * config.batch_size / times.step_ms,
         "compile_s": programs.compile_s,
         "peak_mib": programs.peak_mib,
-        "macs": traced_step_cost(*parts).total,
-        "macs_theory": theoretical_step_cost(*parts).total,
         "fork": config.fork.name,
         "loss": config.loss.name,
     }

@@ -7,6 +7,7 @@ times do not. Any framework can stand in a row: what is timed are plain function
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import time
@@ -122,15 +123,27 @@ def available_cores() -> int:
     return os.cpu_count() or 1  # systems without affinities
 
 
-def compile_step(experiment: Experiment) -> StepPrograms:
-    """Compiles the parts of an experiment's own training step and returns them, ready to run."""
+def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepPrograms:
+    """Compiles the parts of an experiment's own training step and returns them, ready to run.
+
+    Args:
+      experiment: whose step it is.
+      plain_jit: compile as `jax.jit` does by itself, without this package's options.
+    """
     batches = train_batches(experiment.dataset.train, experiment.sampler)
     images, labels = put_batch(next(batches), experiment.mesh)
     state = initial_state(experiment)
-    step, seconds = _compile_cold(training_step(experiment), state, images, labels)
-    forward, forward_backward = _loss_programs(experiment)
-    forward = forward.lower(state, images, labels).compile()
-    forward_backward = forward_backward.lower(state, images, labels).compile()
+    step: Any = training_step(experiment)
+    if plain_jit:
+        step = jax.jit(step.__wrapped__, donate_argnums=0)
+    jit = jax.jit if plain_jit else functools.partial(jit_for_mesh, mesh=experiment.mesh)
+    step, seconds = _compile_cold(step, state, images, labels)
+    forward, forward_backward = (
+        jit(function, out_shardings=replicated(experiment.mesh))
+        .lower(state, images, labels)
+        .compile()
+        for function in _loss_functions(experiment)
+    )
     # The step takes its state over and leaves the next one; the others read one of their own.
     kept, running = jax.tree.map(jnp.copy, state), [state]
 
@@ -151,8 +164,8 @@ def compile_step(experiment: Experiment) -> StepPrograms:
     )
 
 
-def _loss_programs(experiment: Experiment) -> tuple[Any, Any]:
-    """Returns the jitted losses, and losses with gradient, of the training step."""
+def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
+    """Returns the losses, and the losses with their gradient, of the training step."""
     e = experiment
 
     def loss_fn(params: PyTree, state: TrainState, images: jax.Array, labels: jax.Array):
@@ -176,9 +189,7 @@ def _loss_programs(experiment: Experiment) -> tuple[Any, Any]:
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         return gradient(state.params, state, images, labels)
 
-    whole = replicated(e.mesh)
-    losses = jit_for_mesh(forward, e.mesh, out_shardings=whole)
-    return losses, jit_for_mesh(forward_backward, e.mesh, out_shardings=whole)
+    return forward, forward_backward
 
 
 def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:
