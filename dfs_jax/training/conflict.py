@@ -1,0 +1,141 @@
+"""The exits' conflict while a run goes on: measured on the same examples again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dfs_jax.combiners.conflict import (
+    count_pairs,
+    gradient_norms,
+    joint_gram,
+    measure_gram,
+    pair_cosines,
+    tensor_names,
+)
+from dfs_jax.data import Split
+from dfs_jax.data.augmentation import normalise
+from dfs_jax.training.experiment import Experiment, abstract_state
+from dfs_jax.training.sharding import (
+    DATA_AXIS,
+    batch_sharded,
+    jit_for_mesh,
+    put_batch,
+    replicated,
+)
+from dfs_jax.types import UserError
+
+SPLIT = "probe"  # what the lines of metrics.jsonl call it
+
+
+class ConflictProbe:
+    """Measures the gradients of a run's exits on a fixed batch, without changing the run.
+
+    The batch is the first examples of the validation split, or of train where nothing is held out,
+    as they are: not augmented.
+
+    Args:
+      experiment: what the run's config describes.
+      examples: how many; at most the whole split, rounded down to what the devices can divide.
+
+    Raises:
+      UserError: fewer examples than devices, or a model that mixes trunk and heads.
+    """
+
+    def __init__(self, experiment: Experiment, examples: int):
+        self.tensor_names = tensor_names(abstract_state(experiment).params)
+        self.split = experiment.score_split
+        self._batch = put_batch(_first_examples(experiment, examples), experiment.mesh)
+        self._measure = _compiled(experiment)
+
+    @property
+    def examples(self) -> int:
+        """The size of the batch."""
+        return len(self._batch.labels)
+
+    def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
+        """Returns the Gram matrices `[tensors, exits, exits]`, see `measure_gram`."""
+        variables = {"params": params, "batch_stats": batch_stats}
+        return np.asarray(self._measure(variables, *self._batch))
+
+
+def conflict_line(
+    gram: np.ndarray, names: tuple[str, ...], *, step: int, epoch: int
+) -> dict[str, Any]:
+    """Returns one measurement's line of `metrics.jsonl`; NaN where there is nothing to measure.
+
+        trunk/conflicting_pairs    fraction of pairs with a negative cosine, over all tensors
+        block1/conflicting_pairs   the same over the tensors of a block
+        exit1/exit2/cosine         mean over the tensors that both exits reach
+        exit1/gradient_norm        of the whole trunk; 0 for an exit that reaches none of it
+
+    Args:
+      gram: `[tensors, exits, exits]` of `measure_gram`.
+      names: of the tensors.
+      step: steps taken.
+      epoch: epochs completed.
+    """
+    blocks = {
+        f"{block}/conflicting_pairs": count_pairs(gram[rows]).conflicting_share
+        for block, rows in rows_by_prefix(names, depth=1).items()
+    }
+    cosines, norms = mean_cosines(gram), np.nan_to_num(gradient_norms(joint_gram(gram)))
+    shallow, deep = np.triu_indices(len(norms), k=1)
+    return {
+        "step": step,
+        "epoch": epoch,
+        "split": SPLIT,
+        "trunk/conflicting_pairs": count_pairs(gram).conflicting_share,
+        **blocks,
+        **{
+            f"exit{i + 1}/exit{j + 1}/cosine": float(cosines[i, j])
+            for i, j in zip(shallow, deep, strict=True)
+        },
+        **{f"exit{i}/gradient_norm": float(norm) for i, norm in enumerate(norms, start=1)},
+    }
+
+
+def mean_cosines(gram: np.ndarray) -> np.ndarray:
+    """Returns each pair's mean cosine over the tensors that both reach, `[exits, exits]`."""
+    cosines = pair_cosines(gram)
+    counts = (~np.isnan(cosines)).sum(0)
+    return np.where(counts, np.nansum(cosines, axis=0) / np.maximum(counts, 1), np.nan)
+
+
+def rows_by_prefix(names: Sequence[str], *, depth: int | None) -> dict[str, list[int]]:
+    """Groups tensors by the first `depth` parts of their names, in order: `parts[:depth]`.
+
+    >>> rows_by_prefix(("block1/conv/bias", "block1/conv/kernel", "block2/conv/kernel"), depth=1)
+    {'block1': [0, 1], 'block2': [2]}
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault("/".join(name.split("/")[:depth]), []).append(row)
+    return rows
+
+
+def _first_examples(experiment: Experiment, examples: int) -> Split:
+    split: Split = getattr(experiment.dataset, experiment.score_split)
+    devices = experiment.mesh.shape[DATA_AXIS]
+    count = min(examples, split.num_examples) // devices * devices
+    if count < 1:
+        raise UserError(
+            f"conflict is measured on at least {devices} example(s), one for each device: "
+            f"{examples} were asked for, the {experiment.score_split} split has "
+            f"{split.num_examples}"
+        )
+    return split.take(np.arange(count))
+
+
+def _compiled(experiment: Experiment):
+    e = experiment
+
+    def measure(variables: dict[str, Any], images: jax.Array, labels: jax.Array) -> jax.Array:
+        images = normalise(images, e.dataset.mean, e.dataset.std)
+        return measure_gram(e.model, e.fork, e.loss, variables, images, labels)
+
+    whole, split = replicated(e.mesh), batch_sharded(e.mesh)
+    return jit_for_mesh(measure, e.mesh, in_shardings=(whole, split, split), out_shardings=whole)
