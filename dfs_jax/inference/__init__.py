@@ -1,1 +1,14 @@
-"""What a trained network's exits say, and when to stop: policies on arrays of predictions."""
+"""What a trained network's exits say, when to stop, and inference that really stops there."""
+
+from dfs_jax.inference.anytime import AnytimePredictor
+from dfs_jax.inference.exported import load_exported
+from dfs_jax.inference.policy import Policy, read_policy
+from dfs_jax.inference.predictor import EarlyExitPredictor
+
+__all__ = [
+    "AnytimePredictor",
+    "EarlyExitPredictor",
+    "Policy",
+    "load_exported",
+    "read_policy",
+]

@@ -1,0 +1,133 @@
+"""Chooses when a run's network stops, and writes the policy beside it.
+
+    python -m dfs_jax.inference.choose --workdir=DIR --speedup=2.5
+
+One of `--p` (the literature's budgeted batch), `--speedup` or `--mmacs` (mean operations),
+`--latency_ms` (mean, one image at a time, on this machine), `--throughput` (images a second in full
+batches, on this machine), or `--epsilon` with `--delta` (a guarantee). Thresholds and temperatures
+are fitted on validation data; for a guarantee a part of it is kept apart for the tests. The test
+split is only reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from dfs_jax import program
+from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.inference import policy as policies
+from dfs_jax.inference.fitting import FittedPolicy, fit_policy, outcome
+from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.inference.timing import StageTimes
+from dfs_jax.training.staged import StagedRun, load_staged
+from dfs_jax.types import UserError
+
+TARGETS = ("p", "speedup", "mmacs", "latency_ms", "throughput", "epsilon")
+
+
+def main() -> None:
+    """Runs the program."""
+    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+    checkpoint = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
+    output = flags.DEFINE_string("output", None, "The policy's file; policy.json in the workdir.")
+    batch_size = flags.DEFINE_integer("batch_size", 256, "Of a full batch, for --throughput.")
+    for name in TARGETS:
+        flags.DEFINE_float(name, None, f"The target, {name}; see the module's first lines.")
+    flags.DEFINE_float("delta", 0.1, "The chance of a guarantee that does not hold.")
+    flags.DEFINE_float("calibration_share", 0.5, "Of the validation data, for a guarantee.")
+    flags.DEFINE_integer("seed", 0, "Of the draw of the calibration data.")
+    flags.DEFINE_string("risk", "error", "error, or disagreement with the last exit.")
+    flags.DEFINE_string("measure", "max_softmax", "max_softmax, entropy, margin or patience.")
+    flags.DEFINE_bool("temperatures", True, "Fit the exits' temperatures first.")
+
+    def run() -> None:
+        program.use_compilation_cache()
+        chosen = {name: flags.FLAGS[name].value for name in TARGETS}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        if len(given) != 1:
+            named = ", ".join(f"--{name}" for name in TARGETS)
+            raise UserError(f"name one target of {named}; got {len(given)}")
+        staged = load_staged(
+            Path(workdir.value).absolute(), checkpoint=checkpoint.value, data_dir=data_dir.value
+        )
+        ((target, value),) = given.items()
+        names = ("delta", "calibration_share", "seed", "risk", "measure")
+        options = {name: flags.FLAGS[name].value for name in names}
+        options["scale_temperatures"] = flags.FLAGS["temperatures"].value
+        fitted = choose_policy(staged, target, value, batch_size=batch_size.value, **options)
+        path = Path(output.value or Path(workdir.value) / policies.FILE).absolute()
+        fitted.policy.save(path)
+        program.say(describe(staged, fitted))
+        program.say(f"wrote {path}")
+
+    program.run(run)
+
+
+def choose_policy(
+    staged: StagedRun, target: str, value: float, *, batch_size: int = 256, **options: Any
+) -> FittedPolicy:
+    """Returns the policy of a run for one of `TARGETS`; `options` are those of `fit_policy`.
+
+    Raises:
+      UserError: see `fit_policy`; a value that is not above 0.
+    """
+    if not value > 0:
+        raise UserError(f"--{target} must be above 0, got {value:g}")
+    split = staged.experiment.score_split
+    logits, labels = staged.logits(split)
+    costs, wanted = _costs_and_target(staged, target, value, batch_size)
+    fitted = fit_policy(logits, labels, costs, **wanted, **options)
+    about = {**staged.about(), "split": split, "target": {target: value}, **fitted.policy.fitted_on}
+    return fitted._replace(policy=dataclasses.replace(fitted.policy, fitted_on=about))
+
+
+def describe(staged: StagedRun, fitted: FittedPolicy) -> str:
+    """Says what the policy gives on the test split, and on how much evidence a guarantee rests."""
+    macs = _macs(staged)
+    test = outcome(fitted.policy, *staged.logits("test"), macs)
+    shares = " ".join(f"{100 * share:.1f}" for share in test.exit_shares)
+    lines = [
+        f"test split: accuracy {100 * test.accuracy:.2f} %, {test.cost / 1e6:.3f} M MACs of "
+        f"{macs[-1] / 1e6:.3f} M ({macs[-1] / test.cost:.2f} times fewer), "
+        f"{100 * test.disagreement:.2f} % answered otherwise than by the last exit",
+        f"answered by exits 1 to {len(macs)}: {shares} %",
+    ]
+    return "\n".join([*lines, *([fitted.certificate.describe()] if fitted.certificate else [])])
+
+
+def _costs_and_target(
+    staged: StagedRun, target: str, value: float, batch_size: int
+) -> tuple[tuple[float, ...], dict[str, float]]:
+    """Returns what exits cost in the target's own unit, and what `fit_policy` is asked for."""
+    macs = _macs(staged)
+    if target in ("p", "epsilon"):
+        return macs, {target: value}
+    if target == "speedup":
+        return macs, {"at_most": macs[-1] / value}
+    if target == "mmacs":
+        return macs, {"at_most": value * 1e6}
+    if target == "latency_ms":
+        return _times(staged, 1).up_to_exit(), {"at_most": value / 1000}
+    return _times(staged, batch_size).up_to_exit(), {"at_most": 1 / value}
+
+
+def _times(staged: StagedRun, batch_size: int) -> StageTimes:
+    shapes = sorted({1, batch_size})
+    predictor = EarlyExitPredictor(
+        staged.stages, staged.example, batch_size=batch_size, shapes=shapes
+    )
+    return predictor.warm_up()[batch_size]
+
+
+def _macs(staged: StagedRun) -> tuple[float, ...]:
+    costs = exit_costs(staged.experiment.model, staged.experiment.dataset.image_shape)
+    return tuple(float(cost.macs) for cost in costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A network in files: each stage as StableHLO, the weights, the policy, labels and preprocessing.
+
+    model.json           what follows, and a checksum of every other file
+    stage1.stablehlo ... `jax.export`, any batch size, for CPU, CUDA and TPU
+    weights.safetensors  under the model's own names, `params/block1/conv/kernel`
+    policy.json          see `dfs_jax.inference.policy`
+
+Loading needs jax, numpy and safetensors: no flax, no data sets, none of the training code. A stage
+maps `(weights, carry)` to `(carry, logits)`: weights by name, a carry as a tuple of its arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export
+from jax.tree_util import Partial
+
+from dfs_jax.files import write_whole
+from dfs_jax.inference import policy as policies
+from dfs_jax.inference.policy import Policy, last_exit_only, read_policy
+from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.inference.stages import Stage, check_stages
+from dfs_jax.types import UserError
+
+VERSION = 1
+MANIFEST, WEIGHTS = "model.json", "weights.safetensors"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+class ExportedNetwork(NamedTuple):
+    """What `load_exported` returns.
+
+    Attributes:
+      stages: functions `(carry) -> (carry, logits)`, shallow first; the first takes images.
+      example: one image's shape and type.
+      policy: when to stop.
+      labels: the names of the classes, in order.
+      image_size: side in pixels to which images of other sizes are to be scaled (shorter side, then
+        the centre is cut out); None where images are taken as they are.
+      manifest: all that `model.json` holds.
+    """
+
+    stages: tuple[Stage, ...]
+    example: jax.ShapeDtypeStruct
+    policy: Policy
+    labels: tuple[str, ...]
+    image_size: int | None
+    manifest: Mapping[str, Any]
+
+    def predictor(self, policy: Policy | None = None, **options: Any) -> EarlyExitPredictor:
+        """Returns the predictor; `policy` replaces its own, `options` are the predictor's."""
+        return EarlyExitPredictor(self.stages, self.example, policy or self.policy, **options)
+
+
+def export_network(
+    directory: Path,
+    stages: Sequence[Stage],
+    example: jax.ShapeDtypeStruct,
+    *,
+    labels: Sequence[str],
+    policy: Policy | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[Path, ...]:
+    """Writes stages whose weights are leaves (`jax.tree_util.Partial`), as `model_stages` makes.
+
+    Args:
+      directory: where to; made if missing. Files of an earlier export are replaced, the manifest
+        last, so that what a broken-off export leaves behind is noticed.
+      stages: shallow first.
+      example: one image's shape and type.
+      labels: the names of the classes.
+      policy: when to stop; None for the last exit alone.
+      about: more for the manifest, plain data: where the network comes from, how images are
+        prepared.
+
+    Returns:
+      The files, the manifest last.
+
+    Raises:
+      UserError: stages that do not fit together, another count of labels than of classes, a policy
+        of another network, a file that cannot be written.
+    """
+    classes = check_stages(stages, example)
+    if len(labels) != classes:
+        raise UserError(f"{classes} classes take {classes} labels, got {len(labels)}")
+    policy = last_exit_only(len(stages)) if policy is None else policy
+    if policy.num_exits != len(stages):
+        raise UserError(
+            f"the policy is for {policy.num_exits} exits, the network has {len(stages)}"
+        )
+    weights = [_named(stage) for stage in stages]
+    contents = {WEIGHTS: safetensors.numpy.save({k: v for w in weights for k, v in w.items()})}
+    contents[policies.FILE] = policy.to_json().encode()
+    for i, program in enumerate(_export_stages(stages, weights, example)):
+        contents[f"stage{i + 1}.stablehlo"] = program
+    manifest = {
+        "version": VERSION,
+        "image": {"shape": list(example.shape), "dtype": np.dtype(example.dtype).name},
+        "labels": list(labels),
+        "stages": [
+            {"file": f"stage{i + 1}.stablehlo", "weights": sorted(w)} for i, w in enumerate(weights)
+        ],
+        "platforms": list(PLATFORMS),
+        "jax": jax.__version__,
+        "about": dict(about or {}),
+        "sha256": {name: _checksum(content) for name, content in contents.items()},
+    }
+    (directory / MANIFEST).unlink(missing_ok=True)
+    contents[MANIFEST] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
+    return tuple(write_whole(directory / name, content) for name, content in contents.items())
+
+
+def load_exported(directory: str | Path) -> ExportedNetwork:
+    """Reads what `export_network` wrote (`python -m dfs_jax.inference.export`).
+
+    Raises:
+      UserError: a file is missing or damaged, or of a version that this program does not know.
+
+    Example (not run):
+      network = load_exported("exported")
+      for prediction in network.predictor().stream(batches_of_uint8_images):
+          print(network.labels[prediction.predicted], prediction.exit_index)
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    for name, checksum in manifest["sha256"].items():
+        if _checksum(_read(directory / name)) != checksum:
+            raise UserError(f"{directory / name} is damaged or of another export: export again")
+    arrays = safetensors.numpy.load(_read(directory / WEIGHTS))
+    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    stages = []
+    for i, stage in enumerate(manifest["stages"]):
+        program = export.deserialize(bytearray(_read(directory / stage["file"])))
+        run = _from_images(program.call) if i == 0 else program.call
+        stages.append(Partial(run, {name: weights[name] for name in stage["weights"]}))
+    shape = tuple(manifest["image"]["shape"])
+    return ExportedNetwork(
+        stages=tuple(stages),
+        example=jax.ShapeDtypeStruct(shape, np.dtype(manifest["image"]["dtype"])),
+        policy=read_policy(directory / policies.FILE),
+        labels=tuple(manifest["labels"]),
+        image_size=shape[0] if shape[0] == shape[1] else None,
+        manifest=manifest,
+    )
+
+
+def _export_stages(
+    stages: Sequence[Stage], weights: Sequence[dict[str, np.ndarray]], example: jax.ShapeDtypeStruct
+) -> list[bytes]:
+    (batch,) = export.symbolic_shape("batch")
+    carry: tuple[Any, ...] = (jax.ShapeDtypeStruct((batch, *example.shape), example.dtype),)
+    structure = jax.tree.structure(0)
+    programs = []
+    for stage, named in zip(stages, weights, strict=True):
+        shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in named.items()}
+        run = jax.jit(_flat(stage, structure))
+        programs.append(bytes(export.export(run, platforms=PLATFORMS)(shapes, carry).serialize()))
+        following, _ = jax.eval_shape(stage, structure.unflatten(carry))
+        structure = jax.tree.structure(following)
+        carry = tuple(jax.tree.leaves(following))
+    return programs
+
+
+def _flat(stage: Stage, structure: Any) -> Callable[..., Any]:
+    """Returns the stage as a function of named weights and of a tuple of arrays, to the same."""
+    leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
+    names, whole = [_name(path) for path, _ in leaves], jax.tree.structure(stage)
+
+    def run(weights: dict[str, jax.Array], carry: tuple[jax.Array, ...]):
+        bound = whole.unflatten([weights[name] for name in names])
+        carry, logits = bound(structure.unflatten(carry))
+        return tuple(jax.tree.leaves(carry)), logits
+
+    return run
+
+
+def _from_images(call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda weights, images: call(weights, (images,))
+
+
+def _named(stage: Stage) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
+    return {_name(path): np.asarray(leaf, order="C") for path, leaf in leaves}
+
+
+def _name(path: Sequence[Any]) -> str:
+    """Returns a leaf's name: the keys of the dictionaries on the way to it."""
+    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return "/".join(map(str, keys))
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"there is no exported network in {directory}: {MANIFEST} is missing; "
+            f"python -m dfs_jax.inference.export writes one"
+        )
+    try:
+        manifest = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise UserError(f'{path}: its "version" is {version!r}, this program reads {VERSION}')
+    return manifest

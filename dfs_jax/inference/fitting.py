@@ -1,0 +1,179 @@
+"""From recorded logits to a policy: temperatures, thresholds and, if asked for, a guarantee."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
+from dfs_jax.inference.policy import Policy
+from dfs_jax.inference.risk import Certificate, certify
+from dfs_jax.inference.scores import MEASURES
+from dfs_jax.inference.temperature import fit_temperatures
+from dfs_jax.inference.thresholds import (
+    OperatingPoint,
+    mistakes,
+    operating_curve,
+    point_for_budget,
+    point_for_cost,
+)
+from dfs_jax.types import UserError
+
+
+class FittedPolicy(NamedTuple):
+    """A policy, and what it gave on the data it was fitted on.
+
+    Attributes:
+      policy: what to save; its `fitted_on` has all of this as plain data.
+      point: risk, mean cost and exits on the fitting data.
+      certificate: the outcome of the tests, where a guarantee was asked for.
+    """
+
+    policy: Policy
+    point: OperatingPoint
+    certificate: Certificate | None = None
+
+
+class PolicyOutcome(NamedTuple):
+    """What a policy gives on a set of examples, fractions and the unit of the costs."""
+
+    accuracy: float
+    disagreement: float
+    cost: float
+    exit_shares: tuple[float, ...]
+
+
+def fit_policy(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    costs: Sequence[float],
+    *,
+    p: float | None = None,
+    at_most: float | None = None,
+    epsilon: float | None = None,
+    delta: float = 0.1,
+    risk: str = "error",
+    measure: str = "max_softmax",
+    scale_temperatures: bool = True,
+    calibration_share: float = 0.5,
+    seed: int = 0,
+) -> FittedPolicy:
+    """Fits a policy to one target: `p`, `at_most` or `epsilon`.
+
+    Args:
+      logits: `[exits, n, classes]`, of examples that the network was not trained on.
+      labels: `[n]`.
+      costs: of the network up to and including each exit.
+      p: the literature's budgeted batch (see `dfs_jax.inference.budgeted`).
+      at_most: the mean cost that is allowed, in the unit of the costs.
+      epsilon: the risk that is allowed, a fraction; the cheapest policy is sought that can be shown
+        to keep it, on a part of the examples that nothing else is fitted on.
+      delta: the chance that this goes wrong.
+      risk: "error", or "disagreement" with the last exit.
+      measure: the name of the confidence.
+      scale_temperatures: whether the exits' temperatures are fitted first; else they are 1.
+      calibration_share: the share of the examples kept for the tests, with epsilon.
+      seed: of the draw of those examples.
+
+    Raises:
+      UserError: not one target, a value out of range, a target that cannot be met, or no policy
+        that qualifies.
+    """
+    if sum(target is not None for target in (p, at_most, epsilon)) != 1:
+        raise UserError("name one target: p, at_most or epsilon")
+    fitting, calibration = np.arange(len(labels)), np.arange(0)
+    if epsilon is not None:
+        fitting, calibration = split_for_calibration(len(labels), calibration_share, seed)
+    temperatures = (1.0,) * len(logits)
+    if scale_temperatures:
+        temperatures = fit_temperatures(logits[:, fitting], labels[fitting])
+    predict = functools.partial(predictions_of, measure=measure, temperatures=temperatures)
+    predictions = predict(logits[:, fitting], labels[fitting])
+    certificate = None
+    if p is not None:
+        point = point_for_budget(predictions, costs, p, risk=risk)
+    elif at_most is not None:
+        point = point_for_cost(predictions, costs, at_most, risk=risk)
+    else:
+        assert epsilon is not None
+        held_out = predict(logits[:, calibration], labels[calibration])
+        curve = operating_curve(predictions, costs, risk=risk)
+        certificate = certify(curve, held_out, epsilon=epsilon, delta=delta, risk=risk)
+        if certificate.point is None:
+            raise UserError(certificate.describe())
+        point = certificate.point
+    policy = Policy(
+        thresholds=point.thresholds,
+        measure=measure,
+        temperatures=temperatures,
+        exit_shares=point.exit_shares,
+        falls_back=certificate is None or certificate.covers_last_exit,
+        fitted_on={
+            "examples": len(fitting),
+            "risk": risk,
+            "fitted_risk": point.risk,
+            "fitted_cost": point.cost,
+            "guarantee": None if certificate is None else _guarantee(certificate, seed),
+        },
+    )
+    return FittedPolicy(policy, point, certificate)
+
+
+def split_for_calibration(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two disjoint draws that are all of n examples; the second is a share of them.
+
+    Raises:
+      UserError: one of the two would be empty.
+
+    Example:
+      >>> [len(part) for part in split_for_calibration(50, 0.1, seed=0)]
+      [45, 5]
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    kept = round(share * n)
+    if not 0 < kept < n:
+        raise UserError(f"a calibration share of {share:g} of {n} examples leaves one part empty")
+    return order[kept:], order[:kept]
+
+
+def predictions_of(
+    logits: np.ndarray, labels: np.ndarray, *, measure: str, temperatures: Sequence[float]
+) -> ExitPredictions:
+    """Returns the exits' answers and confidences on the host (see `exit_predictions`)."""
+    predict = jax.jit(
+        functools.partial(
+            exit_predictions, measure=MEASURES.resolve(measure), temperatures=tuple(temperatures)
+        )
+    )
+    return jax.device_get(predict(logits, labels))
+
+
+def outcome(
+    policy: Policy, logits: np.ndarray, labels: np.ndarray, costs: Sequence[float]
+) -> PolicyOutcome:
+    """Returns what a policy gives on recorded logits `[exits, n, classes]`."""
+    predictions = predictions_of(
+        logits, labels, measure=policy.measure, temperatures=policy.temperatures
+    )
+    taken = policy.exits(np.asarray(predictions.confidence))
+    each = np.arange(len(taken))
+    shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
+    return PolicyOutcome(
+        accuracy=1 - float(mistakes(predictions, "error")[taken, each].mean()),
+        disagreement=float(mistakes(predictions, "disagreement")[taken, each].mean()),
+        cost=float(shares @ np.asarray(costs)),
+        exit_shares=tuple(shares.tolist()),
+    )
+
+
+def _guarantee(certificate: Certificate, seed: int) -> dict[str, float]:
+    return {
+        "epsilon": certificate.epsilon,
+        "delta": certificate.delta,
+        "examples": certificate.examples,
+        "seed": seed,
+    }

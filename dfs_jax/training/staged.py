@@ -1,0 +1,89 @@
+"""A run's network as stages, and what its exits say of a split: what early exits are made from."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dfs_jax.data import Split
+from dfs_jax.data.augmentation import normalise
+from dfs_jax.inference.stages import Stage, model_stages, recorded_logits
+from dfs_jax.training.checkpoint import Checkpoints
+from dfs_jax.training.config import read_config
+from dfs_jax.training.experiment import Experiment, abstract_state, build_experiment
+from dfs_jax.types import UserError
+
+
+class StagedRun(NamedTuple):
+    """One checkpoint of a run.
+
+    Attributes:
+      experiment: what the run's config describes.
+      step: of the checkpoint.
+      stages: of its network; the first takes uint8 images and normalises them.
+      example: one image's shape and type.
+    """
+
+    experiment: Experiment
+    step: int
+    stages: tuple[Stage, ...]
+    example: jax.ShapeDtypeStruct
+
+    def logits(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns every exit's logits `[exits, n, classes]` on a split, and the labels `[n]`.
+
+        Raises:
+          UserError: the run has no such split.
+        """
+        data: Split | None = getattr(self.experiment.dataset, split)
+        if data is None:
+            raise UserError(f"the run holds no {split} split out (validation_examples=0)")
+        return recorded_logits(self.stages, data.images), data.labels
+
+    def about(self) -> dict[str, object]:
+        """Returns where the network comes from, as plain data."""
+        config, dataset = self.experiment.config, self.experiment.dataset
+        return {
+            "model": config.model.name,
+            "data": config.data.name,
+            "fork": config.fork.name,
+            "loss": config.loss.name,
+            "step": self.step,
+            "mean": list(map(float, dataset.mean)),
+            "std": list(map(float, dataset.std)),
+        }
+
+
+def load_staged(
+    workdir: Path, *, checkpoint: str = "best", data_dir: str | None = None
+) -> StagedRun:
+    """Returns a checkpoint ("best", "latest" or a step's number) of the run in `workdir`.
+
+    Args:
+      workdir: the run's directory.
+      checkpoint: which.
+      data_dir: where the data lies now, if it has moved.
+
+    Raises:
+      UserError: no run, no such checkpoint, no data.
+    """
+    config = read_config(workdir)
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    experiment = build_experiment(config)
+    state, step = Checkpoints(workdir, read_only=True).restore(
+        checkpoint, abstract_state(experiment)
+    )
+    dataset = experiment.dataset
+    stages = model_stages(
+        experiment.model,
+        state.eval_variables,
+        experiment.fork,
+        prepare=functools.partial(normalise, mean=dataset.mean, std=dataset.std),
+    )
+    example = jax.ShapeDtypeStruct(dataset.image_shape, np.uint8)
+    return StagedRun(experiment, step, stages, example)
