@@ -55,7 +55,7 @@ def simulated(policy: Policy, batch: np.ndarray, stages: Sequence[Stage] = STAGE
 
     Confidences that lie near a threshold would make a test depend on rounding: there are none.
     """
-    logits = recorded_logits(stages, batch, batch_size=50)
+    logits = recorded_logits(stages, [(batch, np.ones(len(batch), bool))])
     predictions = exit_predictions(
         logits,
         np.zeros(len(batch), int),

@@ -15,7 +15,7 @@ TEMPERATURES = (0.7, 1.0, 1.9)
 
 
 def own_probabilities(batch, temperatures=TEMPERATURES):
-    logits = recorded_logits(STAGES, batch).astype(np.float64)
+    logits = recorded_logits(STAGES, [(batch, np.ones(len(batch), bool))]).astype(np.float64)
     exponentials = np.exp(logits / np.array(temperatures)[:, None, None])
     return exponentials / exponentials.sum(-1, keepdims=True)
 

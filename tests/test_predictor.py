@@ -62,6 +62,21 @@ def test_the_policies_differ_and_use_every_exit():
     assert set(exits["max_softmax"]) == set(exits["entropy"]) == set(range(EXITS))
 
 
+def test_another_policy_takes_the_same_programs():
+    first = make_predictor(POLICIES["max_softmax"])
+    first(images(5))
+    other = Policy((0.6, 0.9), "max_softmax", (2.0, 0.5, 1.0))
+    predictor = first.with_policy(other)
+    assert_equals_simulation(other, images(50, 50), predictor(images(50, 50)))
+    assert_equals_simulation(first.policy, images(50, 50), first(images(50, 50)))
+    assert (sum(first.counts.exits), sum(predictor.counts.exits)) == (55, 50)
+    assert predictor.times is first.times
+    with pytest.raises(UserError, match="compiled for the measure 'max_softmax', not 'margin'"):
+        first.with_policy(POLICIES["margin"])
+    with pytest.raises(UserError, match="for 2 exits, the network has 3"):
+        first.with_policy(Policy((0.5,)))
+
+
 def test_compaction_on_the_device_is_the_same(monkeypatch):
     made = []
 
@@ -231,6 +246,7 @@ def test_warming_up_measures_and_compiles_everything():
 
 MISTAKES = {
     "for 2 exits, the network has 3": {"policy": Policy((0.5,))},
+    "for 1 exits, the network has 3": {"policy": Policy(())},
     "batch_size must be a whole number of at least 1, got 0": {"batch_size": 0},
     r"shapes must ascend from 1 to batch_size 7, got \[1, 3\]": {"shapes": (1, 3)},
     r"from 1 to batch_size 7, got \[3, 7\]": {"shapes": (3, 7)},

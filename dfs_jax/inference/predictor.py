@@ -6,6 +6,7 @@ who is sure enough leaves, the others are put together into one of a few batch s
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,20 +81,12 @@ class EarlyExitPredictor:
         fall_back: bool = True,
     ):
         check_whole("batch_size", batch_size)
-        self.policy = last_exit_only(len(stages)) if policy is None else policy
-        if self.policy.num_exits != len(stages):
-            raise UserError(
-                f"the policy is for {self.policy.num_exits} exits, the network has {len(stages)}"
-            )
-        self.programs = Programs(
-            stages, self.policy.measure_function, self.policy.temperatures, example
-        )
+        policy = last_exit_only(len(stages)) if policy is None else policy
+        _check_exits(policy, len(stages))
+        self.programs = Programs(stages, policy.measure_function, policy.temperatures, example)
         self.shapes = _check_shapes(shapes, batch_size)
         self.times: dict[int, StageTimes] = {}
-        self.counts = Counts(len(stages))
-        self._thresholds = self.policy.all_thresholds()[:-1]
-        self._may_fall_back = fall_back and self.policy.falls_back
-        self._is_warm = False
+        self._set_policy(policy, fall_back)
 
     @classmethod
     def from_model(
@@ -111,6 +104,31 @@ class EarlyExitPredictor:
         stages = model_stages(model, variables, fork, prepare=prepare)
         return cls(stages, example, policy, **options)
 
+    def with_policy(self, policy: Policy) -> EarlyExitPredictor:
+        """Returns a predictor with another policy, its own counts, and this one's programs.
+
+        What is compiled and measured stays so.
+
+        Raises:
+          UserError: a policy of another measure, which is compiled in, or count of exits.
+        """
+        if policy.measure != self.policy.measure:
+            raise UserError(
+                f"the programs are compiled for the measure {self.policy.measure!r}, not "
+                f"{policy.measure!r}: make a new predictor"
+            )
+        _check_exits(policy, self.programs.num_exits)
+        predictor = copy.copy(self)
+        predictor.programs = self.programs.with_temperatures(policy.temperatures)
+        predictor._set_policy(policy, self._fall_back)
+        return predictor
+
+    def _set_policy(self, policy: Policy, fall_back: bool) -> None:
+        self.policy = policy
+        self.counts = Counts(policy.num_exits)
+        self._thresholds = policy.all_thresholds()[:-1]
+        self._fall_back = fall_back
+
     @property
     def batch_size(self) -> int:
         """Examples in a full batch."""
@@ -122,7 +140,7 @@ class EarlyExitPredictor:
         Returns:
           The times by batch size: of 1 and of a full batch.
         """
-        if not self._is_warm:
+        if not self.times:
             example = self.programs.example
             for shape in self.shapes:
                 carry: PyTree = np.zeros((shape, *example.shape), example.dtype)
@@ -131,7 +149,6 @@ class EarlyExitPredictor:
                     carry, _ = self.programs.run(k, carry)
             for batch, rounds in ((1, _ROUNDS_ALONE), (self.batch_size, _ROUNDS_FULL)):
                 self.times[batch] = measure_stages(self.programs, batch, rounds=rounds)
-            self._is_warm = True
         return self.times
 
     def __call__(self, images: np.ndarray | Sequence[Any]) -> BatchPrediction:
@@ -195,7 +212,7 @@ class EarlyExitPredictor:
 
     def runs_whole(self, batch: int) -> bool:
         """Returns whether the whole network is now expected to be faster on such a batch."""
-        if not self._may_fall_back or batch not in self.times:
+        if not (self._fall_back and self.policy.falls_back) or batch not in self.times:
             return False
         shares = self.counts.shares() or self.policy.exit_shares
         if shares is None and all(threshold is None for threshold in self.policy.thresholds):
@@ -232,6 +249,11 @@ class EarlyExitPredictor:
             k, answers = last, self.programs.run(last, carry)[1]
         self.counts.exits[k] += 1
         return one_answer(answers, k, now)
+
+
+def _check_exits(policy: Policy, num_exits: int) -> None:
+    if policy.num_exits != num_exits:
+        raise UserError(f"the policy is for {policy.num_exits} exits, the network has {num_exits}")
 
 
 def _check_shapes(shapes: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:

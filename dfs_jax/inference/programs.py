@@ -11,6 +11,7 @@ policy with the same measure compiles nothing.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,12 @@ class Programs:
         ]
         self._whole = jax.jit(functools.partial(_whole_program, measure))
         self.carries = self._trace_carries()
+
+    def with_temperatures(self, temperatures: Sequence[float]) -> Programs:
+        """Returns the same compiled programs, to be run with other temperatures."""
+        programs = copy.copy(self)
+        programs._temperatures = [jnp.float32(t) for t in temperatures]
+        return programs
 
     def run(self, k: int, carry: PyTree) -> tuple[PyTree, np.ndarray]:
         """Runs stage k on images (k = 0) or on what the stage before returned.

@@ -12,7 +12,7 @@ program; any other callable is taken as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -102,24 +102,18 @@ def last_logits(stages: Sequence[Stage], images: jax.Array) -> jax.Array:
 
 
 def recorded_logits(
-    stages: Sequence[Stage], images: np.ndarray, *, batch_size: int = 250
+    stages: Sequence[Stage], batches: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
     """Runs every exit on many images, `[exits, n, classes]` float32: what policies are fitted on.
 
     Args:
       stages: of `model_stages` or of an export.
-      images: `[n, height, width, channels]`.
-      batch_size: how many at a time.
+      batches: images `[batch, height, width, channels]`, all of one size, and masks `[batch]` bool,
+        False where an image only fills the batch up.
     """
     run = jax.jit(lambda stages, x: run_stages(stages, x).astype(jnp.float32))
     stages = as_pytrees(stages)
-    parts = []
-    for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        missing = min(batch_size, len(images)) - len(part)
-        padded = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
-        parts.append(np.asarray(run(stages, padded))[:, : len(part)])
-    return np.concatenate(parts, axis=1)
+    return np.concatenate([np.asarray(run(stages, x))[:, mask] for x, mask in batches], axis=1)
 
 
 def as_pytrees(stages: Sequence[Stage]) -> tuple[Partial, ...]:

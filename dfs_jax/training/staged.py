@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dfs_jax.data import Split
-from dfs_jax.data.augmentation import normalise
+from dfs_jax.data import eval_batches, normalise
 from dfs_jax.inference.stages import Stage, model_stages, recorded_logits
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import read_config
 from dfs_jax.training.experiment import Experiment, abstract_state, build_experiment
 from dfs_jax.types import UserError
+
+_BATCH = 250
 
 
 class StagedRun(NamedTuple):
@@ -34,15 +36,37 @@ class StagedRun(NamedTuple):
     example: jax.ShapeDtypeStruct
 
     def logits(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns every exit's logits `[exits, n, classes]` on a split, and the labels `[n]`.
+        """Returns every exit's logits `[exits, n, classes]` on a split, and the labels `[n]`."""
+        data = self.split(split)
+        labels = []
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for images, some_labels, mask in eval_batches(data, _BATCH):
+                labels.append(some_labels[mask])
+                yield images, mask
+
+        return recorded_logits(self.stages, batches()), np.concatenate(labels)
+
+    def images(self, split: str, count: int) -> np.ndarray:
+        """Returns the first `count` images of a split, fewer where it has fewer, uint8."""
+        kept, found = [], 0
+        for images, _, mask in eval_batches(self.split(split), _BATCH):
+            kept.append(images[mask])
+            found += len(kept[-1])
+            if found >= count:
+                break
+        return np.concatenate(kept)[:count]
+
+    def split(self, name: str) -> Any:
+        """Returns a split of the run's data set.
 
         Raises:
           UserError: the run has no such split.
         """
-        data: Split | None = getattr(self.experiment.dataset, split)
+        data = getattr(self.experiment.dataset, name)
         if data is None:
-            raise UserError(f"the run holds no {split} split out (validation_examples=0)")
-        return recorded_logits(self.stages, data.images), data.labels
+            raise UserError(f"the run holds no {name} split out (validation_examples=0)")
+        return data
 
     def about(self) -> dict[str, object]:
         """Returns where the network comes from, as plain data."""
