@@ -1,0 +1,292 @@
+"""Gradients of single exits: of each exit's loss for the trunk, of all losses for the heads.
+
+One pass forward; backward block by block from the last, each block for the exits at or beyond it
+alone. A backward pass of the whole network for every exit would do the work of the deep blocks,
+which most exits do not reach, again and again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dfs_jax.forks import Fork
+from dfs_jax.losses import Loss
+from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.surgery import LiveChannels
+from dfs_jax.types import ExitOutputs, HeadOutput, PyTree, UserError
+
+
+class ExitGradients(NamedTuple):
+    """Losses and gradients of one training step.
+
+    Attributes:
+      losses: `[exits]`.
+      logits: `[exits, batch, classes]`.
+      trunk: gradients by exit, shaped as the trunk's parameters with an axis of exits first:
+        `[k, ...]` of the last k exits; those before them do not reach the parameter.
+      heads: gradients of the summed losses, shaped as the heads' parameters.
+      batch_stats: the running statistics after the step.
+    """
+
+    losses: jax.Array
+    logits: jax.Array
+    trunk: PyTree
+    heads: PyTree
+    batch_stats: PyTree
+
+
+def exit_gradients(
+    model: MultiExitModel,
+    fork: Fork,
+    loss: Loss,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    key: jax.Array,
+    exits: str = "vmap",
+) -> ExitGradients:
+    """Returns the gradient of each exit's own loss for the trunk, and what a step needs besides.
+
+    The pass forward, with batch statistics and dropout, is that of
+    `model.apply(variables, images, fork, train=True, mutable=["batch_stats"], rngs=...)`.
+
+    Args:
+      model: a backbone whose parameters lie under `block1`.. and `head1`..
+      fork: how features are split at the exits.
+      loss: of the exits; unless it says `couples_exits = False`, any exit's loss may have gradient
+        at any exit's outputs, and every block is passed by all exits.
+      variables: `{"params": ..., "batch_stats": ...}`.
+      images: `[batch, height, width, channels]`.
+      labels: `[batch]`.
+      key: for dropout.
+      exits: how to go back from them, with equal results: "vmap" takes those of a block together,
+        block by block; "unroll" one exit after the other, which keeps only one exit's gradients of
+        features at a time; "scan" likewise in a loop, the smallest program to compile. A CPU is
+        fastest with "unroll", and slow with "scan": its convolutions are, inside loops.
+
+    Raises:
+      UserError: an unknown way, or a model with parameters outside its blocks and heads.
+    """
+    if exits not in _WAYS:
+        raise UserError(f"exits must be one of {', '.join(_WAYS)}, got {exits!r}")
+    _check_names(model, variables["params"])
+    stages, outputs, batch_stats = _forward(model, fork, variables, images, key)
+    losses, pull = jax.vjp(lambda outputs: loss(outputs, labels), outputs)
+    couples = getattr(loss, "couples_exits", True)
+    if couples:
+        of_outputs = jax.vmap(lambda seed: pull(seed)[0])(jnp.eye(len(losses), dtype=losses.dtype))
+        of_outputs = of_outputs._replace(logits=of_outputs.logits.swapaxes(0, 1))
+    else:
+        (of_outputs,) = pull(jnp.ones_like(losses))
+    heads, of_features = _back_through_heads(stages, of_outputs, couples)
+    trunk = _WAYS[exits](stages, of_features, couples)
+    return ExitGradients(
+        losses, outputs.logits, _named("block", trunk), _named("head", heads), batch_stats
+    )
+
+
+class _Stage(NamedTuple):
+    """The ways back through a block, the fork at its end and the head, as functions of gradients.
+
+    Attributes:
+      head: of the head's output -> of its parameters, of its input.
+      view: of the head's input -> of the block's output.
+      onward: of the next block's input -> of the block's output; None after the last block.
+      block: of the block's output -> of its parameters, of its input.
+      params: of the block.
+    """
+
+    head: Callable[[PyTree], tuple[PyTree, PyTree]]
+    view: Callable[[PyTree], PyTree]
+    onward: Callable[[PyTree], PyTree] | None
+    block: Callable[[PyTree], tuple[PyTree, PyTree]]
+    params: PyTree
+
+
+def _forward(
+    model: MultiExitModel, fork: Fork, variables: dict[str, Any], images: jax.Array, key: jax.Array
+) -> tuple[list[_Stage], ExitOutputs, PyTree]:
+    """Runs the exits as `run_exits` does, every part with its own way back."""
+    run = functools.partial(_run_part, model, variables["params"], key)
+    stats, exits = variables.get("batch_stats", {}), model.num_exits
+    carry, live, stages, outputs = images, None, [], []
+    for i in range(exits):
+        carry, block, stats = run("block", i, carry, live, stats)
+        split = functools.partial(_fork, model, fork, i, model.live_after(i, live))
+        forked = split(carry)
+        _, view = jax.vjp(lambda carry, split=split: split(carry).to_head, carry)
+        output, head, stats = run("head", i, forked.to_head, forked.head_live, stats)
+        outputs.append(output)
+        onward, live = None, forked.trunk_live
+        if i < exits - 1:
+            carry, onward = jax.vjp(
+                lambda carry, split=split: model.with_feature(carry, split(carry).to_trunk), carry
+            )
+        params = variables["params"].get(f"block{i + 1}", {})
+        stages.append(_Stage(head, _first(view), _first(onward), block, params))
+    features = tuple(output.feature for output in outputs)
+    return stages, ExitOutputs(jnp.stack([o.logits for o in outputs]), features), stats
+
+
+def _fork(model: MultiExitModel, fork: Fork, i: int, live: LiveChannels, carry: PyTree):
+    return fork(model.feature(carry), live, exit_index=i, num_exits=model.num_exits)
+
+
+def _first(pull: Callable | None) -> Any:
+    return None if pull is None else lambda gradient: pull(gradient)[0]
+
+
+def _run_part(
+    model: MultiExitModel,
+    params: PyTree,
+    key: jax.Array,
+    part: str,
+    i: int,
+    x: PyTree,
+    live: LiveChannels,
+    stats: PyTree,
+) -> tuple[PyTree, Callable, PyTree]:
+    """Runs block or head i: its output, the way back through it, and the statistics after it."""
+    name = f"{part}{i + 1}"
+
+    def apply(own: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        variables = {"params": {name: own}, "batch_stats": stats}
+        state = {"mutable": ["batch_stats"], "rngs": {"dropout": key}}
+        output, updated = model.apply(variables, i, x, live, train=True, method=part, **state)
+        return output, updated.get("batch_stats", {})
+
+    own = params.get(name, {})
+    if part == "block" and i == 0:  # images need no gradient
+        output, pull, stats = jax.vjp(lambda own: apply(own, x), own, has_aux=True)
+        return output, lambda gradient: (*pull(gradient), None), stats
+    return jax.vjp(apply, own, x, has_aux=True)
+
+
+def _back_through_heads(
+    stages: Sequence[_Stage], of_outputs: ExitOutputs, couples: bool
+) -> tuple[list[PyTree], list[jax.Array]]:
+    """Returns the gradients of the heads' parameters, summed over losses, and of their inputs.
+
+    Those of the inputs are by exit, `[exits, ...]`, where losses couple exits; else each input has
+    that of its own exit.
+    """
+    heads, of_features = [], []
+    for stage, logits, feature in zip(stages, of_outputs.logits, of_outputs.features, strict=True):
+        pull = jax.vmap(stage.head) if couples else stage.head
+        own, of_feature = pull(HeadOutput(logits, feature))
+        heads.append(jax.tree.map(lambda leaf: leaf.sum(0), own) if couples else own)
+        of_features.append(of_feature)
+    return heads, of_features
+
+
+def _vmap(
+    stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
+) -> list[PyTree]:
+    """Returns the gradients of the blocks' parameters by exit: block by block, its exits as one."""
+    blocks, beyond = [], None
+    for stage, of_feature in zip(reversed(stages), reversed(of_features), strict=True):
+        gradient = jax.vmap(stage.view)(of_feature if couples else of_feature[None])
+        if stage.onward is not None:
+            join = jnp.add if couples else lambda own, rest: jnp.concatenate([own, rest])
+            gradient = jax.tree.map(join, gradient, jax.vmap(stage.onward)(beyond))
+        block, beyond = jax.vmap(stage.block)(gradient)
+        blocks.append(block)
+    return blocks[::-1]
+
+
+def _unroll(
+    stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
+) -> list[PyTree]:
+    """Returns the same, exit by exit: none begins before the one before it is done."""
+    exits = len(stages)
+    rows: list[list[PyTree]] = [[] for _ in stages]
+    for e in range(exits):
+        beyond = None
+        for i in reversed(range(exits if couples else e + 1)):
+            stage, of_feature = stages[i], of_features[i]
+            if couples:
+                gradient = _joined(stage, of_feature[e], beyond)
+            elif i == e or stage.onward is None:
+                gradient = stage.view(of_feature)
+            else:
+                gradient = stage.onward(beyond)
+            block, beyond = stage.block(gradient)
+            rows[i].append(block)
+        rows, of_features = lax.optimization_barrier((rows, of_features))
+    return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *row) for row in rows]
+
+
+def _scan(
+    stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
+) -> list[PyTree]:
+    """Returns the same, exit by exit in a loop.
+
+    At blocks that an exit does not reach, its zeros are written where the next exit's gradient is
+    about to be.
+    """
+    exits = len(stages)
+
+    def step(rows: list[PyTree], e: jax.Array) -> tuple[list[PyTree], None]:
+        beyond, new = None, []
+        for i in reversed(range(exits)):
+            block, beyond = _through(stages[i], of_features[i], i, e, beyond, couples)
+            row = e if couples else jnp.maximum(e - i, 0)
+            write = functools.partial(lax.dynamic_update_index_in_dim, index=row, axis=0)
+            new.append(jax.tree.map(write, rows[i], block))
+        return new[::-1], None
+
+    def empty(i: int, leaf: jax.Array) -> jax.Array:
+        return jnp.zeros((exits if couples else exits - i, *leaf.shape), leaf.dtype)
+
+    rows = [jax.tree.map(functools.partial(empty, i), s.params) for i, s in enumerate(stages)]
+    return lax.scan(step, rows, jnp.arange(exits))[0]
+
+
+_WAYS = {"vmap": _vmap, "unroll": _unroll, "scan": _scan}
+
+
+def _joined(stage: _Stage, of_feature: jax.Array, beyond: PyTree | None) -> PyTree:
+    """Returns the gradient of a block's output, from its own head and from the blocks beyond."""
+    own = stage.view(of_feature)
+    return own if stage.onward is None else jax.tree.map(jnp.add, own, stage.onward(beyond))
+
+
+def _through(
+    stage: _Stage, of_feature: jax.Array, i: int, e: jax.Array, beyond: PyTree, couples: bool
+) -> tuple[PyTree, PyTree]:
+    """Takes exit e's gradient back through stage i; zeros where it does not come by."""
+    if couples:
+        return stage.block(_joined(stage, of_feature[e], beyond))
+
+    def reached(beyond: PyTree) -> tuple[PyTree, PyTree]:
+        if stage.onward is None:
+            return stage.block(stage.view(of_feature))
+        return stage.block(lax.cond(e == i, lambda _: stage.view(of_feature), stage.onward, beyond))
+
+    def not_reached(beyond: PyTree) -> tuple[PyTree, PyTree]:
+        shapes = jax.eval_shape(reached, beyond)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return lax.cond(e >= i, reached, not_reached, beyond)
+
+
+def _named(part: str, trees: Sequence[PyTree]) -> dict[str, PyTree]:
+    """Puts the parts' gradients under their names; a part without parameters has none."""
+    return {f"{part}{i}": tree for i, tree in enumerate(trees, start=1) if tree}
+
+
+def _check_names(model: MultiExitModel, params: PyTree) -> None:
+    exits = range(1, model.num_exits + 1)
+    outside = set(params) - {f"{part}{i}" for part in ("block", "head") for i in exits}
+    if outside:
+        raise UserError(
+            f"gradients of single exits need a model whose parameters lie under block1.. and "
+            f"head1.., this one also has {', '.join(sorted(outside))}"
+        )
