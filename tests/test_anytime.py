@@ -9,7 +9,7 @@ import pytest
 from dfs_jax.inference.anytime import AnytimePredictor
 from dfs_jax.inference.stages import recorded_logits
 from dfs_jax.types import UserError
-from tests.staged import CLASSES, EXITS, STAGES, images
+from tests.stage_examples import CLASSES, EXITS, STAGES, images
 
 TEMPERATURES = (0.7, 1.0, 1.9)
 

@@ -58,7 +58,7 @@ MODELS = {
         "head_dropout": 0.0,
     },
 }
-LABELS = np.array([1, 0, 3, 2, 1])
+LABELS = jnp.asarray([1, 0, 3, 2, 1])
 TIMINGS = ("images_per_second", "data_wait")
 
 

@@ -15,7 +15,7 @@ from dfs_jax.models.contract import init_variables
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.types import UserError
 from tests.helpers import TinyNetwork
-from tests.staged import CLASSES, EXAMPLE, EXITS, STAGES, images, make_predictor, simulated
+from tests.stage_examples import CLASSES, EXAMPLE, EXITS, STAGES, images, make_predictor, simulated
 
 POLICIES = {
     "max_softmax": Policy((0.83, 0.79)),

@@ -17,7 +17,7 @@ from dfs_jax.models.contract import init_variables, run_exits
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.types import UserError
 from tests.helpers import HalfFork, TinyNetwork
-from tests.staged import CLASSES, EXAMPLE, STAGES, images
+from tests.stage_examples import CLASSES, EXAMPLE, STAGES, images
 
 
 @pytest.mark.parametrize("fork", [FeatureSurgery(0.5, "none"), HalfFork(0.25)])

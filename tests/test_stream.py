@@ -12,7 +12,7 @@ import pytest
 from dfs_jax.inference.policy import Policy, last_exit_only
 from dfs_jax.inference.timing import StageTimes
 from dfs_jax.types import UserError
-from tests.staged import CLASSES, EXITS, SHAPE, images, make_predictor, simulated
+from tests.stage_examples import CLASSES, EXITS, SHAPE, images, make_predictor, simulated
 
 POLICY = Policy((0.83, 0.79))
 
