@@ -47,6 +47,8 @@ def get_config(method: str = "dfs") -> Any:
     config.eval_every_epochs = 1  # evaluate on validation data and save; the last epoch always does
     config.checkpoint_every_steps = 0  # save within epochs too; 0: only after an evaluation
     config.log_every_steps = 20  # move the progress bar and look for a non-finite loss
+    config.conflict_every_steps = 0  # measure how the exits' gradients conflict; 0: never
+    config.conflict_examples = 128  # on the first ones of validation (train where none is held out)
     # Start the trunk from a single-exit network: a .safetensors, .npz or .pth file.
     config.init_from = placeholder(str)
 

@@ -16,19 +16,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dfs_jax.analysis.plots import save_figure
 
 _DOTS_PER_INCH = 100
-_PANEL_INCHES, _BARS_INCHES, _FRAME_INCHES = 2.0, 2.2, 1.3
+_PANEL_INCHES, _BARS_INCHES, _FRAME_INCHES = 1.8, 2.2, 1.4
 _TIME_PANEL_INCHES = (6.5, 3.6)
 _MOST_LAYERS = 10  # more are drawn block by block
 _MOST_NUMBERED_EXITS = 7  # numbers in more cells would be too small to read
 _UNREACHED_COLOR, _DISJOINT_COLOR = "#e5e7eb", "#ffffff"
 _RUN_COLORS = ("#b45309", "#0f766e", "#6d28d9", "#be123c")
 _TRUNK_COLOR = "black"
+_TITLE = "How the gradients of two exits agree: deeper exit (down) against shallower exit (across)"
+_DISJOINT = "cosine exactly 0: the two exits train different channels"
 
 
 def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -55,6 +57,7 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
     size = (_PANEL_INCHES * max(len(columns), 4) + _FRAME_INCHES, sum(heights) + _FRAME_INCHES)
     figure = Figure(size, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(_TITLE, fontweight="bold", fontsize=12)
     grid = figure.add_gridspec(len(heights), len(columns), height_ratios=heights)
     for i, measurement in enumerate(measurements):
         for j, rows in enumerate(columns):
@@ -68,8 +71,8 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
     _draw_shares(figure.add_subplot(grid[-1, :]), measurements, columns)
     colors = ScalarMappable(Normalize(-1, 1), matplotlib.colormaps["RdBu"])
     panels = figure.axes[: len(columns) * len(measurements)]
-    bar = figure.colorbar(colors, ax=panels, shrink=0.9, aspect=30, pad=0.01)
-    bar.set_label("cosine of two exits' gradients (red: they conflict)")
+    bar = figure.colorbar(colors, ax=panels, aspect=15 * len(measurements), pad=0.01)
+    bar.set_label("cosine (red: conflict)")
     figure.legend(
         handles=[
             Patch(facecolor=_DISJOINT_COLOR, edgecolor="#9ca3af", hatch="////", label=_DISJOINT),
@@ -80,9 +83,6 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
         frameon=False,
     )
     return save_figure(figure, path)
-
-
-_DISJOINT = "cosine exactly 0: the two exits train different channels"
 
 
 def plot_conflict_over_time(
@@ -147,11 +147,7 @@ def _draw_cosines(axes: Axes, cosines: np.ndarray) -> None:
         for shallow in range(deep):
             cosine = cosines[deep, shallow]
             style = _cell_style(cosine, colormap)
-            axes.add_patch(
-                matplotlib.patches.Rectangle(
-                    (shallow - 0.5, deep - 0.5), 1, 1, linewidth=0.8, **style
-                )
-            )
+            axes.add_patch(Rectangle((shallow - 0.5, deep - 0.5), 1, 1, linewidth=0.8, **style))
             if exits <= _MOST_NUMBERED_EXITS and cosine and not np.isnan(cosine):
                 color = "white" if abs(cosine) > 0.6 else "black"
                 text = f"{cosine:.2f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
@@ -186,7 +182,7 @@ def _draw_shares(
         places = np.arange(len(groups)) + (i - (len(measurements) - 1) / 2) * width
         color = _RUN_COLORS[i % len(_RUN_COLORS)]
         bars = axes.bar(places, shares, 0.92 * width, color=color, label=_run_name(measurement))
-        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=1)
     axes.axvline(len(groups) - 1.5, color="#9ca3af", linewidth=0.8)
     axes.set_xticks(range(len(groups)), [rows[0]["name"] for rows in groups])
     axes.set_xlim(-0.5, len(groups) - 0.5)
@@ -203,7 +199,7 @@ def _draw_curves(
     steps = [line["step"] for line in lines]
     names = [name.removesuffix(ending) for name in lines[0] if name.endswith(ending)]
     curves = {name: [line[f"{name}{ending}"] for line in lines] for name in names}
-    shown = [name for name in curves if any(value for value in curves[name] if value is not None)]
+    shown = [name for name in curves if any(value is not None for value in curves[name])]
     others = [name for name in shown if name != first]
     colors = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 1, max(len(others), 1)))
     for name, color in zip(others, colors, strict=False):

@@ -118,7 +118,7 @@ def rows_by_prefix(names: Sequence[str], *, depth: int | None) -> dict[str, list
 
 
 def _first_examples(experiment: Experiment, examples: int) -> Split:
-    split: Split = getattr(experiment.dataset, experiment.score_split)
+    split = getattr(experiment.dataset, experiment.score_split)
     devices = experiment.mesh.shape[DATA_AXIS]
     count = min(examples, split.num_examples) // devices * devices
     if count < 1:

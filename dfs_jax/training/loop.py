@@ -16,6 +16,7 @@ import numpy as np
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import check_config, open_workdir
+from dfs_jax.training.conflict import ConflictProbe, conflict_line
 from dfs_jax.training.evaluate import evaluate
 from dfs_jax.training.experiment import (
     Experiment,
@@ -108,6 +109,7 @@ class _Run:
         self._train_step = training_step(experiment)
         self._eval_step = evaluation_step(experiment)
         self._progress = Progress(experiment)
+        self._probe = _create_probe(experiment)
         self._clock = _Clock()
 
     def steps(self, state: TrainState, start: int) -> TrainResult:
@@ -120,6 +122,8 @@ class _Run:
             state = self._train_step(state, *self._next_batch(batches))
             if step % self._config.log_every_steps == 0:
                 self._log(state, step)
+            if self._probe is not None and step % self._config.conflict_every_steps == 0:
+                self._measure_conflict(self._probe, state, step)
             if step % experiment.sampler.steps_per_epoch == 0:
                 state = self._end_epoch(state, step)
             elif self._is_checkpoint_due(step):
@@ -143,6 +147,14 @@ class _Run:
         """Shows how it goes; the only place in an epoch where the host waits for the device."""
         self._check_finite(state)
         self._progress.update(step, jax.device_get(state.totals))
+
+    def _measure_conflict(self, probe: ConflictProbe, state: TrainState, step: int) -> None:
+        """Writes how the exits' gradients agree; before any checkpoint of this step is saved."""
+        jax.block_until_ready(state)  # what is still under way is the epoch's own time
+        with self._clock.stopped():
+            gram = probe(state.params, state.batch_stats)
+            epoch = step // self._experiment.sampler.steps_per_epoch
+            self._metrics.write(conflict_line(gram, probe.tensor_names, step=step, epoch=epoch))
 
     def _end_epoch(self, state: TrainState, step: int) -> TrainState:
         """Evaluates and saves where the config asks for it, and starts the next epoch's sums."""
@@ -203,6 +215,13 @@ class _Run:
         return jax.device_put(totals, replicated(self._experiment.mesh))
 
 
+def _create_probe(experiment: Experiment) -> ConflictProbe | None:
+    every = experiment.config.conflict_every_steps
+    if every < 0:
+        raise UserError(f"conflict_every_steps must be at least 0, got {every}")
+    return ConflictProbe(experiment, experiment.config.conflict_examples) if every else None
+
+
 class _Clock:
     """Times an epoch's steps, and how much of it was spent waiting for the next batch."""
 
@@ -220,6 +239,13 @@ class _Clock:
         yield
         self._waited += time.perf_counter() - begin
         self._batches += 1
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leaves the time within out of the epoch's."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Returns the speed and the fraction of time spent waiting for data."""
