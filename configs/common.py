@@ -101,6 +101,13 @@ def get_config(method: str = "dfs") -> Any:
     config.data.image_size = placeholder(int)  # resize to a square of this side
     config.data.statistics = placeholder(str)  # normalise with another set's mean and deviation
     config.data.augmentation = "crop,flip"  # in this order; also autoaugment, cutout; "none"
+    # Photographs decoded while training runs. None: TFDS sets that memory does not hold, or whose
+    # augmentation begins with random_resized_crop. What follows is for them alone.
+    config.data.streamed = placeholder(bool)
+    config.data.num_workers = placeholder(int)  # processes that decode; 0: threads of this one
+    config.data.max_corrupt = placeholder(int)  # unreadable images before the run stops
+    config.data.crop_area = placeholder(tuple)  # random_resized_crop: least and largest share
+    config.data.centre_fraction = placeholder(float)  # of the shorter side, in evaluation
     config.data.crop_padding = placeholder(int)  # pixels on each side
     config.data.crop_fill = placeholder(int)  # 0..255
     config.data.autoaugment_fill = placeholder(int)

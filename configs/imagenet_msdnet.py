@@ -4,9 +4,9 @@
     python train.py --config=configs/imagenet_msdnet.py:dsn     deep supervision: the same network
     python train.py --config=configs/imagenet_msdnet.py:byot    self-distillation
 
-The network and its recipe are complete, its input is not: images are not yet read from disk as
-training goes, nor cut at random places and scales. Until then this config scales every image to
-224x224 and holds the set in memory, which only a part of ImageNet fits into.
+Photographs are read and cut while training runs (random resized crops and flips; the middle 224 of
+256 in evaluation). `python -m dfs_jax.data.prepare imagenet2012` says what to download first.
+`--config.data.num_workers=N` decodes in N processes instead of threads.
 
 Hardware and time: written for several GPUs; not run here.
 
@@ -31,7 +31,7 @@ def get_config(method: str = "dfs"):
     config = common.get_config()
     config.data.name = "imagenet2012"
     config.data.image_size = 224
-    config.data.augmentation = "flip"
+    config.data.augmentation = "random_resized_crop,flip"
     config.model.name = "msdnet_imagenet"
     config.batch_size = 256
     config.eval_batch_size = 250

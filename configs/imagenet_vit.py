@@ -9,9 +9,9 @@ FILE holds a pretrained backbone under timm's names, such as `vit_tiny_patch16_2
 free. Without it everything does, for which the learning rate is too small. `--config.model.name`
 also takes `vit_small` and `vit_base`.
 
-The network and its recipe are complete, its input is not: images are not yet read from disk as
-training goes, nor cut at random places and scales. Until then this config scales every image to
-224x224 and holds the set in memory, which only a part of ImageNet fits into.
+Photographs are read and cut while training runs (random resized crops and flips; the middle 224 of
+256 in evaluation). `python -m dfs_jax.data.prepare imagenet2012` says what to download first.
+`--config.data.num_workers=N` decodes in N processes instead of threads.
 
 Hardware and time: written for several GPUs; not run here. DFS saves no work here, see `ViT`.
 """
@@ -24,7 +24,7 @@ def get_config(method: str = "dfs"):
     config = common.get_config()
     config.data.name = "imagenet2012"
     config.data.image_size = 224
-    config.data.augmentation = "flip"
+    config.data.augmentation = "random_resized_crop,flip"
     config.model.name = "vit_tiny"
     config.batch_size = 1024
     config.eval_batch_size = 250

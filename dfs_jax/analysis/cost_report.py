@@ -19,7 +19,8 @@ from dfs_jax.forks import Fork, create_fork
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.config import options
-from dfs_jax.training.experiment import dataset_from_config, model_from_config
+from dfs_jax.training.experiment import model_from_config
+from dfs_jax.training.input_config import dataset_from_config
 from dfs_jax.types import Config, UserError
 
 CostReport = dict[str, Any]

@@ -1,10 +1,11 @@
-"""Data sets in memory, batches of them, and augmentation on the device."""
+"""Data sets in memory or on disk, batches of them, and augmentation on the device."""
 
 from dfs_jax.data.augmentation import AUGMENTATIONS, create_augmentation, normalise
 from dfs_jax.data.dataset import Dataset, RawDataset, Split
 from dfs_jax.data.pipeline import TrainSampler, eval_batches, train_batches
 from dfs_jax.data.sources import DATASETS, load_dataset
 from dfs_jax.data.statistics import NAMED_STATISTICS, channel_statistics
+from dfs_jax.data.streaming import StreamedSplit, Streaming
 
 __all__ = [
     "AUGMENTATIONS",
@@ -13,6 +14,8 @@ __all__ = [
     "Dataset",
     "RawDataset",
     "Split",
+    "StreamedSplit",
+    "Streaming",
     "TrainSampler",
     "channel_statistics",
     "create_augmentation",

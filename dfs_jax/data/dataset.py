@@ -1,9 +1,10 @@
-"""What an image classification set is: arrays in memory, class names, statistics."""
+"""What an image classification set is: splits in memory or on disk, class names, statistics."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -25,9 +26,44 @@ class Split(NamedTuple):
         """Returns the examples at `indices`, in that order (a copy)."""
         return Split(self.images[indices], self.labels[indices])
 
+    def part(self, indices: np.ndarray) -> Split:
+        """Returns `take(indices)`: what is in memory is read already."""
+        return self.take(indices)
+
     @property
     def num_examples(self) -> int:
         return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(height, width, channels)`."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+
+class SplitOnDisk(Protocol):
+    """Some examples of a set that is read while it is used; see `StreamedSplit`."""
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    def part(self, indices: np.ndarray) -> SplitOnDisk: ...
+
+    def take(self, indices: np.ndarray) -> Split: ...
+
+    def train_batches(
+        self, sampler: Any, start_step: int, stop_step: int | None, part: slice
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+
+    def eval_batches(
+        self, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: ...
+
+
+AnySplit: TypeAlias = Split | SplitOnDisk
 
 
 class RawDataset(NamedTuple):
@@ -40,10 +76,10 @@ class RawDataset(NamedTuple):
       validation: the set's own validation part, or None.
     """
 
-    train: Split
-    test: Split
+    train: AnySplit
+    test: AnySplit
     class_names: tuple[str, ...]
-    validation: Split | None = None
+    validation: AnySplit | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +97,9 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    validation: Split | None
-    test: Split
+    train: AnySplit
+    validation: AnySplit | None
+    test: AnySplit
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -75,11 +111,10 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(height, width, channels)`."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
+        return self.train.image_shape
 
 
-def check_raw_dataset(name: str, raw: RawDataset) -> RawDataset:
+def check_raw_dataset(name: str, raw: Any) -> RawDataset:
     """Returns `raw` with labels as int32, after checking what a source may have got wrong.
 
     Args:

@@ -17,8 +17,8 @@ _CHUNK = 256
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # Below this many bytes an image, Python's own work dominates and threads only wait for each other.
 _SMALL_IMAGE_BYTES = 8192
-# What a set in memory may take; larger ones would have to be streamed.
-_MAX_BYTES = 16 * 2**30
+# What a set in memory may take; larger ones are streamed.
+MAX_BYTES = 16 * 2**30
 
 Encoded = bytes | Path | np.ndarray
 
@@ -114,10 +114,10 @@ def _resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _check_memory(count: int, height: int, width: int) -> None:
     needed = count * height * width * 3
-    if needed > _MAX_BYTES:
+    if needed > MAX_BYTES:
         raise UserError(
             f"{count} images of {width}x{height} pixels would take {needed / 2**30:.0f} GiB of "
-            f"memory (at most {_MAX_BYTES // 2**30}): set a smaller image_size"
+            f"memory (at most {MAX_BYTES // 2**30}): set a smaller image_size, or stream the set"
         )
 
 

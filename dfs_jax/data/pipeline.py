@@ -1,14 +1,15 @@
-"""From arrays in memory to batches: a sampler without state, and evaluation in order."""
+"""From splits to batches: a sampler without state, and evaluation in order."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
-from dfs_jax.data.dataset import Split
+from dfs_jax.data.dataset import AnySplit, Split
 from dfs_jax.types import UserError
 
 
@@ -71,38 +72,63 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def train_batches(
-    split: Split, sampler: TrainSampler, start_step: int = 0
+    split: AnySplit,
+    sampler: TrainSampler,
+    start_step: int = 0,
+    *,
+    stop_step: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields `(images, labels)` for `start_step`, `start_step + 1`, ... without end.
+    """Yields `(images, labels)` for `start_step`, `start_step + 1`, ... up to `stop_step`.
 
     Args:
       split: the examples to train on.
       sampler: made for that many examples.
       start_step: 0-based.
+      stop_step: the first one that is not taken; None: there is no end.
+      process_index: which consecutive part of every batch is read, of `process_count` equal ones.
+      process_count: over how many processes batches are divided.
 
     Yields:
-      uint8 `[batch_size, height, width, 3]` and int32 `[batch_size]`.
+      uint8 `[batch_size / process_count, height, width, 3]` and int32 of the same length.
+
+    Raises:
+      UserError: a batch that the processes cannot divide.
     """
     if sampler.num_examples != split.num_examples:
         raise ValueError(
             f"the sampler is for {sampler.num_examples} examples, the split has "
             f"{split.num_examples}"
         )
-    step = start_step
-    while True:
-        images, labels = split.take(sampler.indices(step))
+    part = _part_of_batch(sampler.batch_size, process_index, process_count)
+    if not isinstance(split, Split):
+        yield from split.train_batches(sampler, start_step, stop_step, part)
+        return
+    for step in itertools.count(start_step) if stop_step is None else range(start_step, stop_step):
+        images, labels = split.take(sampler.indices(step)[part])
         yield images, labels
-        step += 1
+
+
+def _part_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size} cannot be divided over {process_count} processes: "
+            f"choose a multiple of {process_count}"
+        )
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
 
 
 def eval_batches(
-    split: Split, batch_size: int
+    split: AnySplit, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields `(images, labels, mask)` in order, every example once, all batches of one shape.
 
     Args:
       split: the examples.
-      batch_size: examples a batch; the last one is filled up with zeros that the mask leaves out.
+      batch_size: examples a batch; the last one is filled up with zeros that the mask leaves out,
+        as it does a streamed image that cannot be read.
 
     Yields:
       uint8 `[batch_size, height, width, 3]`, int32 `[batch_size]`, bool `[batch_size]`.
@@ -114,6 +140,9 @@ def eval_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(split, Split):
+        yield from split.eval_batches(batch_size)
+        return
     for start in range(0, split.num_examples, batch_size):
         images, labels = (part[start : start + batch_size] for part in split)
         missing = batch_size - len(labels)

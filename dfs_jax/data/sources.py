@@ -6,8 +6,14 @@ import re
 
 import numpy as np
 
-from dfs_jax.data.dataset import Dataset, RawDataset, Split, check_raw_dataset
-from dfs_jax.data.statistics import NAMED_STATISTICS, channel_statistics, named_statistics
+from dfs_jax.data.dataset import AnySplit, Dataset, RawDataset, Split, check_raw_dataset
+from dfs_jax.data.statistics import (
+    NAMED_STATISTICS,
+    ChannelStatistics,
+    channel_statistics,
+    named_statistics,
+)
+from dfs_jax.data.streaming import Streaming
 from dfs_jax.registry import Registry
 from dfs_jax.types import UserError
 
@@ -21,7 +27,9 @@ DATASETS = Registry(
 
 # "package.module:attribute"; in a TFDS name a colon is followed by a version's digits.
 _USERS_OWN = re.compile(r"[\w.]+:[^\W\d][\w.]*")
-_VALIDATION_EXAMPLES = {"cifar10": 5000, "cifar100": 5000}
+_VALIDATION_EXAMPLES = {"cifar10": 5000, "cifar100": 5000, "imagenet2012": 50_000}
+# Of a set on disk, enough to know its mean and deviation to a hundredth.
+_STATISTICS_EXAMPLES = 1024
 
 
 def load_dataset(
@@ -32,8 +40,9 @@ def load_dataset(
     split_seed: int = 0,
     image_size: int | None = None,
     statistics: str | None = None,
+    streaming: Streaming | None = None,
 ) -> Dataset:
-    """Reads an image classification set into memory.
+    """Reads an image classification set into memory, or makes it ready to be streamed from disk.
 
     Args:
       name: `digits`, `folder`, a TFDS name (`cifar10`, `cifar100`, `name/config`, `name:1.2.3`),
@@ -41,13 +50,15 @@ def load_dataset(
         `data_dir` and `image_size` where they are set.
       data_dir: where the set lies; for TFDS names the directory above them, None being TFDS's own.
       validation_examples: how many training examples are held out. None: the set's own validation
-        part where it has one, else 5,000 for CIFAR and a tenth of the others. 0: none, all of them
+        part where it has one, else 5,000 for CIFAR, 50,000 for ImageNet and a tenth of the others.
+        0: none, all of them
         are trained on. Any other number: held out of train and validation together.
       split_seed: which examples are held out, by a permutation that nothing else depends on.
       image_size: side in pixels that images are scaled to; needed where their sizes vary.
       statistics: the name of a set whose mean and standard deviation are used in place of this
         set's own (published CIFAR-100 runs took those of `cifar10`). Own ones come from a table, or
-        from the examples trained on.
+        from the examples trained on (1,024 of them where the set is streamed).
+      streaming: how the images of a TFDS set are cut as they are read; None: all into memory.
 
     Raises:
       UserError: no such set, option or statistics; fewer examples than are to be held out.
@@ -59,20 +70,39 @@ def load_dataset(
     """
     known_as = name if _USERS_OWN.fullmatch(name) else name.partition(":")[0]
     chosen = NAMED_STATISTICS.get(known_as) if statistics is None else named_statistics(statistics)
-    raw = check_raw_dataset(name, _read(name, data_dir, image_size))
+    raw = _read(name, data_dir, image_size, streaming)
     held_out = _default_held_out(known_as, raw, validation_examples)
     train, validation = hold_out(raw, held_out, split_seed)
-    mean, std = chosen or channel_statistics(train.images)
+    mean, std = chosen or _own_statistics(train)
     return Dataset(name, train, validation, raw.test, raw.class_names, mean, std)
 
 
-def _read(name: str, data_dir: str | None, image_size: int | None) -> RawDataset:
-    if name in DATASETS.table or _USERS_OWN.fullmatch(name):
-        return DATASETS.create(name, data_dir=data_dir, image_size=image_size)
+def is_tfds_name(name: str) -> bool:
+    """Returns whether a set is TFDS's: neither registered here nor one's own."""
+    return name not in DATASETS.table and _USERS_OWN.fullmatch(name) is None
+
+
+def _own_statistics(train: AnySplit) -> ChannelStatistics:
+    if isinstance(train, Split):
+        return channel_statistics(train.images)
+    count = min(_STATISTICS_EXAMPLES, train.num_examples)
+    spread = np.linspace(0, train.num_examples - 1, count).astype(int)
+    return channel_statistics(train.take(spread).images)
+
+
+def _read(
+    name: str, data_dir: str | None, image_size: int | None, streaming: Streaming | None
+) -> RawDataset:
+    if not is_tfds_name(name):
+        if streaming is not None:
+            raise UserError(f"data set {name!r} cannot be streamed: only TFDS sets can")
+        raw = DATASETS.create(name, data_dir=data_dir, image_size=image_size)
+        return check_raw_dataset(name, raw)
     # Here, because TFDS takes two seconds to import.
     from dfs_jax.data.tfds_source import load_tfds
 
-    return load_tfds(name, data_dir=data_dir, image_size=image_size)
+    raw = load_tfds(name, data_dir=data_dir, image_size=image_size, streaming=streaming)
+    return raw if streaming is not None else check_raw_dataset(name, raw)
 
 
 def _default_held_out(name: str, raw: RawDataset, asked: int | None) -> int | None:
@@ -83,7 +113,7 @@ def _default_held_out(name: str, raw: RawDataset, asked: int | None) -> int | No
 
 def hold_out(
     raw: RawDataset, validation_examples: int | None, split_seed: int
-) -> tuple[Split, Split | None]:
+) -> tuple[AnySplit, AnySplit | None]:
     """Returns what is trained on, and the validation part or None.
 
     Args:
@@ -108,8 +138,12 @@ def hold_out(
     order = np.random.Generator(np.random.Philox(split_seed)).permutation(whole.num_examples)
     # Sorted, so that reading them later goes through memory in order.
     held_out, kept = np.sort(order[:validation_examples]), np.sort(order[validation_examples:])
-    return whole.take(kept), whole.take(held_out)
+    return whole.part(kept), whole.part(held_out)
 
 
-def _join(first: Split, second: Split) -> Split:
+def _join(first: AnySplit, second: AnySplit) -> Split:
+    if not (isinstance(first, Split) and isinstance(second, Split)):
+        raise UserError(
+            "a streamed set keeps its own validation part: leave validation_examples unset"
+        )
     return Split(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))

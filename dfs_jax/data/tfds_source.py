@@ -1,20 +1,22 @@
-"""TFDS sets, read from the array_record format without TensorFlow."""
+"""TFDS sets, read from the array_record format without TensorFlow: into memory, or as a stream."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dfs_jax.data.dataset import RawDataset, Split
-from dfs_jax.data.images import decode_images
+from dfs_jax.data.images import MAX_BYTES, decode_images
+from dfs_jax.data.streaming import StreamedSplit, Streaming
 from dfs_jax.types import UserError
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -23,7 +25,12 @@ _RECORDS_A_READ = 2048
 DEFAULT_DATA_DIR = "~/tensorflow_datasets"
 
 
-def load_tfds(name: str, data_dir: str | None = None, image_size: int | None = None) -> RawDataset:
+def load_tfds(
+    name: str,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    streaming: Streaming | None = None,
+) -> RawDataset:
     """Reads a prepared TFDS image classification set.
 
     Splits: `train`; `test`, or `validation` where there is no labelled `test`, as in ImageNet; and
@@ -34,6 +41,7 @@ def load_tfds(name: str, data_dir: str | None = None, image_size: int | None = N
       data_dir: the directory that holds `NAME/[CONFIG/]VERSION`, or a prepared set's own directory;
         None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
       image_size: side in pixels that images are scaled to; needed where sizes vary.
+      streaming: leaves the images on disk and says how they are cut; None reads them into memory.
 
     A set that is absent is prepared (downloaded, then converted) where TensorFlow is installed.
 
@@ -43,7 +51,17 @@ def load_tfds(name: str, data_dir: str | None = None, image_size: int | None = N
     """
     directory = find_prepared(name, data_dir) or _prepare_or_explain(name, data_dir)
     _check_format(name, directory, data_dir)
-    return _read(name, directory, image_size)
+    return _read(name, directory, image_size, streaming)
+
+
+def exceeds_memory(name: str, data_dir: str | None, image_size: int) -> bool:
+    """Returns whether a prepared set's images of that size take more memory than one may."""
+    directory = find_prepared(name, data_dir)
+    if directory is None:
+        return False
+    splits = _read_info(directory).get("splits", [])
+    count = sum(int(length) for split in splits for length in split.get("shardLengths", []))
+    return count * image_size**2 * 3 > MAX_BYTES
 
 
 def tfds_data_dir(data_dir: str | None) -> Path:
@@ -165,16 +183,11 @@ def check_registered(name: str) -> None:
         )
 
 
-def _read(name: str, directory: Path, image_size: int | None) -> RawDataset:
-    import tensorflow_datasets as tfds
-
-    try:
-        builder: Any = tfds.builder_from_directory(directory)
-    except (ValueError, OSError) as error:
-        raise _damaged(name, directory, error) from error
-    image_key, label_key = _feature_keys(name, builder.info)
-    reader = _SplitReader(name, directory, builder, image_key, label_key, image_size)
-    names = set(builder.info.splits)
+def _read(
+    name: str, directory: Path, image_size: int | None, streaming: Streaming | None
+) -> RawDataset:
+    reader = _open(name, directory)
+    names = set(reader.split_sizes)
     has_test = "test" in names and reader.is_labelled("test")
     if "train" not in names or not (has_test or "validation" in names):
         raise UserError(
@@ -182,12 +195,30 @@ def _read(name: str, directory: Path, image_size: int | None) -> RawDataset:
             f"it has {', '.join(sorted(names))}"
         )
     own_validation = has_test and "validation" in names
+
+    def split(split_name: str) -> Split | StreamedSplit:
+        if streaming is None:
+            return reader.read(split_name, image_size)
+        size = reader.split_sizes[split_name]
+        return StreamedSplit(TfdsRecords(name, directory, split_name, size), streaming)
+
     return RawDataset(
-        reader.read("train"),
-        reader.read("test" if has_test else "validation"),
-        tuple(builder.info.features[label_key].names),
-        reader.read("validation") if own_validation else None,
+        split("train"),
+        split("test" if has_test else "validation"),
+        reader.class_names,
+        split("validation") if own_validation else None,
     )
+
+
+def _open(name: str, directory: Path) -> _SplitReader:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder: Any = tfds.builder_from_directory(directory)
+    except (ValueError, OSError) as error:
+        raise _damaged(name, directory, error) from error
+    image_key, label_key = _feature_keys(name, builder.info)
+    return _SplitReader(name, directory, builder, image_key, label_key)
 
 
 def _damaged(name: str, directory: Path, error: Exception | str) -> UserError:
@@ -225,42 +256,57 @@ class _SplitReader:
         builder: Any,
         image_key: str,
         label_key: str,
-        image_size: int | None,
     ):
         import tensorflow_datasets as tfds
 
         self._name, self._directory = name, directory
-        self._builder, self._size = builder, image_size
+        self._builder = builder
+        self._sources: dict[str, Any] = {}
         self._image_key, self._label_key = image_key, label_key
         features = {key: builder.info.features[key] for key in (image_key, label_key)}
         # Decoding below is a third faster than TFDS's own, and does not need OpenCV for it.
         self._features = tfds.features.FeaturesDict(features)
         self._decoders = {image_key: tfds.decode.SkipDecoding()}
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self._builder.info.features[self._label_key].names)
+
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        return {name: info.num_examples for name, info in self._builder.info.splits.items()}
+
     def is_labelled(self, split: str) -> bool:
         """Whether the first label is a class (unpublished labels are -1)."""
-        return self._examples(split, [0])[0][self._label_key] >= 0
+        return self.encoded(split, [0])[0][1] >= 0
 
-    def read(self, split: str) -> Split:
-        count = self._builder.info.splits[split].num_examples
+    def encoded(self, split: str, positions: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Returns the encoded image and the label at each position."""
+        examples = self._examples(split, positions)
+        return [(example[self._image_key], int(example[self._label_key])) for example in examples]
+
+    def read(self, split: str, image_size: int | None) -> Split:
+        count = self.split_sizes[split]
         labels: list[int] = []
 
         def encoded() -> Iterator[bytes]:
             for start in range(0, count, _RECORDS_A_READ):
                 positions = list(range(start, min(start + _RECORDS_A_READ, count)))
-                for example in self._examples(split, positions):
-                    labels.append(example[self._label_key])
-                    yield example[self._image_key]
+                for image, label in self.encoded(split, positions):
+                    labels.append(label)
+                    yield image
 
         images = decode_images(
-            encoded(), count, self._size, lambda i: f"{i} of {self._name} {split}"
+            encoded(), count, image_size, lambda i: f"{i} of {self._name} {split}"
         )
         return Split(images, np.array(labels, np.int32))
 
-    def _examples(self, split: str, positions: list[int]) -> list[Any]:
+    def _examples(self, split: str, positions: Sequence[int]) -> list[Any]:
         try:
-            source = self._builder.as_data_source(split, file_format="array_record")
-            records = source.data_source.__getitems__(positions)
+            if split not in self._sources:
+                source = self._builder.as_data_source(split, file_format="array_record")
+                self._sources[split] = source.data_source
+            records = self._sources[split].__getitems__(list(positions))
         except (RuntimeError, IndexError, OSError) as error:
             raise _damaged(self._name, self._directory, error) from error
         # What array_record makes of a file that ends too early.
@@ -270,3 +316,41 @@ class _SplitReader:
             self._features.deserialize_example_np(record, decoders=self._decoders)
             for record in records
         ]
+
+
+class TfdsRecords:
+    """The records of one split, opened in each process that reads them.
+
+    Args:
+      name: of the set.
+      directory: of the prepared set.
+      split: its name there.
+      size: how many records it has.
+    """
+
+    def __init__(self, name: str, directory: Path, split: str, size: int):
+        self._set_name, self._directory, self._split, self._size = name, directory, split, size
+
+    @property
+    def name(self) -> str:
+        return f"{self._set_name} {self._split}"
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_reader"}
+
+    def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Returns the encoded image and the label at each position; no bytes: cannot be read."""
+        try:
+            return self._reader.encoded(self._split, positions)
+        except UserError:
+            if len(positions) == 1:
+                return [(b"", 0)]
+        # One of them is damaged: the others are whole.
+        return [self.read([position])[0] for position in positions]
+
+    @functools.cached_property
+    def _reader(self) -> _SplitReader:
+        return _open(self._set_name, self._directory)

@@ -16,7 +16,14 @@ from dfs_jax.types import Config, UserError
 
 FILE = "config.json"
 # What may differ between a run and its continuation: where things lie and what is shown.
-MAY_CHANGE = ("data.data_dir", "init_from", "log_every_steps", "checkpoint_every_steps")
+MAY_CHANGE = (
+    "data.data_dir",
+    "data.num_workers",
+    "data.max_corrupt",
+    "init_from",
+    "log_every_steps",
+    "checkpoint_every_steps",
+)
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dfs_jax.data import Split
+from dfs_jax.data.dataset import AnySplit
 from dfs_jax.data.pipeline import eval_batches
 from dfs_jax.inference.confidence import ExitPredictions, concatenate_predictions
 from dfs_jax.training.checkpoint import Checkpoints
@@ -39,7 +39,7 @@ class RunEvaluation(NamedTuple):
 def evaluate(
     eval_step: Callable[..., ExitPredictions],
     variables: dict[str, Any],
-    split: Split,
+    split: AnySplit,
     *,
     batch_size: int,
     mesh: Mesh,
@@ -63,13 +63,13 @@ def evaluate_run(
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     checkpoints = Checkpoints(workdir, read_only=True)
-    data: Split | None = getattr(experiment.dataset, split)
+    data: AnySplit | None = getattr(experiment.dataset, split)
     if data is None:
         raise UserError(f"the run in {workdir} holds no {split} split out (validation_examples=0)")
     state, step = checkpoints.restore(checkpoint, abstract_state(experiment))
     eval_step = evaluation_step(experiment)
 
-    def answers(data: Split) -> ExitPredictions:
+    def answers(data: AnySplit) -> ExitPredictions:
         return evaluate(
             eval_step,
             state.eval_variables,

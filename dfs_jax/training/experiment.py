@@ -9,8 +9,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from dfs_jax.data import Dataset, load_dataset
-from dfs_jax.data.augmentation import Augmentation, create_augmentation
+from dfs_jax.data import Dataset
+from dfs_jax.data.augmentation import Augmentation
 from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.interop import load_trunk
@@ -18,6 +18,7 @@ from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
 from dfs_jax.training.config import options
+from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.sharding import check_batch_size, create_mesh, replicated
 from dfs_jax.training.state import TrainState, create_state
@@ -26,7 +27,6 @@ from dfs_jax.types import Config, UserError
 
 # One key a purpose, so that changing what one of them draws leaves the others alone.
 _INIT, _TRAIN = 0, 1
-_LOAD_OPTIONS = ("data_dir", "validation_examples", "split_seed", "image_size", "statistics")
 
 
 class Experiment(NamedTuple):
@@ -70,14 +70,14 @@ def build_experiment(config: Config, dataset: Dataset | None = None) -> Experime
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
     # Options are checked before the data, which takes its time, is read.
-    _create_augmentation(config.data, mean=(0.0, 0.0, 0.0))
+    augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     model_from_config(config.model, loss, num_classes=2)
     dataset = dataset or dataset_from_config(config.data)
-    augment = _create_augmentation(config.data, dataset.mean)
+    augment = augmentation_from_config(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     model = model_for_mesh(model, mesh)
     _check_shapes(model, fork, loss, dataset)
-    sampler = TrainSampler(len(dataset.train.labels), config.batch_size, config.seed)
+    sampler = TrainSampler(dataset.train.num_examples, config.batch_size, config.seed)
     schedule = create_schedule(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
@@ -132,11 +132,6 @@ def evaluation_step(experiment: Experiment):
     return make_eval_step(e.model, e.fork, mean=e.dataset.mean, std=e.dataset.std, mesh=e.mesh)
 
 
-def dataset_from_config(section: Config) -> Dataset:
-    """Returns the data set that a config's section `data` describes."""
-    return load_dataset(section.name, **{key: section[key] for key in _LOAD_OPTIONS})
-
-
 def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:
     """Returns the model of a section `model`, with the adaptation layers that the loss asks for."""
     # Left unset where not needed: a user's model may not have adaptation layers.
@@ -153,12 +148,6 @@ def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:
     """
     alone = mesh.size == 1 or not isinstance(model, ConvolutionalModel)
     return model if alone else model.clone(cpu_kernels=False)
-
-
-def _create_augmentation(section: Config, mean: tuple[float, ...]) -> Augmentation:
-    other = {"name", "augmentation", *_LOAD_OPTIONS}
-    chosen: dict[str, Any] = {k: value for k, value in section.items() if k not in other}
-    return create_augmentation(section.augmentation, mean=mean, **chosen)
 
 
 def _check_shapes(model: MultiExitModel, fork: Fork, loss: Loss, dataset: Dataset) -> None:

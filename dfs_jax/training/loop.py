@@ -116,7 +116,9 @@ class _Run:
         """Runs the steps from `start` on."""
         experiment, total = self._experiment, self._experiment.total_steps
         self._progress.start(start)
-        batches = train_batches(experiment.dataset.train, experiment.sampler, start)
+        batches = train_batches(
+            experiment.dataset.train, experiment.sampler, start, stop_step=total
+        )
         self._clock.restart()
         for step in range(start + 1, total + 1):
             state = self._train_step(state, *self._next_batch(batches))
@@ -184,7 +186,7 @@ class _Run:
             mesh=self._experiment.mesh,
         )
         line = evaluation_line(predictions, step=step, epoch=epoch, split="validation")
-        speed = len(split.labels) / (time.perf_counter() - begin)
+        speed = split.num_examples / (time.perf_counter() - begin)
         self._metrics.write({**line, "images_per_second": speed})
         self._progress.evaluated(epoch, line)
         return mean_exit_accuracy(predictions)

@@ -93,10 +93,10 @@ def percents(fractions: Iterable[float]) -> str:
 
 def _describe(experiment: Experiment) -> str:
     config, dataset = experiment.config, experiment.dataset
-    held_out = 0 if dataset.validation is None else len(dataset.validation.labels)
+    held_out = 0 if dataset.validation is None else dataset.validation.num_examples
     return (
         f"{config.model.name} with {experiment.model.num_exits} exits, fork {config.fork.name}, "
-        f"loss {config.loss.name}, on {config.data.name}: {len(dataset.train.labels)} training, "
-        f"{held_out} validation, {len(dataset.test.labels)} test images; "
+        f"loss {config.loss.name}, on {config.data.name}: {dataset.train.num_examples} training, "
+        f"{held_out} validation, {dataset.test.num_examples} test images; "
         f"{experiment.total_steps} steps of {config.batch_size} on {experiment.mesh.size} device(s)"
     )

@@ -1,0 +1,97 @@
+"""One photograph from encoded bytes to a square of pixels: decoded, cut, scaled; on the host."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Width over height of a random cut, and how often one is drawn before the centre is taken.
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_ATTEMPTS = 10
+
+
+class Box(NamedTuple):
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def decode_photograph(encoded: bytes) -> np.ndarray | None:
+    """Returns uint8 `[height, width, 3]`, red first; None where the bytes are no whole image.
+
+    Args:
+      encoded: a JPEG, PNG or WebP file; grey images get three equal channels. A rotation that its
+        camera noted is not applied, as in published training programs.
+    """
+    cv2 = _opencv()
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:  # no bytes at all, or sides that no image can have
+        return None
+
+
+def cut_out(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """Returns `box` of an image scaled to `[size, size, 3]`.
+
+    A smaller result averages the pixels under each of its own (it does not alias); a larger one
+    interpolates linearly.
+    """
+    cv2 = _opencv()
+    part = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    shrinks = box.height >= size and box.width >= size
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(part, (size, size), interpolation=method)
+
+
+def centre_box(height: int, width: int, fraction: float = 1.0) -> Box:
+    """Returns the square in the middle whose side is `fraction` of the shorter side.
+
+    >>> centre_box(100, 60, 0.5)
+    Box(top=35, left=15, height=30, width=30)
+    """
+    side = max(1, round(min(height, width) * fraction))
+    return Box((height - side) // 2, (width - side) // 2, side, side)
+
+
+def random_box(
+    generator: np.random.Generator, height: int, width: int, area: tuple[float, float]
+) -> Box:
+    """Returns a rectangle of random area, shape and place (Inception's random resized crop).
+
+    The area is uniform in `area`, a share of the image; the logarithm of width over height is
+    uniform between those of 3/4 and 4/3. A rectangle that does not fit is drawn again, ten times;
+    then it is the largest one in the middle whose shape is allowed.
+
+    Szegedy et al., "Going Deeper with Convolutions", CVPR 2015.
+
+    >>> random_box(np.random.default_rng(0), 75, 100, (1.0, 1.0))
+    Box(top=0, left=0, height=75, width=100)
+    """
+    low, high = (math.log(ratio) for ratio in _ASPECT_RATIOS)
+    for _ in range(_ATTEMPTS):
+        pixels = generator.uniform(*area) * height * width
+        ratio = math.exp(generator.uniform(low, high))
+        wide, tall = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 1 <= wide <= width and 1 <= tall <= height:
+            top = int(generator.integers(height - tall + 1))
+            left = int(generator.integers(width - wide + 1))
+            return Box(top, left, tall, wide)
+    ratio = min(max(width / height, _ASPECT_RATIOS[0]), _ASPECT_RATIOS[1])
+    tall, wide = min(height, round(width / ratio)), min(width, round(height * ratio))
+    return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
+
+
+@functools.cache
+def _opencv() -> Any:
+    """OpenCV, imported when the first photograph is decoded; parallel work is by photograph."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2

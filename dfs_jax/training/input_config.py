@@ -1,0 +1,82 @@
+"""From a config's section `data` to the data set and what augments it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dfs_jax.data import Dataset, Streaming, load_dataset
+from dfs_jax.data.augmentation import Augmentation, create_augmentation
+from dfs_jax.data.sources import is_tfds_name
+from dfs_jax.data.streaming import FLIP, RANDOM_CUT
+from dfs_jax.types import Config, UserError
+
+_LOAD_OPTIONS = ("data_dir", "validation_examples", "split_seed", "image_size", "statistics")
+_STREAMING_OPTIONS = ("crop_area", "centre_fraction", "num_workers", "max_corrupt")
+
+
+def dataset_from_config(section: Config) -> Dataset:
+    """Returns the data set that a config's section `data` describes."""
+    options = {key: section[key] for key in _LOAD_OPTIONS}
+    return load_dataset(section.name, streaming=streaming_from_config(section), **options)
+
+
+def streaming_from_config(section: Config) -> Streaming | None:
+    """Returns how the set is streamed; None where it is read into memory.
+
+    Raises:
+      UserError: `random_resized_crop` or an option of streaming for a set in memory; a set that is
+        to be streamed without an image size.
+    """
+    chosen = {k: section.get(k) for k in _STREAMING_OPTIONS if section.get(k) is not None}
+    if not is_streamed(section):
+        needless = [*chosen, *({RANDOM_CUT} & set(_names(section)))]
+        if needless:
+            raise UserError(
+                f"{', '.join(needless)} need(s) a streamed set: data set {section.name!r} is read "
+                f"into memory (data.streamed is {section.get('streamed')})"
+            )
+        return None
+    if section.image_size is None:
+        raise UserError(f"data set {section.name!r} is streamed: set data.image_size, such as 224")
+    on_host, _ = _divided(section)
+    return Streaming(section.image_size, on_host, **chosen)
+
+
+def is_streamed(section: Config) -> bool:
+    """Returns whether images stay on disk: as `data.streamed` says, or as they have to.
+
+    Unset, TFDS sets do whose photographs are cut at random, or that memory does not hold.
+    """
+    if section.get("streamed") is not None or not is_tfds_name(section.name):
+        return bool(section.get("streamed"))
+    if RANDOM_CUT in _names(section):
+        return True
+    if section.image_size is None:
+        return False
+    # Here, because TFDS takes two seconds to import.
+    from dfs_jax.data.tfds_source import exceeds_memory
+
+    return exceeds_memory(section.name, section.data_dir, section.image_size)
+
+
+def augmentation_from_config(section: Config, mean: tuple[float, ...]) -> Augmentation:
+    """Returns what augments batches on the device; a streamed set's cuts are made before."""
+    other = {"name", "augmentation", "streamed", *_LOAD_OPTIONS, *_STREAMING_OPTIONS}
+    chosen: dict[str, Any] = {k: value for k, value in section.items() if k not in other}
+    names = _divided(section)[1] if is_streamed(section) else _names(section)
+    return create_augmentation(",".join(names), mean=mean, **chosen)
+
+
+def _divided(section: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is done to a streamed set where it is decoded, and then on the device."""
+    names = _names(section)
+    first_on_device = next((i for i, n in enumerate(names) if n not in (RANDOM_CUT, FLIP)), None)
+    on_host, on_device = names[:first_on_device], names[len(names[:first_on_device]) :]
+    if RANDOM_CUT in (*on_device, *on_host[1:]):
+        raise UserError(f"{RANDOM_CUT} comes first among data.augmentation, got {','.join(names)}")
+    return on_host, on_device
+
+
+def _names(section: Config) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (section.augmentation or "none").split(","))
+    return () if names == ("none",) else names
