@@ -10,7 +10,18 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-METHODS = ("dfs", "dsn", "byot")
+# The fork, the loss and the combiner of each.
+METHODS = {
+    "dfs": ("dfs", "deep_supervision", "weighted_sum"),
+    "dsn": ("plain", "deep_supervision", "weighted_sum"),
+    "byot": ("plain", "byot", "weighted_sum"),
+    "distillation": ("plain", "distillation", "weighted_sum"),
+    "ge": ("gradient_equilibrium", "deep_supervision", "weighted_sum"),
+    "pcgrad": ("plain", "deep_supervision", "pcgrad"),
+    "cagrad": ("plain", "deep_supervision", "cagrad"),
+    "nash_mtl": ("plain", "deep_supervision", "nash_mtl"),
+    "upgrad": ("plain", "deep_supervision", "upgrad"),
+}
 
 
 def set_method(
@@ -20,20 +31,24 @@ def set_method(
     referencing: str | None = None,
     dfs_loss: str = "deep_supervision",
 ) -> Any:
-    """Sets the fork and the loss of a method: what stands after the config file's colon.
+    """Sets the fork, the loss and the combiner of a method: what stands after the file's colon.
 
-        dfs    fork dfs, `referencing` as the published code of this network has it, `dfs_loss`
-        dsn    fork plain, deep supervision
-        byot   fork plain, distillation from the last exit
+        dfs            fork dfs, `referencing` as the published code of this network has it, and
+                       `dfs_loss`
+        dsn            deep supervision: fork plain, labels at every exit, gradients added up
+        byot           be your own teacher: early exits also learn from the last one's features
+        distillation   exits also learn from the last one's probabilities
+        ge             gradient equilibrium: the fork scales gradients
+        pcgrad, cagrad, nash_mtl, upgrad   deep supervision, gradients merged by that combiner
 
-    Fork and loss stay free to combine: `--config.fork.name=dfs --config.loss.name=byot`.
+    All three stay free to combine: `--config=configs/X.py:dfs --config.combiner.name=pcgrad`.
     """
     if method not in METHODS:
         raise KeyError(f"unknown method {method!r} after the colon: one of {', '.join(METHODS)}")
-    config.fork.name = "dfs" if method == "dfs" else "plain"
+    config.fork.name, config.loss.name, config.combiner.name = METHODS[method]
     config.fork.referencing = referencing if method == "dfs" else None
-    losses = {"dfs": dfs_loss, "dsn": "deep_supervision", "byot": "byot"}
-    config.loss.name = losses[method]
+    if method == "dfs":
+        config.loss.name = dfs_loss
     return config
 
 
@@ -80,18 +95,32 @@ def get_config(method: str = "dfs") -> Any:
     config.model.dropout = placeholder(float)
 
     config.fork = ml_collections.ConfigDict()
-    config.fork.name = ""  # "dfs", or "plain": an ordinary multi-exit network
+    # "plain", an ordinary multi-exit network; "dfs"; or "gradient_equilibrium".
+    config.fork.name = ""
     # The paper's beta, 0.5 unless set: one for all exits, or one for each but the last.
-    config.fork.partition_ratio = placeholder(tuple)
+    config.fork.partition_ratio = placeholder(tuple)  # dfs, as the next
     config.fork.referencing = placeholder(str)  # "symmetric", "trunk_only" or "none"
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.name = ""  # "deep_supervision" or "byot"
+    config.loss.name = ""  # "deep_supervision", "byot" or "distillation"
     config.loss.label_smoothing = placeholder(float)
-    config.loss.exit_weights = placeholder(tuple)  # deep supervision: one for each exit
-    config.loss.kd_weight = placeholder(float)  # byot, as the next two
+    # deep supervision: one for each exit, "constant" or "linear"
+    config.loss.exit_weights = placeholder(object)
+    config.loss.kd_weight = placeholder(float)  # byot, distillation; as the next
     config.loss.temperature = placeholder(float)
-    config.loss.feature_weight = placeholder(float)
+    config.loss.feature_weight = placeholder(float)  # byot
+    config.loss.teacher = placeholder(str)  # distillation: "last" exit or all "deeper"
+    config.loss.scale = placeholder(float)  # distillation
+
+    # How the exits' gradients merge in the trunk; heads keep that of their own exit's loss.
+    config.combiner = ml_collections.ConfigDict()
+    config.combiner.name = ""  # "weighted_sum", "pcgrad", "cagrad", "nash_mtl" or "upgrad"
+    config.combiner.weights = placeholder(tuple)  # weighted_sum: one for each exit
+    config.combiner.scaling = placeholder(str)  # pcgrad, upgrad: "sum", "mean"; cagrad has its own
+    config.combiner.radius = placeholder(float)  # cagrad's c
+    config.combiner.max_norm = placeholder(float)  # nash_mtl
+    # The way through the exits, "vmap", "unroll" or "scan": time against memory, equal results.
+    config.combiner.exits = placeholder(str)
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "cifar10"  # any TFDS image-classification set, "folder" or "digits"

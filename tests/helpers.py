@@ -10,6 +10,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from configs import common
+from dfs_jax.combiners.pcgrad import PCGrad
 from dfs_jax.data.dataset import RawDataset, Split
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.surgery import ExitFork
@@ -75,6 +76,18 @@ class BrierLoss:
     def __call__(self, outputs, labels):
         one_hot = jax.nn.one_hot(labels, TINY_CLASSES)
         return ((jax.nn.softmax(outputs.logits) - one_hot) ** 2).sum(-1).mean(-1)
+
+
+class Remembering:
+    """A combiner of a user's own: PCGrad's gradient, and half of that of the step before."""
+
+    def init(self, params):
+        return {"last": jax.tree.map(jax.numpy.zeros_like, params), "steps": jax.numpy.int32(0)}
+
+    def update(self, per_exit_grads, state, params, *, key):
+        grads, _ = PCGrad().update(per_exit_grads, (), params, key=key)
+        grads = jax.tree.map(lambda new, last: new + last / 2, grads, state["last"])
+        return grads, {"last": grads, "steps": state["steps"] + 1}
 
 
 def _tiny_split(count: int, seed: int) -> Split:

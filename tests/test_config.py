@@ -10,12 +10,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from dfs_jax.combiners import COMBINERS
+from dfs_jax.combiners.weighted_sum import WeightedSum
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.losses.deep_supervision import DeepSupervision
 from dfs_jax.losses.distillation import BYOT
 from dfs_jax.models import create_model
 from dfs_jax.surgery import FeatureSurgery
+from dfs_jax.training.combiner_config import combiner_from_config
 from dfs_jax.training.config import check_config, open_workdir, options, read_config
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
@@ -44,9 +47,12 @@ def test_every_config_has_every_method_by_one_word(name, method):
     config = importlib.import_module(f"configs.{name}").get_config(method)
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
+    combiner = combiner_from_config(config.combiner)
+    assert isinstance(combiner, WeightedSum) == (method not in COMBINERS.table)
     assert isinstance(fork, FeatureSurgery) == (method == "dfs")
     assert isinstance(loss, BYOT) or method != "byot"
-    assert isinstance(loss, DeepSupervision) or method != "dsn"
+    labels_alone = isinstance(loss, DeepSupervision)
+    assert labels_alone or method in ("dfs", "byot", "distillation")
     assert create_model(config.model.name, num_classes=7, **options(config.model)).num_exits > 3
 
 

@@ -50,7 +50,7 @@ def exit_gradients(
     labels: jax.Array,
     *,
     key: jax.Array,
-    exits: str = "vmap",
+    exits: str | None = None,
 ) -> ExitGradients:
     """Returns the gradient of each exit's own loss for the trunk, and what a step needs besides.
 
@@ -68,14 +68,13 @@ def exit_gradients(
       key: for dropout.
       exits: how to go back from them, with equal results: "vmap" takes those of a block together,
         block by block; "unroll" one exit after the other, which keeps only one exit's gradients of
-        features at a time; "scan" likewise in a loop, the smallest program to compile. A CPU is
-        fastest with "unroll", and slow with "scan": its convolutions are, inside loops.
+        features at a time; "scan" likewise in a loop, the smallest program to compile. None is
+        "unroll" on a CPU, the fastest there (its convolutions are slow inside loops), else "vmap".
 
     Raises:
       UserError: an unknown way, or a model with parameters outside its blocks and heads.
     """
-    if exits not in _WAYS:
-        raise UserError(f"exits must be one of {', '.join(_WAYS)}, got {exits!r}")
+    check_exits(exits)
     _check_names(model, variables["params"])
     stages, outputs, batch_stats = _forward(model, fork, variables, images, key)
     losses, pull = jax.vjp(lambda outputs: loss(outputs, labels), outputs)
@@ -86,10 +85,17 @@ def exit_gradients(
     else:
         (of_outputs,) = pull(jnp.ones_like(losses))
     heads, of_features = _back_through_heads(stages, of_outputs, couples)
-    trunk = _WAYS[exits](stages, of_features, couples)
+    way = _WAYS[exits or ("unroll" if jax.default_backend() == "cpu" else "vmap")]
+    trunk = way(stages, of_features, couples)
     return ExitGradients(
         losses, outputs.logits, _named("block", trunk), _named("head", heads), batch_stats
     )
+
+
+def check_exits(exits: str | None) -> None:
+    """Raises UserError unless `exits` is None or a way that `exit_gradients` knows."""
+    if exits is not None and exits not in _WAYS:
+        raise UserError(f"exits must be one of {', '.join(_WAYS)}, got {exits!r}")
 
 
 class _Stage(NamedTuple):

@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from dfs_jax.combiners import Combiner
 from dfs_jax.data import Dataset
 from dfs_jax.data.augmentation import Augmentation
 from dfs_jax.data.pipeline import TrainSampler
@@ -17,6 +18,7 @@ from dfs_jax.interop import load_trunk
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
+from dfs_jax.training.combiner_config import check_combiner, combiner_from_config
 from dfs_jax.training.config import options
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
@@ -39,6 +41,7 @@ class Experiment(NamedTuple):
     model: MultiExitModel
     fork: Fork
     loss: Loss
+    combiner: Combiner
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Augmentation
@@ -69,6 +72,7 @@ def build_experiment(config: Config, dataset: Dataset | None = None) -> Experime
     check_batch_size(config.batch_size, mesh)
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
+    combiner = combiner_from_config(config.combiner)
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     model_from_config(config.model, loss, num_classes=2)
@@ -77,13 +81,14 @@ def build_experiment(config: Config, dataset: Dataset | None = None) -> Experime
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     model = model_for_mesh(model, mesh)
     _check_shapes(model, fork, loss, dataset)
+    check_combiner(combiner, model, dataset.image_shape)
     sampler = TrainSampler(dataset.train.num_examples, config.batch_size, config.seed)
     schedule = create_schedule(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
     optimizer = create_optimizer(config.optimizer, schedule)
     return Experiment(
-        config, mesh, dataset, sampler, model, fork, loss, schedule, optimizer, augment
+        config, mesh, dataset, sampler, model, fork, loss, combiner, schedule, optimizer, augment
     )
 
 
@@ -123,6 +128,8 @@ def training_step(experiment: Experiment) -> TrainStep:
         std=e.dataset.std,
         mesh=e.mesh,
         ema_decay=e.config.optimizer.ema_decay,
+        combiner=e.combiner,
+        exits=e.config.combiner.exits,
     )
 
 
@@ -173,6 +180,7 @@ def _as_state(experiment: Experiment, variables: dict[str, Any]) -> TrainState:
         _key(experiment.config.seed, _TRAIN),
         num_exits=experiment.model.num_exits,
         keep_average=experiment.config.optimizer.ema_decay is not None,
+        combiner=experiment.combiner,
     )
 
 

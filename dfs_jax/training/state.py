@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from dfs_jax.combiners import Combiner
+from dfs_jax.models.contract import split_trunk_and_heads
 from dfs_jax.types import PyTree
 
 NO_BAD_STEP = -1
@@ -41,6 +43,7 @@ class TrainState(struct.PyTreeNode):
       params: trained parameters, under `block1`.. and `head1`..
       batch_stats: running statistics.
       opt_state: the optimizer's.
+      combiner_state: the combiner's.
       averaged: exponential moving average of parameters and statistics, or None.
       totals: sums over the epoch so far.
       key_data: the run's random key, from which each step's keys are folded.
@@ -51,6 +54,7 @@ class TrainState(struct.PyTreeNode):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    combiner_state: PyTree
     averaged: PyTree
     totals: EpochTotals
     key_data: jax.Array
@@ -69,13 +73,16 @@ def create_state(
     *,
     num_exits: int,
     keep_average: bool,
+    combiner: Combiner | None = None,
 ) -> TrainState:
     """Returns the state before the first step, from freshly initialised `variables`."""
+    trunk, _ = split_trunk_and_heads(variables["params"])
     return TrainState(
         step=jnp.int32(0),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
+        combiner_state=() if combiner is None else combiner.init(trunk),
         averaged=jax.tree.map(jnp.copy, variables) if keep_average else None,
         totals=EpochTotals.zero(num_exits),
         key_data=jax.random.key_data(key),

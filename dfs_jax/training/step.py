@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dfs_jax.combiners import Combiner
+from dfs_jax.combiners.exit_gradients import exit_gradients
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.losses import Loss
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import MultiExitModel, split_trunk_and_heads
 from dfs_jax.training.sharding import batch_sharded, jit_for_mesh, replicated
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import PyTree
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], TrainState]
+
+
+class StepGradients(NamedTuple):
+    """What the passes forward and backward of one step give.
+
+    Attributes:
+      loss: summed over the exits.
+      logits: `[exits, batch, classes]`.
+      grads: shaped as the parameters.
+      batch_stats: the running statistics after the step.
+      combiner_state: the combiner's after the step.
+    """
+
+    loss: jax.Array
+    logits: jax.Array
+    grads: PyTree
+    batch_stats: PyTree
+    combiner_state: PyTree
+
+
+GradientFn = Callable[[TrainState, jax.Array, jax.Array, jax.Array], StepGradients]
 
 
 def make_train_step(
@@ -33,6 +56,8 @@ def make_train_step(
     std: tuple[float, ...],
     mesh: Mesh,
     ema_decay: float | None = None,
+    combiner: Combiner | None = None,
+    exits: str | None = None,
 ) -> TrainStep:
     """Returns `step(state, images, labels) -> state`, compiled over the mesh, its state donated.
 
@@ -40,6 +65,8 @@ def make_train_step(
       augment: `(images, key) -> images`, both uint8 `[batch, height, width, channels]`.
       mean: of each channel, in 0..1, for normalisation; `std` likewise.
       ema_decay: weight of the old average; None keeps none.
+      combiner: of the exits' gradients; None adds them up.
+      exits: how single exits' gradients are computed, see `exit_gradients`.
 
     Returns:
       A function of the state, uint8 images and whole-number labels, both split over the mesh's
@@ -47,31 +74,24 @@ def make_train_step(
       state.
     """
 
-    def loss_fn(params: PyTree, state: TrainState, images, labels, key):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        outputs, updated = model.apply(
-            variables, images, fork, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-        )
-        total = jnp.sum(loss(outputs, labels))
-        return total, (outputs.logits, updated.get("batch_stats", {}))
+    gradients = make_gradient_fn(model, fork, loss, combiner, exits)
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         augment_key, dropout_key = step_keys(state)
         images = normalise(augment(images, augment_key), mean, std)
-        (total, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state, images, labels, dropout_key
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        found = gradients(state, images, labels, dropout_key)
+        updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        trained = {"params": params, "batch_stats": batch_stats}
+        trained = {"params": params, "batch_stats": found.batch_stats}
         return state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=batch_stats,
+            batch_stats=found.batch_stats,
             opt_state=opt_state,
+            combiner_state=found.combiner_state,
             averaged=_average(state.averaged, trained, ema_decay),
-            totals=_add_to_totals(state.totals, total, logits, labels),
-            first_bad_step=_first_bad_step(state, total, updates),
+            totals=_add_to_totals(state.totals, found.loss, found.logits, labels),
+            first_bad_step=_first_bad_step(state, found.loss, updates),
         )
 
     whole, split = replicated(mesh), batch_sharded(mesh)
@@ -82,6 +102,52 @@ def make_train_step(
         out_shardings=whole,
         donate_argnums=0,
     )
+
+
+def make_gradient_fn(
+    model: MultiExitModel,
+    fork: Fork,
+    loss: Loss,
+    combiner: Combiner | None = None,
+    exits: str | None = None,
+) -> GradientFn:
+    """Returns `gradients(state, images, labels, dropout_key) -> StepGradients`.
+
+    A plain sum of the exits' gradients is one ordinary backward pass. Other combiners get the
+    gradient of each exit for the trunk; heads keep that of the summed losses.
+    """
+    if combiner is None or getattr(combiner, "is_plain_sum", False):
+        return _summed(model, fork, loss)
+
+    def combined(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        found = exit_gradients(model, fork, loss, variables, images, labels, key=key, exits=exits)
+        params, _ = split_trunk_and_heads(state.params)
+        trunk, combiner_state = combiner.update(
+            found.trunk, state.combiner_state, params, key=combiner_key(state)
+        )
+        grads = {**trunk, **found.heads}
+        total = jnp.sum(found.losses)
+        return StepGradients(total, found.logits, grads, found.batch_stats, combiner_state)
+
+    return combined
+
+
+def _summed(model: MultiExitModel, fork: Fork, loss: Loss) -> GradientFn:
+    def loss_fn(params: PyTree, state: TrainState, images, labels, key):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        outputs, updated = model.apply(
+            variables, images, fork, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+        )
+        total = jnp.sum(loss(outputs, labels))
+        return total, (outputs.logits, updated.get("batch_stats", {}))
+
+    def summed(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        (total, (logits, stats)), grads = differentiate(state.params, state, images, labels, key)
+        return StepGradients(total, logits, grads, stats, state.combiner_state)
+
+    return summed
 
 
 def make_eval_step(
@@ -104,9 +170,17 @@ def make_eval_step(
 
 def step_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:
     """Returns this step's keys for augmentation and for dropout, folded from the run's key."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
-    augment_key, dropout_key = jax.random.split(key)
+    augment_key, dropout_key = jax.random.split(_step_key(state))
     return augment_key, dropout_key
+
+
+def combiner_key(state: TrainState) -> jax.Array:
+    """Returns this step's key for the combiner; 0 and 1 would give those of `step_keys` again."""
+    return jax.random.fold_in(_step_key(state), 2)
+
+
+def _step_key(state: TrainState) -> jax.Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
 
 
 def _average(averaged: PyTree, trained: PyTree, decay: float | None) -> PyTree:
