@@ -48,6 +48,19 @@ def test_says_that_it_needs_tensorflow(monkeypatch, tmp_path, capsys):
     assert "pip install -r requirements-prepare.txt" in capsys.readouterr().err
 
 
+def test_imagenet_is_explained_without_tensorflow_too(monkeypatch, tmp_path):
+    _pretend(monkeypatch, installed=False)
+    with pytest.raises(UserError) as caught:
+        prepare("imagenet2012", str(tmp_path))
+    for part in (
+        "ILSVRC2012_img_train.tar",
+        "ILSVRC2012_img_val.tar",
+        str(tmp_path / "downloads" / "manual"),
+        f"`python -m dfs_jax.data.prepare imagenet2012 --data_dir={tmp_path}`",
+    ):
+        assert part in str(caught.value)
+
+
 def test_unknown_set_is_told_before_anything_else(tmp_path, capsys):
     assert main(["cifer10", f"--data_dir={tmp_path / 'new'}"]) == 2
     error = capsys.readouterr().err

@@ -40,14 +40,19 @@ def decode_photograph(encoded: bytes) -> np.ndarray | None:
 def cut_out(image: np.ndarray, box: Box, size: int) -> np.ndarray:
     """Returns `box` of an image scaled to `[size, size, 3]`.
 
-    A smaller result averages the pixels under each of its own (it does not alias); a larger one
-    interpolates linearly.
+    A result of at most half the size averages the pixels under each of its own, so that it does not
+    alias; others interpolate linearly between the nearest two by two, which is twice as fast.
     """
     cv2 = _opencv()
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
-    shrinks = box.height >= size and box.width >= size
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    leaves_pixels_out = min(box.height, box.width) >= 2 * size
+    method = cv2.INTER_AREA if leaves_pixels_out else cv2.INTER_LINEAR
     return cv2.resize(part, (size, size), interpolation=method)
+
+
+def mirrored(image: np.ndarray) -> np.ndarray:
+    """Returns the image mirrored left to right, `[height, width, 3]` (a copy)."""
+    return _opencv().flip(image, 1)
 
 
 def centre_box(height: int, width: int, fraction: float = 1.0) -> Box:

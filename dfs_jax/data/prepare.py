@@ -42,12 +42,14 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
         a download or conversion that fails.
     """
     check_registered(name)
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UserError(
-            f"preparing {name!r} needs TensorFlow: run `pip install -r requirements-prepare.txt` "
-            f"(training does not need it)"
-        )
     root = tfds_data_dir(data_dir)
+    if importlib.util.find_spec("tensorflow") is None:
+        first = f"{_imagenet_by_hand(root)}; then " if _is_imagenet(name) else ""
+        raise UserError(
+            f"preparing {name!r} needs TensorFlow: {first}run `pip install -r "
+            f"requirements-prepare.txt` (training does not need it) and "
+            f"`{prepare_command(name, data_dir)}`"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         directory = find_prepared(name, str(root))
@@ -102,8 +104,18 @@ def _convert(directory: Path) -> None:
     info_file.write_text(json.dumps(info, indent=2))
 
 
+def _is_imagenet(name: str) -> bool:
+    return name.partition(":")[0] == "imagenet2012"
+
+
+def _imagenet_by_hand(root: Path) -> str:
+    """What nobody can do for the user."""
+    archives = " (138 GB) and ".join(_IMAGENET_ARCHIVES)
+    return f"register at image-net.org, put {archives} (6 GB) into {root / 'downloads' / 'manual'}"
+
+
 def _check_manual_archives(name: str, manual: Path, instructions: str) -> None:
-    if name.partition(":")[0] == "imagenet2012":
+    if _is_imagenet(name):
         missing = [archive for archive in _IMAGENET_ARCHIVES if not (manual / archive).is_file()]
         if missing:
             raise UserError(

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from dfs_jax.data.dataset import Split
-from dfs_jax.data.photographs import centre_box, cut_out, decode_photograph, random_box
+from dfs_jax.data.photographs import (
+    centre_box,
+    cut_out,
+    decode_photograph,
+    mirrored,
+    random_box,
+)
 from dfs_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -243,7 +249,7 @@ class _TrainReader:
             box = centre_box(height, width, how.centre_fraction)
         image = cut_out(image, box, how.image_size)
         is_mirrored = FLIP in how.augmentations and generator.random() < 0.5
-        return image[:, ::-1] if is_mirrored else image
+        return mirrored(image) if is_mirrored else image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Images a second that a config's input delivers to training, with nothing trained on them.
+
+python -m dfs_jax.analysis.input_speed --config=configs/imagenet_vgg16.py --batches=8
+
+`--config.data.num_workers` sets what reads: processes, or with 0 one thread a core. Beside it
+stands the decoding alone, of the same images in one thread, and how many images a second of
+processor time either takes: other programs on the machine change that less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from dfs_jax import program
+from dfs_jax.data import Dataset, StreamedSplit, TrainSampler, train_batches
+from dfs_jax.data.photographs import decode_photograph
+from dfs_jax.types import UserError
+
+_DECODED_IMAGES = 512
+
+
+class Speed(NamedTuple):
+    """Images a second: by the clock, and of this process's processor time."""
+
+    by_clock: float
+    by_processor: float
+
+
+def input_speed(dataset: Dataset, batch_size: int, batches: int) -> Speed:
+    """Returns how fast training batches arrive, after the first one.
+
+    Raises:
+      UserError: fewer than one batch.
+    """
+    if batches < 1:
+        raise UserError(f"batches must be at least 1, got {batches}")
+    sampler = TrainSampler(dataset.train.num_examples, batch_size)
+    arriving = train_batches(dataset.train, sampler, stop_step=batches + 1)
+    next(arriving)  # workers start
+    return _timed(lambda: sum(len(labels) for _, labels in itertools.islice(arriving, batches)))
+
+
+def decoding_speed(split: StreamedSplit) -> Speed:
+    """Returns how fast one thread decodes images that are in memory already, and does no more."""
+    records = split.records.read(split.indices[:_DECODED_IMAGES].tolist())
+    return _timed(lambda: sum(decode_photograph(image) is not None for image, _ in records))
+
+
+def _timed(count_images: Callable[[], int]) -> Speed:
+    clock, processor = time.perf_counter(), time.process_time()
+    count = count_images()
+    seconds = max(time.process_time() - processor, 1e-9)
+    return Speed(count / (time.perf_counter() - clock), count / seconds)
+
+
+def main() -> None:
+    from dfs_jax.training.input_config import dataset_from_config
+
+    config, batches = flags.FLAGS["config"].value, flags.FLAGS["batches"].value
+    dataset = dataset_from_config(config.data)
+    workers = config.data.num_workers or 0
+    if isinstance(dataset.train, StreamedSplit):
+        speed = decoding_speed(dataset.train)
+        program.say(f"decoding alone, one thread: {_line(speed)}")
+    speed = input_speed(dataset, config.batch_size, batches)
+    if workers:
+        program.say(f"input, {workers} processes: {speed.by_clock:.0f} images/s")
+    else:
+        program.say(f"input, threads of one process: {_line(speed)}")
+
+
+def _line(speed: Speed) -> str:
+    return f"{speed.by_clock:.0f} images/s, {speed.by_processor:.0f} a processor second"
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The run's configuration.")
+    flags.DEFINE_integer("batches", 8, "How many batches are timed.")
+    flags.mark_flag_as_required("config")
+    program.run(main)
