@@ -1,0 +1,143 @@
+"""How fast a network answers: streams and single batches, early exits against whole programs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.inference.programs import Programs
+from dfs_jax.inference.scores import max_softmax
+from dfs_jax.inference.stages import Stage
+from dfs_jax.inference.timing import StageTimes, measure_stages
+
+_ROUNDS_ALONE = 31
+
+
+class Contender(Protocol):
+    """Something that answers images `[n, height, width, channels]`."""
+
+    def go_through(self, images: np.ndarray, batch: int) -> None:
+        """Answers all of them, as fast as it can, given in batches."""
+        ...
+
+    def answer(self, images: np.ndarray) -> np.ndarray:
+        """Answers one batch; returns after how many seconds each answer was known, `[n]`."""
+        ...
+
+
+class UpToExit:
+    """The network up to exit k as one compiled program, with that head alone.
+
+    Args:
+      stages: of the whole network.
+      k: the exit, 0-based.
+      example: one image's shape and type.
+    """
+
+    def __init__(self, stages: Sequence[Stage], k: int, example: jax.ShapeDtypeStruct):
+        self._programs = Programs(stages[: k + 1], max_softmax, (1.0,) * (k + 1), example)
+
+    def go_through(self, images: np.ndarray, batch: int) -> None:
+        for part in _batches(images, batch):
+            self._programs.run_whole(part)
+
+    def answer(self, images: np.ndarray) -> np.ndarray:
+        seconds = seconds_of(lambda: self._programs.run_whole(images))
+        return np.full(len(images), seconds)
+
+
+class EarlyExits:
+    """A predictor: its stream, or its calls where examples come one at a time."""
+
+    def __init__(self, predictor: EarlyExitPredictor):
+        self.predictor = predictor
+
+    def go_through(self, images: np.ndarray, batch: int) -> None:
+        if batch == 1:
+            for part in _batches(images, 1):
+                self.predictor(part)
+        else:
+            for _ in self.predictor.stream(_batches(images, batch), max_wait=None):
+                pass
+
+    def answer(self, images: np.ndarray) -> np.ndarray:
+        return self.predictor(images).latency
+
+
+class Speed(NamedTuple):
+    """What was measured of one contender.
+
+    Attributes:
+      seconds: an example, the median over the rounds.
+      p50: the median over examples of the seconds from a call to the answer, for a batch alone.
+      p99: as p50, which 99 of 100 examples do not exceed.
+    """
+
+    seconds: float
+    p50: float
+    p99: float
+
+
+def race(
+    contenders: Sequence[Contender],
+    predictor: EarlyExitPredictor,
+    images: np.ndarray,
+    *,
+    batch: int,
+    rounds: int,
+) -> tuple[list[Speed], StageTimes]:
+    """Measures contenders and stages; all take turns, in each round in another order.
+
+    Args:
+      contenders: whose programs are compiled already (`go_through` has been called).
+      predictor: whose stages are measured.
+      images: `[n, height, width, channels]`, n a multiple of `batch`.
+      batch: examples in a full batch.
+      rounds: over which medians are taken.
+
+    Returns:
+      Each contender's speed, and the stages' times in a full batch.
+    """
+    seconds = [[] for _ in contenders]
+    latencies = [[] for _ in contenders]
+    times = []
+    for turn in range(rounds):
+        for i in ((turn + n) % len(contenders) for n in range(len(contenders))):
+            contender = contenders[i]
+            whole = seconds_of(lambda c=contender: c.go_through(images, batch))
+            seconds[i].append(whole / len(images))
+            latencies[i] += [contender.answer(part) for part in _batches(images, batch)]
+        alone = _ROUNDS_ALONE if batch == 1 else 1
+        times.append(measure_stages(predictor.programs, batch, rounds=alone))
+    speeds = [
+        Speed(statistics.median(s), *np.percentile(np.concatenate(ls), (50, 99)).tolist())
+        for s, ls in zip(seconds, latencies, strict=True)
+    ]
+    return speeds, _median(times)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), batch):
+        yield images[start : start + batch]
+
+
+def _median(times: Sequence[StageTimes]) -> StageTimes:
+    stages = zip(*(t.stages for t in times), strict=True)
+    return StageTimes(
+        times[0].batch,
+        tuple(statistics.median(stage) for stage in stages),
+        statistics.median(t.whole for t in times),
+    )

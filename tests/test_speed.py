@@ -1,0 +1,128 @@
+"""The benchmark's measuring: contenders that answer alike, turns, medians, and rows by hand."""
+
+import numpy as np
+import pytest
+
+from dfs_jax.analysis.speed_plots import plot_speed
+from dfs_jax.inference import speed as speed_module
+from dfs_jax.inference.benchmark import Candidate, _row, table
+from dfs_jax.inference.fitting import PolicyOutcome
+from dfs_jax.inference.policy import Policy
+from dfs_jax.inference.speed import EarlyExits, Speed, UpToExit, race
+from dfs_jax.inference.timing import StageTimes
+from tests.stage_examples import EXAMPLE, EXITS, STAGES, images, make_predictor
+
+POLICY = Policy((0.83, 0.79))
+
+
+def test_a_program_up_to_an_exit_is_that_exit():
+    asked = make_predictor(Policy((None, -1e8)))
+    contender = UpToExit(STAGES, 1, EXAMPLE)
+    got = contender._programs.run_whole(images(5))[:, :-2]
+    np.testing.assert_allclose(got, asked(images(5)).probabilities, atol=1e-6)
+    latencies = contender.answer(images(5))
+    assert latencies.shape == (5,)
+    assert latencies[0] > 0
+    assert len(set(latencies.tolist())) == 1
+
+
+class Recorder:
+    """A contender whose clock says how long it takes."""
+
+    def __init__(self, clock, name, seconds):
+        self.clock, self.name, self.seconds, self.asked = clock, name, list(seconds), []
+
+    def go_through(self, images, batch):
+        self.clock.order.append(self.name)
+        self.asked.append((len(images), batch))
+        self.clock.now += self.seconds.pop(0)
+
+    def answer(self, images):
+        return np.arange(len(images)) + 0.5
+
+
+class Clock:
+    def __init__(self):
+        self.now, self.order = 0.0, []
+
+    def seconds_of(self, run):
+        start = self.now
+        run()
+        return self.now - start
+
+
+def test_all_take_turns_and_medians_count(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(speed_module, "seconds_of", clock.seconds_of)
+    measured = iter([(3.0, 1.0), (1.0, 5.0), (2.0, 9.0)])
+    monkeypatch.setattr(
+        speed_module,
+        "measure_stages",
+        lambda programs, batch, rounds: StageTimes(batch, (next(measured)), 7.0),
+    )
+    contenders = [Recorder(clock, "a", [14, 7, 70]), Recorder(clock, "b", [1.4, 2.8, 2.8])]
+    predictor = make_predictor(POLICY)
+    speeds, times = race(contenders, predictor, images(14), batch=7, rounds=3)
+    assert clock.order == ["a", "b", "b", "a", "a", "b"]
+    assert contenders[0].asked == [(14, 7)] * 3
+    assert [s.seconds for s in speeds] == pytest.approx([1.0, 0.2])
+    assert speeds[0].p50 == 3.5
+    assert 6 < speeds[0].p99 <= 6.5
+    assert times == StageTimes(7, (2.0, 5.0), 7.0)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_early_exits_answer_everything(batch):
+    predictor = make_predictor(POLICY)
+    contender = EarlyExits(predictor)
+    contender.go_through(images(14), batch)
+    assert sum(predictor.counts.exits) == 14
+    assert (contender.answer(images(5)) > 0).all()
+
+
+def candidate(name, exit_index=None):
+    result = PolicyOutcome(0.75, 0.1, 4e6, (0.5, 0.25, 0.25))
+    return Candidate(name, POLICY, exit_index, result, (0.25, 0.25, 0.5))
+
+
+def test_a_row_by_hand():
+    predictor = make_predictor(POLICY)
+    predictor.counts.close = 3
+    times, macs = StageTimes(7, (0.1, 0.2, 0.4), 0.6), (1e6, 2e6, 10e6)
+    row = _row(candidate("2x"), EarlyExits(predictor), Speed(0.5, 2.0, 3.0), 0.7, times, macs)
+    assert row == {
+        "batch": 7,
+        "policy": "2x",
+        "accuracy": 0.75,
+        "macs": 4e6,
+        "ideal_speedup": pytest.approx(0.7 / (0.1 + 0.75 * 0.2 + 0.5 * 0.4)),
+        "ideal_speedup_by_macs": 2.5,
+        "speedup": pytest.approx(1.4),
+        "p50_ms": 2000.0,
+        "p99_ms": 3000.0,
+        "images_per_second": 2.0,
+        "falls_back": False,
+        "close": 3,
+    }
+    predictor.counts.whole = 1
+    row = _row(candidate("2x"), EarlyExits(predictor), Speed(0.5, 2.0, 3.0), 0.7, times, macs)
+    assert row["falls_back"]
+
+
+def some_rows():
+    whole = UpToExit(STAGES, EXITS - 1, EXAMPLE)
+    rows = []
+    for batch in (1, 7):
+        times, macs = StageTimes(batch, (0.1, 0.2, 0.4), 0.6), (1e6, 2e6, 10e6)
+        for name, k in (("full", 2), ("exit 1", 0), ("2x", None)):
+            rows.append(_row(candidate(name, k), whole, Speed(0.5, 2, 3), 0.7, times, macs))
+    return rows
+
+
+def test_the_table_and_the_picture(tmp_path):
+    lines = table(some_rows()[:3]).splitlines()
+    assert lines[0] == "batch 1"
+    assert " ".join(lines[-1].split()) == "2x 75.00 % 4.000 2.50 1.56 1.40 2 2000.00 3000.00"
+    assert len({len(line) for line in lines[1:]}) == 1
+    picture = plot_speed(some_rows(), tmp_path / "speed.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
