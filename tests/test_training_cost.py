@@ -83,14 +83,14 @@ def tiny():
 def test_the_parts_are_those_of_the_training_step(tiny):
     experiment, programs = tiny
     loss, _ = programs.forward()
-    (same_loss, _), gradients = programs.forward_backward()
+    found = programs.forward_backward()
     stepped = programs.step()
     examples = experiment.config.batch_size
-    assert float(same_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert float(found.loss) == pytest.approx(float(loss), rel=1e-6)
     assert float(stepped.totals.loss) == pytest.approx(examples * float(loss), rel=1e-5)
     rate, decay = experiment.config.optimizer.learning_rate, 0.01
     start = initial_state(experiment).params
-    expected = jax.tree.map(lambda w, g: w - rate * (g + decay * w), start, gradients)
+    expected = jax.tree.map(lambda w, g: w - rate * (g + decay * w), start, found.grads)
     for ours, other in zip(jax.tree.leaves(stepped.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
     # The step goes on from its own result, the others stay where they are.
@@ -205,6 +205,25 @@ def test_operations_are_those_of_each_row(compiled):
     assert macs["dfs_naive", "jax"] == macs["dfs", "fake"] > 1.1 * theory["dfs", "fake"]
     assert macs["dsn", "jax"] == macs["dsn", "fake"] == theory["dsn", "jax"]
     assert macs["dfs", "jax"] < macs["dsn", "jax"]
+
+
+def test_combiners_have_rows_of_ours_alone(compiled, capsys):
+    methods = ["dsn", "ge", "pcgrad", "pcgrad_scan", "dfs_pcgrad"]
+    rows = measure_training_cost(
+        tiny_config(**{"combiner.name": "cagrad", "combiner.radius": 0.2}),
+        methods=methods,
+        partition_ratios=[0.4],
+        peer=FAKE_PEER,
+    )
+    ours = [row for row in rows if row["framework"] == "jax"]
+    assert [row["method"] for row in ours] == methods
+    assert {row["method"] for row in rows if row["framework"] == "fake"} == {"dsn", "ge"}
+    combiners = [experiment.config.combiner for experiment in compiled]
+    assert [section.name for section in combiners] == ["weighted_sum"] * 2 + ["pcgrad"] * 3
+    assert [section.exits for section in combiners] == [None] * 3 + ["scan", None]
+    assert [row["macs"] is None for row in ours] == [False] * 2 + [True] * 3
+    assert [row["partition_ratio"] for row in ours] == [None] * 4 + [0.4]
+    assert "pcgrad_scan" in capsys.readouterr().out
 
 
 def test_a_peer_runs_the_same_without_augmentation(compiled, capsys):

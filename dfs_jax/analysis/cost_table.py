@@ -66,9 +66,13 @@ def _cells(row: CostRow, rows: Sequence[CostRow]) -> list[str]:
         _text(against_peer(row, rows), ".3f"),
         _text(row["compile_s"], ".1f"),
         _text(row["peak_mib"], ",.0f"),
-        f"{row['macs'] / 1e6:,.1f}",
-        f"{row['macs_theory'] / 1e6:,.1f}",
+        _millions(row["macs"]),
+        _millions(row["macs_theory"]),
     ]
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.1f}"
 
 
 def _text(value: float | None, form: str) -> str:

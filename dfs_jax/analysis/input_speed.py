@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -62,7 +62,8 @@ def _timed(count_images: Callable[[], int]) -> Speed:
 def main() -> None:
     from dfs_jax.training.input_config import dataset_from_config
 
-    config, batches = flags.FLAGS["config"].value, flags.FLAGS["batches"].value
+    config: Any = flags.FLAGS["config"].value
+    batches: Any = flags.FLAGS["batches"].value
     dataset = dataset_from_config(config.data)
     workers = config.data.num_workers or 0
     if isinstance(dataset.train, StreamedSplit):
@@ -70,7 +71,7 @@ def main() -> None:
         program.say(f"decoding alone, one thread: {_line(speed)}")
     speed = input_speed(dataset, config.batch_size, batches)
     if workers:
-        program.say(f"input, {workers} processes: {speed.by_clock:.0f} images/s")
+        program.say(f"input, {workers} worker process(es): {speed.by_clock:.0f} images/s")
     else:
         program.say(f"input, threads of one process: {_line(speed)}")
 

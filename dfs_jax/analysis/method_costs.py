@@ -43,7 +43,8 @@ class Method(NamedTuple):
     """What a row trains.
 
     Attributes:
-      fork, loss: their names in a config.
+      fork, loss, combiner: their names in a config.
+      exits: the combiner's way through the exits; None for its own choice.
       model: options of the model, besides those of the config.
       plain_jit: compiled without this package's options.
     """
@@ -52,11 +53,18 @@ class Method(NamedTuple):
     loss: str
     model: Mapping[str, Any] = MappingProxyType({})
     plain_jit: bool = False
+    combiner: str = "weighted_sum"
+    exits: str | None = None
 
     @property
     def is_variant(self) -> bool:
         """Whether it is another way to run a method, for comparison, and not one of its own."""
-        return bool(self.model)
+        return bool(self.model) or self.exits is not None
+
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether the exits' gradients are added up, in one backward pass; peers know no other."""
+        return self.combiner == "weighted_sum"
 
 
 _NAIVE = {"partitioned_backward": False}
@@ -69,6 +77,16 @@ METHODS = {
     "dfs_naive": Method("dfs", "deep_supervision", _NAIVE),
     # Nothing but Flax's own layers under jax.jit.
     "dfs_flax": Method("dfs", "deep_supervision", {**_NAIVE, "cpu_kernels": False}, True),
+    "ge": Method("gradient_equilibrium", "deep_supervision"),
+    "distillation": Method("plain", "distillation"),
+    "pcgrad": Method("plain", "deep_supervision", combiner="pcgrad"),
+    "cagrad": Method("plain", "deep_supervision", combiner="cagrad"),
+    "nash_mtl": Method("plain", "deep_supervision", combiner="nash_mtl"),
+    "upgrad": Method("plain", "deep_supervision", combiner="upgrad"),
+    "dfs_pcgrad": Method("dfs", "deep_supervision", combiner="pcgrad"),
+    # Ways through the exits that a CPU does not take by itself.
+    "pcgrad_vmap": Method("plain", "deep_supervision", combiner="pcgrad", exits="vmap"),
+    "pcgrad_scan": Method("plain", "deep_supervision", combiner="pcgrad", exits="scan"),
 }
 DEFAULT_METHODS = ("dsn", "byot", "dfs", "dfs_naive", "dfs_flax")
 
@@ -130,7 +148,8 @@ def measure_training_cost(
       `forward_ms`, `backward_ms`, `other_ms`, `step_ms`, `data_ms` (see `StepTimes`);
       `images_per_second`, of the step alone; `compile_s`, `peak_mib` (see `StepPrograms`); `macs`
       and `macs_theory`, multiply-adds for one image of the step as it runs, and of one without the
-      gradients of inputs that train nothing; `fork`, `loss`, names in the config.
+      gradients of inputs that train nothing, None where single exits' gradients are computed;
+      `fork`, `loss`, names in the config.
 
     Raises:
       UserError: an unknown name or a value out of range, told before anything is compiled.
@@ -183,7 +202,7 @@ def _plan(
         case._replace(framework=rival.name, layout=layout)
         for layout in rival.layouts
         for case in ours
-        if not METHODS[case.method].is_variant
+        if not METHODS[case.method].is_variant and METHODS[case.method].adds_gradients
     ]
     return ours + theirs
 
@@ -195,7 +214,7 @@ def _default_methods(config: Config) -> list[str]:
 
 
 def _ratios_of(method: Method, ratios: Sequence[float]) -> Sequence[float | None]:
-    if method.fork == "plain":
+    if method.fork != "dfs":
         return [None]
     return [sorted(ratios)[len(ratios) // 2]] if method.is_variant else ratios
 
@@ -203,11 +222,13 @@ def _ratios_of(method: Method, ratios: Sequence[float]) -> Sequence[float | None
 def _config_of(config: Config, method: Method, ratio: float | None) -> Config:
     """Returns the config of a method; options of a fork or a loss stay where it is the same one."""
     fields: dict[str, Any] = {f"model.{key}": value for key, value in method.model.items()}
-    for section, name in (("fork", method.fork), ("loss", method.loss)):
+    parts = {"fork": method.fork, "loss": method.loss, "combiner": method.combiner}
+    for section, name in parts.items():
         if config[section].name != name:
             fields |= {f"{section}.{key}": None for key in config[section]}
             fields[f"{section}.name"] = name
-    return _changed(config, {**fields, "fork.partition_ratio": None if ratio is None else (ratio,)})
+    fields["fork.partition_ratio"] = None if ratio is None else (ratio,)
+    return _changed(config, {**fields, "combiner.exits": method.exits})
 
 
 def _without_augmentation(config: Config) -> Config:
@@ -242,7 +263,7 @@ def _create_peer(name: str) -> Peer:
         raise UserError(f"the {name} peer is not installed: run in this repository") from error
 
 
-def _count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int]]:
+def _count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int | None]]:
     """Returns the operations of every kind of case, by its key."""
     counted = {}
     for case in cases:
@@ -251,7 +272,9 @@ def _count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int]]:
     return counted
 
 
-def _operations(case: Case) -> dict[str, int]:
+def _operations(case: Case) -> dict[str, int | None]:
+    if not METHODS[case.method].adds_gradients:
+        return {"macs": None, "macs_theory": None}
     model, dataset = case.experiment.model, case.experiment.dataset
     if case.framework != OURS and isinstance(model, ConvolutionalModel):
         model = model.clone(partitioned_backward=False)  # others differentiate the naive graph

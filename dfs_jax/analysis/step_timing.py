@@ -24,7 +24,7 @@ from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
 from dfs_jax.training.sharding import jit_for_mesh, put_batch, replicated
 from dfs_jax.training.state import TrainState
-from dfs_jax.training.step import step_keys
+from dfs_jax.training.step import make_gradient_fn, step_keys
 from dfs_jax.types import ExitOutputs, PyTree
 
 Program = Callable[[], Any]
@@ -40,7 +40,7 @@ class StepPrograms(NamedTuple):
 
     Attributes:
       forward: normalises the images and computes the summed losses in training mode.
-      forward_backward: and their gradient.
+      forward_backward: and their gradient, the exits' own ones combined where a method does so.
       step: and the optimizer's update and the sums of accuracies: the whole step.
       data: makes the next batch and puts it on the device.
       compile_s: seconds to trace and compile the step, nothing of it kept from earlier; None for
@@ -167,12 +167,17 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
 def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
     """Returns the losses, and the losses with their gradient, of the training step."""
     e = experiment
+    gradients = make_gradient_fn(e.model, e.fork, e.loss, e.combiner, e.config.combiner.exits)
 
-    def loss_fn(params: PyTree, state: TrainState, images: jax.Array, labels: jax.Array):
+    def prepare(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         augment_key, dropout_key = step_keys(state)
         pixels = normalise(e.augment(images, augment_key), e.dataset.mean, e.dataset.std)
+        return pixels, dropout_key
+
+    def forward(state: TrainState, images: jax.Array, labels: jax.Array):
+        pixels, dropout_key = prepare(state, images)
         outputs, updated = e.model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": state.params, "batch_stats": state.batch_stats},
             pixels,
             e.fork,
             train=True,
@@ -182,12 +187,9 @@ def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
         total = jnp.sum(e.loss(cast(ExitOutputs, outputs), labels))
         return total, updated.get("batch_stats", {})
 
-    def forward(state: TrainState, images: jax.Array, labels: jax.Array):
-        return loss_fn(state.params, state, images, labels)
-
     def forward_backward(state: TrainState, images: jax.Array, labels: jax.Array):
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        return gradient(state.params, state, images, labels)
+        pixels, dropout_key = prepare(state, images)
+        return gradients(state, pixels, labels, dropout_key)
 
     return forward, forward_backward
 

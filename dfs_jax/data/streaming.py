@@ -292,7 +292,8 @@ def _batches_in_order(
     ahead = _READY_BATCHES if num_workers else threads + _READY_BATCHES
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     # A whole batch is one element: workers take turns by batch, and their number changes nothing.
-    numbers = grain.MapDataset.range(start, stop, 1)
+    map_dataset: Any = grain.MapDataset  # its type is a metaclass's, which pyright misreads
+    numbers = map_dataset.range(start, stop)
     batches = numbers.map(_AsTuple(read)).to_iter_dataset(reading)
     if num_workers:
         _let_grain_read_its_flags()
