@@ -77,7 +77,8 @@ def test_claimed_live_channels_are_those_that_depend_on_parameters(
     """In the naive graph, whose stop_gradient cuts derivatives in both directions alike."""
     model, variables, images = small_network
     fork = create_fork("dfs", partition_ratio=beta, referencing=referencing)
-    run, claims = coarse_inputs(model, fork, variables, images)
+    naive = model.clone(partitioned_backward=False, cpu_kernels=False)
+    run, claims = coarse_inputs(naive, fork, variables, images)
     params, direction = variables["params"], random_like(variables["params"], 2)
     tangents = jax.jit(lambda p, d: jax.jvp(run, (p,), (d,))[1])(params, direction)
     assert len(claims) == len(tangents) == 8 + 2 + 4  # layers, transitions, heads

@@ -5,6 +5,8 @@ Every channel has a kernel of its own, so there is nothing to multiply as matric
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,8 +16,8 @@ from dfs_jax.cpu_kernels.taps import add_strided, shifts
 
 def forward(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
     """Returns the convolution of `x` `[batch, height, width, in]` with `w` `[3, 3, 1, in]`."""
-    first, *others = zip(shifts(x, stride), w.reshape(9, -1), strict=True)
-    return sum((image * tap for image, tap in others), first[0] * first[1])
+    products = [image * tap for image, tap in zip(shifts(x, stride), w.reshape(9, -1), strict=True)]
+    return functools.reduce(jnp.add, products)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:

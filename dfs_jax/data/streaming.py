@@ -273,7 +273,8 @@ class _EvalReader:
         for slot, (encoded, label) in enumerate(self.records.read(indices)):
             image = decode_photograph(encoded)
             if image is not None:
-                box = centre_box(*image.shape[:2], self.streaming.centre_fraction)
+                height, width, _ = image.shape
+                box = centre_box(height, width, self.streaming.centre_fraction)
                 batch.images[slot] = cut_out(image, box, size)
                 batch.labels[slot] = label
                 batch.is_whole[slot] = True

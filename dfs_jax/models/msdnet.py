@@ -211,8 +211,10 @@ class MSDNetBlock(nn.Module):
             first = FirstLayer(self.plan.first, self.stem, self.execution, name="first")
             scales = first(carry, train=train)
         for step, step_live in zip(self.plan.steps, self.plan.live(live)[:-1], strict=True):
-            kind = MSDNetLayer if isinstance(step, Layer) else MSDNetTransition
-            module = kind(step, self.execution, name=step.name)
+            if isinstance(step, Layer):
+                module = MSDNetLayer(step, self.execution, name=step.name)
+            else:
+                module = MSDNetTransition(step, self.execution, name=step.name)
             scales = module(scales, step_live, train=train)
         return scales
 
