@@ -31,6 +31,8 @@ Kernel = Callable[[jax.Array, jax.Array], jax.Array]
 # larger image unfolds leaves the cache; one of a smaller image is little work beside the
 # transform of the weights.
 LEAST_FOR_WINOGRAD = (32, 64)
+# Beyond it nothing was measured, and every 128 channels make one more part to compile.
+MOST_FOR_WINOGRAD = 1024
 PIXELS_FOR_WINOGRAD = range(8 * 8, 64 * 64 + 1)
 # Few pixels and many channels are what XLA's own weight gradient is good at.
 PIXELS_FOR_TAPS = range(24 * 24, 128 * 128 + 1)
@@ -91,7 +93,7 @@ def choose_kernels(geometry: Geometry, channels: int, features: int) -> Kernels:
 def _plain(geometry: Geometry, widths: tuple[int, int]) -> Kernels:
     even = all(side % 2 == 0 for side in geometry.sides)
     wide = all(width >= least for width, least in zip(widths, LEAST_FOR_WINOGRAD, strict=True))
-    tiled = even and wide and geometry.pixels in PIXELS_FOR_WINOGRAD
+    tiled = even and wide and widths[1] <= MOST_FOR_WINOGRAD and geometry.pixels in PIXELS_FOR_WINOGRAD
     return Kernels(
         winograd.forward if tiled else None,
         taps.weight_gradient if geometry.pixels in PIXELS_FOR_TAPS else None,
