@@ -93,7 +93,9 @@ def choose_kernels(geometry: Geometry, channels: int, features: int) -> Kernels:
 def _plain(geometry: Geometry, widths: tuple[int, int]) -> Kernels:
     even = all(side % 2 == 0 for side in geometry.sides)
     wide = all(width >= least for width, least in zip(widths, LEAST_FOR_WINOGRAD, strict=True))
-    tiled = even and wide and widths[1] <= MOST_FOR_WINOGRAD and geometry.pixels in PIXELS_FOR_WINOGRAD
+    tiled = (
+        even and wide and widths[1] <= MOST_FOR_WINOGRAD and geometry.pixels in PIXELS_FOR_WINOGRAD
+    )
     return Kernels(
         winograd.forward if tiled else None,
         taps.weight_gradient if geometry.pixels in PIXELS_FOR_TAPS else None,
