@@ -10,17 +10,17 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-# The fork, the loss and the combiner of each.
+# What each method changes of deep supervision.
 METHODS = {
-    "dfs": ("dfs", "deep_supervision", "weighted_sum"),
-    "dsn": ("plain", "deep_supervision", "weighted_sum"),
-    "byot": ("plain", "byot", "weighted_sum"),
-    "distillation": ("plain", "distillation", "weighted_sum"),
-    "ge": ("gradient_equilibrium", "deep_supervision", "weighted_sum"),
-    "pcgrad": ("plain", "deep_supervision", "pcgrad"),
-    "cagrad": ("plain", "deep_supervision", "cagrad"),
-    "nash_mtl": ("plain", "deep_supervision", "nash_mtl"),
-    "upgrad": ("plain", "deep_supervision", "upgrad"),
+    "dfs": {"fork": "dfs"},
+    "dsn": {},
+    "byot": {"loss": "byot"},
+    "distillation": {"loss": "distillation"},
+    "ge": {"fork": "gradient_equilibrium"},
+    "pcgrad": {"combiner": "pcgrad"},
+    "cagrad": {"combiner": "cagrad"},
+    "nash_mtl": {"combiner": "nash_mtl"},
+    "upgrad": {"combiner": "upgrad"},
 }
 
 
@@ -41,19 +41,29 @@ def set_method(
         ge             gradient equilibrium: the fork scales gradients
         pcgrad, cagrad, nash_mtl, upgrad   deep supervision, gradients merged by that combiner
 
-    All three stay free to combine: `--config=configs/X.py:dfs --config.combiner.name=pcgrad`.
+    A plus joins methods that change different parts: `dfs+pcgrad`, `ge+distillation+cagrad`.
     """
-    if method not in METHODS:
-        raise KeyError(f"unknown method {method!r} after the colon: one of {', '.join(METHODS)}")
-    config.fork.name, config.loss.name, config.combiner.name = METHODS[method]
-    config.fork.referencing = referencing if method == "dfs" else None
-    if method == "dfs":
-        config.loss.name = dfs_loss
+    chosen: dict[str, str] = {}
+    for name in method.split("+"):
+        if name not in METHODS:
+            known = ", ".join(METHODS)
+            raise KeyError(f"unknown method {name!r} after the colon: one of {known}")
+        for part, component in METHODS[name].items():
+            if part in chosen:
+                raise KeyError(
+                    f"{method!r} asks for two {part}s, {chosen[part]} and {component}: name one"
+                )
+            chosen[part] = component
+    config.fork.name = chosen.get("fork", "plain")
+    is_dfs = config.fork.name == "dfs"
+    config.fork.referencing = referencing if is_dfs else None
+    config.loss.name = chosen.get("loss", dfs_loss if is_dfs else "deep_supervision")
+    config.combiner.name = chosen.get("combiner", "weighted_sum")
     return config
 
 
 def get_config(method: str = "dfs") -> Any:
-    """Returns the defaults, for one of `METHODS`."""
+    """Returns the defaults, for one of `METHODS` or several joined by a plus."""
     config: Any = ml_collections.ConfigDict()
     config.seed = 0  # reaches initialisation, sampling, augmentation and dropout
     config.batch_size = 128  # over all devices together

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import cifar100_msdnet, cifar100_resnet18, common
 from dfs_jax.combiners import COMBINERS
 from dfs_jax.combiners.weighted_sum import WeightedSum
 from dfs_jax.forks import create_fork
@@ -61,6 +61,27 @@ def test_a_method_that_is_unknown():
         common.get_config("dns")
 
 
+def test_a_plus_joins_methods_that_change_different_parts():
+    def parts(config):
+        return config.fork.name, config.loss.name, config.combiner.name
+
+    assert parts(common.get_config("dfs+pcgrad")) == ("dfs", "deep_supervision", "pcgrad")
+    joined = common.get_config("cagrad+ge+distillation")
+    assert parts(joined) == ("gradient_equilibrium", "distillation", "cagrad")
+    published = cifar100_resnet18.get_config("dfs+nash_mtl")  # DFS comes with BYOT's losses there
+    assert parts(published) == ("dfs", "byot", "nash_mtl")
+    assert cifar100_resnet18.get_config("dfs+distillation").loss.name == "distillation"
+    assert cifar100_msdnet.get_config("dfs+upgrad").fork.referencing == "trunk_only"
+    assert cifar100_msdnet.get_config("ge+upgrad").fork.referencing is None
+    for method, message in [
+        ("dfs+ge", "two forks, dfs and gradient_equilibrium"),
+        ("pcgrad+pcgrad", "two combiners, pcgrad and pcgrad"),
+        ("dfs+", "unknown method ''"),
+    ]:
+        with pytest.raises(KeyError, match=message):
+            common.get_config(method)
+
+
 def test_a_config_comes_back_from_its_file(tmp_path):
     config = tiny_config(**{"fork.partition_ratio": (0.3,), "optimizer.ema_decay": 0.9})
     open_workdir(tmp_path / "run", config)
@@ -92,6 +113,8 @@ def test_paths_and_logging_may_change(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     open_workdir(tmp_path, tiny_config(**{"data.data_dir": "/elsewhere", "log_every_steps": 3}))
     assert read_config(tmp_path).data.data_dir == "/elsewhere"
+    open_workdir(tmp_path, tiny_config(conflict_every_steps=4, conflict_examples=9))
+    assert read_config(tmp_path).conflict_every_steps == 4
 
 
 def test_a_workdir_that_is_a_file(tmp_path):

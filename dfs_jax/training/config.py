@@ -15,7 +15,7 @@ from dfs_jax.training.optimizer import check_optimizer
 from dfs_jax.types import Config, UserError
 
 FILE = "config.json"
-# What may differ between a run and its continuation: where things lie and what is shown.
+# What may differ between a run and its continuation: where things lie, what is shown or measured.
 MAY_CHANGE = (
     "data.data_dir",
     "data.num_workers",
@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "init_from",
     "log_every_steps",
     "checkpoint_every_steps",
+    "conflict_every_steps",
+    "conflict_examples",
 )
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
