@@ -21,6 +21,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """What a file compiled is of no use to the next one: kept, it adds up to gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The directory of golden files and real images beside the repository; skips where absent."""
