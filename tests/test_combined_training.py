@@ -1,4 +1,4 @@
-"""Training with combiners: the step, the state of a run, configs, many devices, every method."""
+"""Training with combiners: the step, the state of a run, configs, devices, every method."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -13,19 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from configs import common, digits_vgg7
+from dfs_jax.analysis.comparison import compare, method_configs
 from dfs_jax.combiners import create_combiner
 from dfs_jax.combiners.weighted_sum import WeightedSum
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
+from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables, split_trunk_and_heads
 from dfs_jax.training.checkpoint import Checkpoints
-from dfs_jax.training.evaluate import evaluate_run
 from dfs_jax.training.experiment import abstract_state, build_experiment
 from dfs_jax.training.loop import train
+from dfs_jax.training.sharding import create_mesh, put_batch, replicated
 from dfs_jax.training.state import create_state
-from dfs_jax.training.step import combiner_key, make_gradient_fn, step_keys
+from dfs_jax.training.step import combiner_key, make_gradient_fn, make_train_step, step_keys
 from dfs_jax.types import UserError
 from tests.helpers import TINY_CLASSES, TinyNetwork, tiny_config
 from tests.test_combiners import COMBINER_ROWS
@@ -139,6 +144,17 @@ class Transposed:
         return jax.tree.map(lambda leaf: leaf[0].T, per_exit_grads), state
 
 
+class WithStem(TinyNetwork):
+    """A network with parameters that belong to no exit."""
+
+    def setup(self):
+        super().setup()
+        self.stem = nn.Dense(3)
+
+    def block(self, i, carry, live=None, *, train):
+        return super().block(i, carry if i else self.stem(carry), live, train=train)
+
+
 class Growing(Transposed):
     """A combiner whose state does not keep its shape."""
 
@@ -165,6 +181,10 @@ class Growing(Transposed):
             {"combiner.name": "tests.test_combined_training:Growing"},
             "combiner Growing returns a state of other shapes or types",
         ),
+        (
+            {"combiner.name": "pcgrad", "model.name": "tests.test_combined_training:WithStem"},
+            "parameters lie under block1.. and head1.., this one also has stem",
+        ),
         ({"loss.exit_weights": (1, 2)}, r"6 exits take 6 exit_weights, got \(1, 2\)"),
         ({"loss.exit_weights": "cubic"}, "exit_weights must be constant or linear"),
     ],
@@ -174,63 +194,96 @@ def test_what_makes_no_sense_is_told_before_training(changes, message):
         build_experiment(tiny_config(**changes))
 
 
-SHARDED = """
-from jax.sharding import NamedSharding, PartitionSpec as P
-from dfs_jax.combiners.exit_gradients import exit_gradients
-from dfs_jax.models import create_model
-from tests.test_combined_training import *
-jax.config.update("jax_enable_x64", True)
-model = create_model("vgg7", num_classes=3, width=2, stage_sizes=(1, 1), stage_multipliers=(1, 2),
-    cpu_kernels=False)
-shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (8, 8, 3)))
-rng = np.random.default_rng(0)
-variables = jax.tree.map(lambda x: rng.uniform(-0.5, 1, x.shape), shapes)
-batch = rng.normal(size=(6, 8, 8, 3)), np.arange(6) % 3
+class EveryCombiner:
+    """Trains by one combiner; its state has the gradients that each of them gives."""
 
-def run(variables, images, labels):
-    key, results = jax.random.key(1), {}
+    def init(self, params):
+        return dict.fromkeys(COMBINER_ROWS, params)
+
+    def update(self, per_exit_grads, state, params, *, key):
+        for name in COMBINER_ROWS:
+            grads, _ = create_combiner(name).update(per_exit_grads, (), params, key=key)
+            state = {**state, name: grads}
+        return state["upgrad"], state
+
+
+def compare_devices():
+    """A step of VGG7 on four devices against one, by every way through the exits, in float64."""
+    jax.config.update("jax_enable_x64", True)
+    options = {"stage_sizes": (1, 1), "stage_multipliers": (1, 2), "cpu_kernels": False}
+    model = create_model("vgg7", num_classes=TINY_CLASSES, width=3, **options)
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (8, 8, 3)))
+    rng = np.random.default_rng(6)  # of gradients that conflict
+    variables = jax.tree.map(lambda x: rng.uniform(-0.5, 1, x.shape), shapes)
+    images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+    optimizer, combiner = optax.sgd(0.1, momentum=0.9), EveryCombiner()
+
+    def step(mesh, exits):
+        state = create_state(
+            variables,
+            optimizer,
+            jax.random.key(7),
+            num_exits=model.num_exits,
+            keep_average=False,
+            combiner=combiner,
+        )
+        run = make_train_step(
+            model,
+            create_fork("plain"),
+            LOSS,
+            optimizer,
+            lambda images, key: images,
+            mean=(0.5, 0.4, 0.3),
+            std=(0.2, 0.3, 0.4),
+            mesh=mesh,
+            combiner=combiner,
+            exits=exits,
+        )
+        batch = put_batch((images, np.arange(8) % TINY_CLASSES), mesh)
+        state = run(jax.device_put(state, replicated(mesh)), *batch)
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(state.params))
+        return jax.device_get(state)
+
+    four = create_mesh()
+    assert four.size == 4
+    one = Mesh(four.devices.ravel()[:1].reshape([1] * four.devices.ndim), four.axis_names)
+    reference = step(one, "scan")
     for exits in ("vmap", "unroll"):
-        found = exit_gradients(model, FORK, LOSS, variables, images, labels, key=key, exits=exits)
-        results[exits] = found
-    for name in COMBINER_ROWS:
-        results[name] = create_combiner(name).update(found.trunk, (), None, key=key)[0]
-    return results
-
-one = jax.jit(run)(variables, *batch)
-mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-split = [jax.device_put(array, NamedSharding(mesh, P("data"))) for array in batch]
-two = jax.jit(run)(jax.device_put(variables, NamedSharding(mesh, P())), *split)
-assert two["vmap"].logits.sharding.num_devices == 2
-chex.assert_trees_all_close(two, one, rtol=1e-7, atol=1e-9)
-"""
+        found = step(four, exits)
+        chex.assert_trees_all_close(found, reference, rtol=1e-9, atol=1e-9)
+    kernels = {name: g["block1"]["conv"]["kernel"] for name, g in reference.combiner_state.items()}
+    plain = kernels.pop("weighted_sum")
+    assert all(np.abs(kernel - plain).max() > 1e-3 for kernel in kernels.values())
 
 
-def test_two_devices_give_what_one_gives(request, monkeypatch):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+def test_four_devices_give_what_one_gives(request, monkeypatch):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     monkeypatch.setenv("XLA_FLAGS", flags)
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, cwd=request.config.rootpath)
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    program = "from tests.test_combined_training import compare_devices; compare_devices()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=request.config.rootpath)
 
 
-def digits(method, **changes):
-    config = digits_vgg7.get_config(method)
-    config.update_from_flattened_dict({"epochs": 12, "model.width": 8, **changes})
-    return config
-
-
-TOGETHER = {
-    "dfs and pcgrad": digits("dfs", **{"combiner.name": "pcgrad"}),
-    "ge, distillation and cagrad": digits(
-        "ge", **{"loss.name": "distillation", "combiner.name": "cagrad"}
-    ),
-    "byot and nash_mtl": digits("byot", **{"combiner.name": "nash_mtl"}),
-    "linear weights": digits("dsn", **{"loss.exit_weights": "linear"}),
-}
+# As a config's colon takes them, and what else is set.
+LEARNING = [
+    *((method, {}) for method in common.METHODS),
+    ("dfs+pcgrad", {}),
+    ("ge+distillation+cagrad", {}),
+    ("byot+nash_mtl", {}),
+    ("dsn", {"loss.exit_weights": "linear"}),
+    ("distillation", {"loss.teacher": "deeper"}),
+    ("dfs", {"fork.referencing": "trunk_only"}),
+    ("dfs", {"fork.referencing": "none"}),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*common.METHODS, *TOGETHER])
-def test_every_method_learns_the_digits(name, tmp_path):
-    config = TOGETHER[name] if name in TOGETHER else digits(name)
-    train(config, tmp_path)
-    evaluation = evaluate_run(tmp_path, build_experiment(config), split="test")
-    assert evaluation.reported.correct().mean(axis=1)[-1] > 0.9
+@pytest.mark.parametrize(("method", "changes"), LEARNING, ids=str)
+def test_every_method_learns_the_digits(method, changes, tmp_path):
+    file = Path(digits_vgg7.__file__)
+    configs = method_configs(file, [method], {"epochs": 12, "model.width": 8, **changes})
+    found = compare(configs, [0], tmp_path)
+    assert found is not None
+    assert found[method][0].exits[-1] > 0.9

@@ -78,6 +78,18 @@ def test_exits_without_a_gradient_disturb_nothing(name):
     np.testing.assert_array_equal(nothing, 0)
 
 
+@pytest.mark.parametrize(
+    "combiner",
+    [PCGrad("mean"), UPGrad("mean"), CAGrad(0.5, "paper"), CAGrad(0.5, "released"), NashMTL(1.0)],
+    ids=str,
+)
+def test_means_are_over_the_exits_that_have_a_gradient(combiner):
+    vectors = CONFLICTING[0][:2]
+    with_zeros = np.stack([np.zeros(WIDTH), vectors[0], np.zeros(WIDTH), vectors[1]])
+    alone = combined(combiner, vectors)
+    np.testing.assert_allclose(combined(combiner, with_zeros), alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_the_order_of_the_exits_does_not_matter(name):
     vectors, order = CONFLICTING[1], [3, 0, 4, 2, 1]
@@ -344,6 +356,7 @@ def test_upgrad_by_hand():
     ("name", "options", "message"),
     [
         ("weighted_sum", {"weights": (1, -1)}, r"finite and not negative, got \(1, -1\)"),
+        ("weighted_sum", {"weights": (0, 0.0)}, r"must be above 0 .* got \(0, 0.0\)"),
         ("weighted_sum", {"radius": 0.4}, "combiner 'weighted_sum' has no option 'radius'"),
         ("pcgrad", {"scaling": "product"}, "scaling must be one of sum, mean, got 'product'"),
         ("cagrad", {"radius": 1.0}, r"radius must lie in \[0, 1\), got 1.0"),

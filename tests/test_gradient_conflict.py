@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 
 import chex
 import jax
@@ -253,6 +255,18 @@ def test_training_is_bit_for_bit_as_without_measuring(run, tmp_path):
     splits = ("train", "validation")
     assert untimed(run, splits) == untimed(tmp_path, splits)
     assert not read_probe(tmp_path)
+
+
+def test_a_run_may_be_continued_with_other_measurements(run, tmp_path, monkeypatch):
+    config = CONFIG.copy_and_resolve_references()
+    config.conflict_every_steps = 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(config, tmp_path).step == 5
+    config.update({"conflict_every_steps": 6, "conflict_examples": 5})
+    train(config, tmp_path)
+    chex.assert_trees_all_equal(final_state(run), final_state(tmp_path))
+    assert [line["step"] for line in read_probe(tmp_path)] == [6, 12]
 
 
 def test_every_line_is_what_the_checkpoint_of_its_step_gives(run):

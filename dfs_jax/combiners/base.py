@@ -34,8 +34,8 @@ class GramCombiner:
     """Base of the methods that weigh whole gradients, and find the weights in the Gram matrix.
 
     A subclass defines `weights`. Exits whose gradient is zero, because nothing of the trunk learns
-    from them, come to it as exits that are orthogonal to all others; what weight they get does not
-    matter.
+    from them, come to it as exits that are orthogonal to all others: what weight they get does not
+    matter, and means are over the others (`count_gradients`).
     """
 
     def init(self, params: PyTree) -> PyTree:
@@ -120,6 +120,15 @@ def norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     norms = jnp.sqrt(jnp.diag(gram))
     cosines = inverse_norms(norms)[:, None] * gram * inverse_norms(norms)
     return norms, jnp.fill_diagonal(cosines, 1, inplace=False)
+
+
+def count_gradients(norms: jax.Array) -> jax.Array:
+    """Returns how many of the exits have a gradient that is not zero, at least 1.
+
+    >>> int(count_gradients(jnp.array([2.0, 0.0, 3.0])))
+    2
+    """
+    return jnp.maximum(jnp.sum(norms != 0), 1)
 
 
 def inverse_norms(norms: jax.Array) -> jax.Array:

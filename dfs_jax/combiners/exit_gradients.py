@@ -75,7 +75,7 @@ def exit_gradients(
       UserError: an unknown way, or a model with parameters outside its blocks and heads.
     """
     check_exits(exits)
-    _check_names(model, variables["params"])
+    check_names(model, variables["params"])
     stages, outputs, batch_stats = _forward(model, fork, variables, images, key)
     losses, pull = jax.vjp(lambda outputs: loss(outputs, labels), outputs)
     couples = getattr(loss, "couples_exits", True)
@@ -96,6 +96,17 @@ def check_exits(exits: str | None) -> None:
     """Raises UserError unless `exits` is None or a way that `exit_gradients` knows."""
     if exits is not None and exits not in _WAYS:
         raise UserError(f"exits must be one of {', '.join(_WAYS)}, got {exits!r}")
+
+
+def check_names(model: MultiExitModel, params: PyTree) -> None:
+    """Raises UserError unless all parameters lie under block1.. and head1.., one pair an exit."""
+    exits = range(1, model.num_exits + 1)
+    outside = set(params) - {f"{part}{i}" for part in ("block", "head") for i in exits}
+    if outside:
+        raise UserError(
+            f"gradients of single exits need a model whose parameters lie under block1.. and "
+            f"head1.., this one also has {', '.join(sorted(outside))}"
+        )
 
 
 class _Stage(NamedTuple):
@@ -286,13 +297,3 @@ def _through(
 def _named(part: str, trees: Sequence[PyTree]) -> dict[str, PyTree]:
     """Puts the parts' gradients under their names; a part without parameters has none."""
     return {f"{part}{i}": tree for i, tree in enumerate(trees, start=1) if tree}
-
-
-def _check_names(model: MultiExitModel, params: PyTree) -> None:
-    exits = range(1, model.num_exits + 1)
-    outside = set(params) - {f"{part}{i}" for part in ("block", "head") for i in exits}
-    if outside:
-        raise UserError(
-            f"gradients of single exits need a model whose parameters lie under block1.. and "
-            f"head1.., this one also has {', '.join(sorted(outside))}"
-        )

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.combiners.base import GramCombiner, inverse_norms, norms_and_cosines
+from dfs_jax.combiners.base import (
+    GramCombiner,
+    count_gradients,
+    inverse_norms,
+    norms_and_cosines,
+)
 
 SCALINGS = ("sum", "mean")
 
@@ -52,7 +57,7 @@ class PCGrad(GramCombiner):
         # Row i holds p_i / ||g_i|| in terms of the unit gradients.
         projected = jax.vmap(_project, (0, 0, None))(jnp.eye(exits), orders, cosines)
         weights = (norms @ projected) * inverse_norms(norms)
-        return weights / exits if self.scaling == "mean" else weights
+        return weights / count_gradients(norms) if self.scaling == "mean" else weights
 
 
 def _project(unit: jax.Array, order: jax.Array, cosines: jax.Array) -> jax.Array:

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.combiners.base import GramCombiner, inverse_norms, norms_and_cosines
+from dfs_jax.combiners.base import (
+    GramCombiner,
+    count_gradients,
+    inverse_norms,
+    norms_and_cosines,
+)
 
 SCALINGS = ("sum", "mean")
 ITERATIONS = 25
@@ -55,7 +60,7 @@ class UPGrad(GramCombiner):
         units = jnp.eye(len(norms), dtype=cosines.dtype)
         projected = jax.vmap(_project, (0, None))(units, cosines)
         weights = (norms @ projected) * inverse_norms(norms)
-        return weights / len(norms) if self.scaling == "mean" else weights
+        return weights / count_gradients(norms) if self.scaling == "mean" else weights
 
 
 def _project(unit: jax.Array, cosines: jax.Array) -> jax.Array:

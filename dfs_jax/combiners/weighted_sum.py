@@ -23,8 +23,8 @@ class WeightedSum:
         of single exits.
 
     Raises:
-      ValueError: a weight that is not finite or negative, or (when called) another count of weights
-        than exits.
+      ValueError: a weight that is not finite or negative, none above 0, or (when called) another
+        count of weights than exits.
 
     Example:
       >>> grads = {"block1": jnp.array([[1.0], [10.0]])}
@@ -40,6 +40,8 @@ class WeightedSum:
         weights = tuple(self.weights)
         if not all(0 <= weight < float("inf") for weight in weights):
             raise ValueError(f"weights must be finite and not negative, got {weights}")
+        if not any(weights):
+            raise ValueError(f"a weight must be above 0 to train the trunk, got {weights}")
         object.__setattr__(self, "weights", weights)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from dfs_jax.combiners import Combiner, create_combiner
-from dfs_jax.combiners.exit_gradients import check_exits
+from dfs_jax.combiners.exit_gradients import check_exits, check_names
 from dfs_jax.models.contract import MultiExitModel, init_variables, split_trunk_and_heads
 from dfs_jax.training.config import options
 from dfs_jax.types import Config, PyTree, UserError
@@ -37,10 +37,13 @@ def check_combiner(
     """Traces one update for the model's trunk, so that what does not fit is named at once.
 
     Raises:
-      UserError: the combiner refuses so many exits, or returns gradients or a state of other shapes
-        than those of the parameters and the state before.
+      UserError: parameters outside the model's blocks and heads, or a combiner that refuses so many
+        exits, or returns gradients or a state of other shapes than those of the parameters and the
+        state before.
     """
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))
+    if not getattr(combiner, "is_plain_sum", False):
+        check_names(model, variables["params"])
     params, _ = split_trunk_and_heads(variables["params"])
 
     def by_exit(leaf: Any) -> jax.ShapeDtypeStruct:
