@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dfs_jax.types import UserError
+
 
 def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Draws a convolution's kernel as the published networks do: normal, variance 2 / fan_in.
@@ -82,14 +84,21 @@ class BatchNorm(nn.Module):
 
     The batch is normalised by its biased variance, while the running variance takes the unbiased
     one, n / (n - 1) times it, as PyTorch's does (Flax's own layer stores the biased one).
+    Statistics are taken in float32 (or wider) whatever the type of `x`, which is the result's.
 
     Attributes:
       momentum: weight of the old running value (PyTorch's momentum is 1 minus it).
       epsilon: added to the variance.
+      groups: in training, each of so many equal consecutive parts of the batch is normalised by its
+        own statistics, as on so many GPUs; the running ones take their mean.
+
+    Raises:
+      UserError: (when called) a batch that cannot be divided into the groups.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -99,18 +108,30 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        parts = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not train:
             mean, var = running_mean.value, running_var.value
         else:
-            axes = tuple(range(x.ndim - 1))
-            mean, var = jnp.mean(x, axes), jnp.var(x, axes)
+            parts = parts if self.groups == 1 else self._grouped(parts)
+            axes = tuple(range(parts.ndim - x.ndim, parts.ndim - 1))
+            mean, var = (f(parts, axes, keepdims=True) for f in (jnp.mean, jnp.var))
             if not self.is_initializing():
-                n = x.size // channels
+                n = x.size // channels // self.groups
                 unbiased = var * (n / max(n - 1, 1))
                 running_mean.value = self._blend(running_mean.value, mean)
                 running_var.value = self._blend(running_var.value, unbiased)
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        return x * factor + (bias - mean * factor)
+        normalised = parts * factor + (bias - mean * factor)
+        return normalised.reshape(x.shape).astype(x.dtype)
 
-    def _blend(self, running: jax.Array, batch: jax.Array) -> jax.Array:
+    def _grouped(self, x: jax.Array) -> jax.Array:
+        if len(x) % self.groups:
+            raise UserError(
+                f"a batch of {len(x)} cannot be divided into batch_norm_groups={self.groups} equal "
+                f"groups: choose a multiple of {self.groups}"
+            )
+        return x.reshape(self.groups, -1, *x.shape[1:])
+
+    def _blend(self, running: jax.Array, by_group: jax.Array) -> jax.Array:
+        batch = by_group.reshape(-1, len(running)).mean(axis=0)
         return self.momentum * running + (1 - self.momentum) * batch

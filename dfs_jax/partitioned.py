@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dfs_jax.cpu_kernels import Geometry, Passes, fast_passes, max_pool_2x2
+from dfs_jax.layers import BatchNorm
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import UserError
 
@@ -156,7 +157,7 @@ class PartitionedDot:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model's layers run; what they compute is the same either way.
+    """How a model's layers run; the two switches leave what they compute as it is.
 
     Every layer that reads a forked feature asks here for its function, and gets None, Flax's own,
     where both switches are off.
@@ -164,6 +165,8 @@ class Execution:
     Args:
       partitioned_backward: leave out the gradient of channels that train nothing.
       cpu_kernels: use this package's own kernels where the program runs on a CPU.
+      dtype: in which layers compute, such as "bfloat16"; None for that of their parameters.
+      batch_norm_groups: see `dfs_jax.layers.BatchNorm.groups`.
 
     Example:
       >>> Execution().conv(((0, 2),))
@@ -174,6 +177,12 @@ class Execution:
 
     partitioned_backward: bool = True
     cpu_kernels: bool = True
+    dtype: str | None = None
+    batch_norm_groups: int = 1
+
+    def batch_norm(self, name: str) -> BatchNorm:
+        """Returns a BatchNorm of that name, to be called within a module's own method."""
+        return BatchNorm(groups=self.batch_norm_groups, name=name)
 
     def conv(self, live: LiveChannels = None) -> PartitionedConv | None:
         """Returns `nn.Conv`'s `conv_general_dilated` for an input with these live channels."""

@@ -179,6 +179,7 @@ def _run_part(
         output, updated = model.apply(variables, i, x, live, train=True, method=part, **state)
         return output, updated.get("batch_stats", {})
 
+    apply = jax.checkpoint(apply) if model.remat else apply
     own = params.get(name, {})
     if part == "block" and i == 0:  # images need no gradient
         output, pull, stats = jax.vjp(lambda own: apply(own, x), own, has_aux=True)

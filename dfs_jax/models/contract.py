@@ -6,7 +6,8 @@ inference, per-exit gradients and counting all use the same seams, so none of th
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from dfs_jax.models.evaluation_by_parts import evaluate_by_parts
 from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
+
+# Of a mesh of devices: those along it share the work of one layer.
+TENSOR_AXIS = "tensor"
 
 
 class MultiExitModel(nn.Module):
@@ -31,10 +35,17 @@ class MultiExitModel(nn.Module):
       num_classes: width of every exit's logits.
       adapt_features: give each early head a layer that maps its pooled feature to the last exit's
         width; a loss that compares features across exits asks for it.
+      remat: in training, keep nothing of the inside of blocks and heads for the backward pass,
+        which computes it again: less memory for another pass forward, equal gradients.
+      tensor_axes: of a model whose layers can be split over the devices along `TENSOR_AXIS`, the
+        axis of each parameter that is, by the end of its path.
     """
 
     num_classes: int
     adapt_features: bool = False
+    remat: bool = False
+
+    tensor_axes: ClassVar[Mapping[str, int]] = {}
 
     @property
     def num_exits(self) -> int:
@@ -90,15 +101,22 @@ class ConvolutionalModel(MultiExitModel):
       partitioned_backward: leave out the gradient of channels that train nothing (else the naive
         graph computes it, then drops it); the results are equal.
       cpu_kernels: use this package's own kernels where the program runs on a CPU.
+      dtype: in which blocks compute, such as "bfloat16"; None for that of the parameters, which
+        stay float32, as statistics do, and heads from their pools on.
+      batch_norm_groups: parts of a training batch that each have statistics of their own.
     """
 
     partitioned_backward: bool = True
     cpu_kernels: bool = True
+    dtype: str | None = None
+    batch_norm_groups: int = 1
 
     @property
     def execution(self) -> Execution:
         """How the layers run."""
-        return Execution(self.partitioned_backward, self.cpu_kernels)
+        return Execution(
+            self.partitioned_backward, self.cpu_kernels, self.dtype, self.batch_norm_groups
+        )
 
 
 def run_exits(
@@ -117,13 +135,24 @@ def run_exits(
     """
     carry, live, outputs = images, None, []
     for i in range(model.num_exits):
-        carry = model.block(i, carry, live, train=train)
+        carry = _run_part(model, "block", i, carry, live, train=train)
         forked = fork(
             model.feature(carry), model.live_after(i, live), exit_index=i, num_exits=model.num_exits
         )
-        outputs.append(model.head(i, forked.to_head, forked.head_live, train=train))
+        outputs.append(_run_part(model, "head", i, forked.to_head, forked.head_live, train=train))
         carry, live = model.with_feature(carry, forked.to_trunk), forked.trunk_live
     return ExitOutputs(jnp.stack([o.logits for o in outputs]), tuple(o.feature for o in outputs))
+
+
+def _run_part(
+    model: MultiExitModel, part: str, i: int, x: PyTree, live: LiveChannels, *, train: bool
+) -> Any:
+    """Runs block or head i; with `remat`, what its backward pass needs is computed again there."""
+
+    def run(model: MultiExitModel, x: PyTree) -> Any:
+        return getattr(model, part)(i, x, live, train=train)
+
+    return nn.remat(run)(model, x) if model.remat and train else run(model, x)
 
 
 def init_variables(

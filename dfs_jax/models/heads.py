@@ -16,7 +16,8 @@ from dfs_jax.types import HeadOutput
 class PooledLinearHead(nn.Module):
     """Global average pool over all positions, then a linear classifier.
 
-    The classifier reads the pooled feature; the adapted one serves feature distillation alone.
+    The classifier reads the pooled feature; the adapted one serves feature distillation alone. From
+    the pool on all is float32 (or wider), whatever the type of the map.
 
     Attributes:
       num_classes: width of the logits.
@@ -37,7 +38,7 @@ class PooledLinearHead(nn.Module):
         self, x: jax.Array, live: LiveChannels = None, *, train: bool = False
     ) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        pooled = jnp.mean(x, axis=(1, 2))
+        pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         dense = functools.partial(nn.Dense, dot_general=self.execution.dot(live))
         classifier = dense(self.num_classes, use_bias=self.use_bias, name="classifier")
         logits = classifier(nn.Dropout(self.dropout, deterministic=not train)(pooled))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, conv_init, stem_pool
+from dfs_jax.layers import conv_init, stem_pool
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.models.msdnet_plan import (
@@ -56,11 +56,12 @@ class ConvNorm(nn.Module):
             self.stride,
             padding=self.kernel // 2,
             use_bias=self.use_bias,
+            dtype=self.execution.dtype,
             kernel_init=conv_init,
             conv_general_dilated=self.execution.conv(live),
             name="conv",
         )
-        return nn.relu(BatchNorm(name="norm")(conv(x), train=train))
+        return nn.relu(self.execution.batch_norm("norm")(conv(x), train=train))
 
 
 class BottleneckConv(nn.Module):

@@ -8,7 +8,6 @@ import jax
 from flax import linen as nn
 
 from dfs_jax.layers import (
-    BatchNorm,
     Conv1x1,
     Conv3x3,
     conv_init,
@@ -47,14 +46,22 @@ class Stem(nn.Module):
             conv = Conv3x3(
                 self.features,
                 use_bias=False,
+                dtype=self.execution.dtype,
                 conv_general_dilated=self.execution.conv(),
                 name="conv",
             )
-            return nn.relu(BatchNorm(name="norm")(conv(x), train=train))
+            return nn.relu(self.execution.batch_norm("norm")(conv(x), train=train))
         conv = nn.Conv(
-            self.features, (7, 7), 2, padding=3, use_bias=False, kernel_init=conv_init, name="conv"
+            self.features,
+            (7, 7),
+            2,
+            padding=3,
+            use_bias=False,
+            dtype=self.execution.dtype,
+            kernel_init=conv_init,
+            name="conv",
         )
-        x = nn.relu(BatchNorm(name="norm")(conv(x), train=train))
+        x = nn.relu(self.execution.batch_norm("norm")(conv(x), train=train))
         return stem_pool(x)
 
 
@@ -86,16 +93,19 @@ class ResidualBlock(nn.Module):
         for j, conv in enumerate(convs, start=1):
             convolve = self.execution.conv(None if j > 1 else live)
             conv = conv(use_bias=False, conv_general_dilated=convolve, name=f"conv{j}")
-            residual = BatchNorm(name=f"norm{j}")(conv(residual), train=train)
+            residual = self.execution.batch_norm(f"norm{j}")(conv(residual), train=train)
             residual = nn.relu(residual) if j < len(convs) else residual
         return nn.relu(residual + self._shortcut(x, live, residual.shape[-1], train=train))
 
     def _convolutions(self) -> list[functools.partial[nn.Conv]]:
-        strided = functools.partial(Conv3x3, self.features, strides=self.stride)
+        conv1x1, conv3x3 = (
+            functools.partial(conv, dtype=self.execution.dtype) for conv in (Conv1x1, Conv3x3)
+        )
+        strided = functools.partial(conv3x3, self.features, strides=self.stride)
         if not self.bottleneck:
-            return [strided, functools.partial(Conv3x3, self.features)]
-        narrow = functools.partial(Conv1x1, self.features)
-        return [narrow, strided, functools.partial(Conv1x1, EXPANSION * self.features)]
+            return [strided, functools.partial(conv3x3, self.features)]
+        narrow = functools.partial(conv1x1, self.features)
+        return [narrow, strided, functools.partial(conv1x1, EXPANSION * self.features)]
 
     def _shortcut(
         self, x: jax.Array, live: LiveChannels, channels: int, *, train: bool
@@ -106,10 +116,11 @@ class ResidualBlock(nn.Module):
             channels,
             strides=self.stride,
             use_bias=False,
+            dtype=self.execution.dtype,
             conv_general_dilated=self.execution.conv(live),
             name="shortcut_conv",
         )
-        return BatchNorm(name="shortcut_norm")(conv(x), train=train)
+        return self.execution.batch_norm("shortcut_norm")(conv(x), train=train)
 
 
 class Stage(nn.Module):
@@ -167,12 +178,17 @@ class SeparableConv(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
         channels = x.shape[-1]
-        options = {"use_bias": False, "conv_general_dilated": self.execution.conv()}
+        execution = self.execution
+        options = {
+            "use_bias": False,
+            "dtype": execution.dtype,
+            "conv_general_dilated": execution.conv(),
+        }
         depthwise = functools.partial(Conv3x3, channels, feature_group_count=channels, **options)
         for j, (features, stride) in enumerate([(channels, self.stride), (self.features, 1)], 1):
             x = depthwise(strides=stride, name=f"depthwise{j}")(x)
             x = Conv1x1(features, name=f"pointwise{j}", **options)(x)
-            x = nn.relu(BatchNorm(name=f"norm{j}")(x, train=train))
+            x = nn.relu(execution.batch_norm(f"norm{j}")(x, train=train))
         return x
 
 
@@ -195,7 +211,7 @@ class AttentionGate(nn.Module):
         """Gates `x` `[batch, height, width, channels]`."""
         separable = SeparableConv(x.shape[-1], execution=self.execution, name="separable")
         mask = separable(x, train=train)
-        mask = nn.relu(BatchNorm(name="norm")(mask, train=train))
+        mask = nn.relu(self.execution.batch_norm("norm")(mask, train=train))
         return x * nn.sigmoid(upsample_bilinear(mask, *x.shape[1:3]))
 
 

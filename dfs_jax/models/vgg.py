@@ -7,7 +7,7 @@ import functools
 import jax
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, Conv3x3
+from dfs_jax.layers import Conv3x3
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.partitioned import Execution
@@ -33,11 +33,14 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        convolve = self.execution.conv(live)
-        x = Conv3x3(
-            self.features, use_bias=self.use_bias, conv_general_dilated=convolve, name="conv"
-        )(x)
-        x = BatchNorm(name="norm")(nn.relu(x), train=train)
+        conv = Conv3x3(
+            self.features,
+            use_bias=self.use_bias,
+            dtype=self.execution.dtype,
+            conv_general_dilated=self.execution.conv(live),
+            name="conv",
+        )
+        x = self.execution.batch_norm("norm")(nn.relu(conv(x)), train=train)
         return self.execution.max_pool_2x2(x) if self.pool else x
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax.sharding import PartitionSpec
 
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import TENSOR_AXIS, MultiExitModel
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
@@ -28,10 +32,12 @@ class Embedding(nn.Module):
     Attributes:
       width: of a token.
       patch_size: side of a patch in pixels.
+      dtype: of the tokens; None for that of the parameters.
     """
 
     width: int
     patch_size: int
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -43,12 +49,15 @@ class Embedding(nn.Module):
         """
         self._check_size(images.shape)
         size = (self.patch_size, self.patch_size)
-        patches = nn.Conv(self.width, size, strides=size, padding="VALID", name="patches")(images)
-        patches = patches.reshape(len(images), -1, self.width)
+        cut = nn.Conv(
+            self.width, size, strides=size, padding="VALID", dtype=self.dtype, name="patches"
+        )
+        patches = cut(images).reshape(len(images), -1, self.width)
         first = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
         first = jnp.broadcast_to(first, (len(images), 1, self.width))
         tokens = jnp.concatenate([first, patches], axis=1)
-        return tokens + self.param("position", _init, (1, *tokens.shape[1:]))
+        tokens = tokens + self.param("position", _init, (1, *tokens.shape[1:]))
+        return tokens.astype(patches.dtype)
 
     def _check_size(self, shape: tuple[int, ...]) -> None:
         _, height, width, _ = shape
@@ -67,26 +76,68 @@ class Embedding(nn.Module):
                 )
 
 
+class QueryKeyValue(nn.Module):
+    """One linear layer that makes queries, keys and values, in this order, of every head.
+
+    Its kernel is `[width, 3 * width]`. Compiled for devices along `TENSOR_AXIS`, each computes its
+    part of the heads.
+
+    Attributes:
+      heads: among which the width is split.
+      dtype: in which it computes; None for that of the parameters.
+    """
+
+    heads: int
+    dtype: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x` `[batch, tokens, width]` to `[batch, tokens, 3, heads, width / heads]`."""
+        width = x.shape[-1]
+        kernel = self.param("kernel", _init, (width, 3 * width))
+        bias = self.param("bias", nn.initializers.zeros_init(), (3 * width,))
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        shape = (3, self.heads, width // self.heads)
+        by_head = _split_heads(kernel.reshape(width, *shape))
+        return jnp.einsum("btw,wchd->btchd", x, by_head) + bias.reshape(shape)
+
+
+def _split_heads(kernel: jax.Array) -> jax.Array:
+    """Splits `[width, 3, heads, size]` by heads over the devices that the program is for."""
+    parts = jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
+    if parts == 1:
+        return kernel
+    if kernel.shape[2] % parts:
+        raise UserError(
+            f"{kernel.shape[2]} heads cannot be split over {TENSOR_AXIS}={parts} devices: choose a "
+            f"divisor of the heads"
+        )
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(None, None, TENSOR_AXIS))
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; one linear layer makes queries, keys and values, in this order.
+    """Multi-head self-attention; the softmax is taken in float32 (or wider).
 
     Attributes:
       heads: among which the width is split.
       dropout: rate after the output's linear layer.
+      dtype: in which it computes; None for that of the parameters.
     """
 
     heads: int
     dropout: float = 0.0
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `x` `[batch, tokens, width]` to the same shape."""
-        batch, tokens, width = x.shape
-        qkv = Dense(3 * width, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = QueryKeyValue(self.heads, self.dtype, name="qkv")(x)
         query, key, value = jnp.unstack(qkv, axis=2)
-        mixed = nn.dot_product_attention(query, key, value)
-        output = Dense(width, name="output")(mixed.reshape(x.shape))
+        weights = nn.dot_product_attention_weights(
+            query, key, force_fp32_for_softmax=query.dtype == jnp.bfloat16
+        )
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+        output = Dense(x.shape[-1], dtype=self.dtype, name="output")(mixed.reshape(x.shape))
         return nn.Dropout(self.dropout, deterministic=not train)(output)
 
 
@@ -98,18 +149,21 @@ class EncoderLayer(nn.Module):
     Attributes:
       heads: of the attention.
       dropout: rate after the attention and after the MLP.
+      dtype: in which it computes; None for that of the parameters.
     """
 
     heads: int
     dropout: float = 0.0
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `x` `[batch, tokens, width]` to the same shape."""
-        attention = SelfAttention(self.heads, self.dropout, name="attention")
-        x = x + attention(LayerNorm(name="norm1")(x), train=train)
-        inner = Dense(MLP_RATIO * x.shape[-1], name="mlp1")(LayerNorm(name="norm2")(x))
-        outer = Dense(x.shape[-1], name="mlp2")(nn.gelu(inner, approximate=False))
+        norm, dense = (functools.partial(layer, dtype=self.dtype) for layer in (LayerNorm, Dense))
+        attention = SelfAttention(self.heads, self.dropout, self.dtype, name="attention")
+        x = x + attention(norm(name="norm1")(x), train=train)
+        inner = dense(MLP_RATIO * x.shape[-1], name="mlp1")(norm(name="norm2")(x))
+        outer = dense(x.shape[-1], name="mlp2")(nn.gelu(inner, approximate=False))
         return x + nn.Dropout(self.dropout, deterministic=not train)(outer)
 
 
@@ -122,6 +176,7 @@ class EncoderBlock(nn.Module):
       heads: of the attention.
       dropout: see `EncoderLayer`.
       patch_size: of the embedding; None in later blocks, which have none.
+      dtype: in which it computes; None for that of the parameters.
     """
 
     layers: tuple[int, ...]
@@ -129,19 +184,23 @@ class EncoderBlock(nn.Module):
     heads: int
     dropout: float = 0.0
     patch_size: int | None = None
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images, in the first block, or tokens to tokens `[batch, tokens, width]`."""
         if self.patch_size is not None:
-            x = Embedding(self.width, self.patch_size, name="embedding")(x)
+            x = Embedding(self.width, self.patch_size, self.dtype, name="embedding")(x)
         for label in self.layers:
-            x = EncoderLayer(self.heads, self.dropout, name=f"layer{label}")(x, train=train)
+            layer = EncoderLayer(self.heads, self.dropout, self.dtype, name=f"layer{label}")
+            x = layer(x, train=train)
         return x
 
 
 class TokenHead(nn.Module):
     """LayerNorm, then the class token or the mean of the patches' tokens, then a linear classifier.
+
+    All in float32 (or wider), whatever the type of the tokens.
 
     Attributes:
       num_classes: width of the logits.
@@ -156,7 +215,7 @@ class TokenHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> HeadOutput:
         """Classifies tokens `[batch, tokens, width]`, the class token first."""
-        x = LayerNorm(name="norm")(x)
+        x = LayerNorm(name="norm")(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
         pooled = x[:, 0] if self.pool == "class" else x[:, 1:].mean(1)
         logits = Dense(self.num_classes, name="classifier")(pooled)
         if self.adapted_width is None:
@@ -182,6 +241,8 @@ class ViT(MultiExitModel):
       first_exit_layer: the encoder layer after which the first exit stands, counted from 1.
       pool: what classifiers read: the "class" token, or the "mean" of the patches' tokens.
       dropout: rate after each attention and MLP, in training.
+      dtype: in which blocks compute, such as "bfloat16"; None for that of the parameters, which
+        stay float32, as softmax and classifiers do.
 
     Raises:
       UserError: an argument is out of range or does not fit another, or (when called) images that
@@ -202,6 +263,17 @@ class ViT(MultiExitModel):
     first_exit_layer: int = 6
     pool: str = "class"
     dropout: float = 0.0
+    dtype: str | None = None
+
+    # Heads and the MLP's inner units. Queries, keys and values lie side by side in one kernel, that
+    # is stored in parts of its other axis and dealt out by head where it is used.
+    tensor_axes: ClassVar[Mapping[str, int]] = {
+        "attention/qkv/kernel": -2,
+        "attention/output/kernel": -2,
+        "mlp1/kernel": -1,
+        "mlp1/bias": -1,
+        "mlp2/kernel": -2,
+    }
 
     def __post_init__(self):
         for name in ("width", "heads", "depth", "patch_size"):
@@ -240,6 +312,7 @@ class ViT(MultiExitModel):
                 self.heads,
                 self.dropout,
                 patch_size=None if i else self.patch_size,
+                dtype=self.dtype,
             )
             adapted = self.width if self.adapt_features and i < last else None
             setattr(self, f"block{i + 1}", block)
