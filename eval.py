@@ -16,16 +16,12 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it
 def main() -> None:
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
-    from dfs_jax.training.config import read_config
-    from dfs_jax.training.experiment import build_experiment
+    from dfs_jax.training.experiment import rebuild_experiment
 
     workdir = Path(WORKDIR.value).absolute()
-    config = read_config(workdir)
-    if DATA_DIR.value is not None:
-        config.data.data_dir = DATA_DIR.value
     report_run(
         workdir,
-        experiment=build_experiment(config),
+        experiment=rebuild_experiment(workdir, data_dir=DATA_DIR.value),
         split=SPLIT.value,
         checkpoint=CHECKPOINT.value,
         output=None if OUTPUT.value is None else Path(OUTPUT.value).absolute(),

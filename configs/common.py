@@ -67,6 +67,15 @@ def get_config(method: str = "dfs") -> Any:
     config: Any = ml_collections.ConfigDict()
     config.seed = 0  # reaches initialisation, sampling, augmentation and dropout
     config.batch_size = 128  # over all devices together
+    # Micro batches that a step's batch is taken in, one after another, for less memory; None: 1.
+    # Each has its own batch statistics and, with BYOT, distance of features.
+    config.accumulate_steps = placeholder(int)
+    # Parts of a (micro) batch that have batch statistics of their own, as on so many GPUs; None: 1.
+    config.batch_norm_groups = placeholder(int)
+    # "bfloat16": blocks compute in it; parameters, statistics and losses are float32 either way.
+    config.compute_dtype = placeholder(str)
+    # Compute the inside of blocks again in the backward pass: less memory, more time.
+    config.remat = placeholder(bool)
     config.eval_batch_size = 500
     config.epochs = 100
     config.eval_every_epochs = 1  # evaluate on validation data and save; the last epoch always does
@@ -76,6 +85,13 @@ def get_config(method: str = "dfs") -> Any:
     config.conflict_examples = 128  # on the first ones of validation (train where none is held out)
     # Start the trunk from a single-exit network: a .safetensors, .npz or .pth file.
     config.init_from = placeholder(str)
+
+    # How many devices lie along each axis; -1: those that the others leave. Batches are divided
+    # over data and fsdp; results are equal within rounding.
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1  # parameters, and all that is shaped like them, divided over them
+    config.mesh.tensor = 1  # layers divided over them: vit
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "vgg7"  # or your own "package.module:attribute"; so fork, loss and data

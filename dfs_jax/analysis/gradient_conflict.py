@@ -26,9 +26,8 @@ from dfs_jax import program
 from dfs_jax.combiners.conflict import count_pairs, gradient_norms, joint_gram, pair_cosines
 from dfs_jax.files import write_whole
 from dfs_jax.training.checkpoint import Checkpoints
-from dfs_jax.training.config import read_config
 from dfs_jax.training.conflict import SPLIT, ConflictProbe, mean_cosines, rows_by_prefix
-from dfs_jax.training.experiment import abstract_state, build_experiment
+from dfs_jax.training.experiment import abstract_state, rebuild_experiment
 from dfs_jax.training.metrics import read_metrics
 from dfs_jax.types import UserError
 
@@ -80,7 +79,7 @@ def measure_run(
     Raises:
       UserError: no run, no such checkpoint, or fewer examples than devices.
     """
-    experiment = build_experiment(read_config(workdir))
+    experiment = rebuild_experiment(workdir)
     probe = ConflictProbe(experiment, examples)
     checkpoints = Checkpoints(workdir, read_only=True)
     state, step = checkpoints.restore(checkpoint, abstract_state(experiment))

@@ -15,9 +15,8 @@ from dfs_jax.analysis.report import (
     write_report,
 )
 from dfs_jax.interop import save_weights
-from dfs_jax.training.config import read_config
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
-from dfs_jax.training.experiment import Experiment, build_experiment
+from dfs_jax.training.experiment import Experiment, rebuild_experiment
 from dfs_jax.training.metrics import read_metrics
 
 OVER_TIME_PICTURE = "accuracy_over_time.png"
@@ -53,7 +52,7 @@ def report_run(
     Raises:
       UserError: no run, no such checkpoint or split, a file that cannot be written.
     """
-    experiment = experiment or build_experiment(read_config(workdir))
+    experiment = experiment or rebuild_experiment(workdir)
     evaluation = evaluate_run(workdir, experiment, split=split, checkpoint=checkpoint)
     report = report_evaluation(evaluation)
     name = "report.json" if split == "test" else f"report_{split}.json"

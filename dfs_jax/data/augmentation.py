@@ -175,7 +175,7 @@ class Cutout:
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Returns `(images / 255 - mean) / std` as float32.
+    """Returns `(images / 255 - mean) / std` as float32 (as float64 where that is JAX's default).
 
     Args:
       images: uint8 `[..., channels]`.
@@ -183,9 +183,9 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
       std: likewise.
     """
     # One multiplication and one subtraction a value.
-    scale = 1 / (255 * jnp.asarray(std, jnp.float32))
-    shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
-    return images.astype(jnp.float32) * scale - shift
+    scale = 1 / (255 * jnp.asarray(std, float))
+    shift = jnp.asarray(mean, float) / jnp.asarray(std, float)
+    return images.astype(float) * scale - shift
 
 
 def check_level(option: str, value: int | str | Sequence[int]) -> None:

@@ -15,7 +15,8 @@ from dfs_jax.training.optimizer import check_optimizer
 from dfs_jax.types import Config, UserError
 
 FILE = "config.json"
-# What may differ between a run and its continuation: where things lie, what is shown or measured.
+# What may differ between a run and its continuation: where things lie, what is shown or measured,
+# on which devices it runs and what they keep.
 MAY_CHANGE = (
     "data.data_dir",
     "data.num_workers",
@@ -25,6 +26,10 @@ MAY_CHANGE = (
     "checkpoint_every_steps",
     "conflict_every_steps",
     "conflict_examples",
+    "remat",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 

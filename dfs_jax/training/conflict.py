@@ -18,9 +18,9 @@ from dfs_jax.combiners.conflict import (
 )
 from dfs_jax.data import Split
 from dfs_jax.data.augmentation import normalise
-from dfs_jax.training.experiment import Experiment, abstract_state
+from dfs_jax.training.experiment import Experiment, abstract_state, variable_shardings
 from dfs_jax.training.sharding import (
-    DATA_AXIS,
+    batch_parts,
     batch_sharded,
     jit_for_mesh,
     put_batch,
@@ -119,7 +119,7 @@ def rows_by_prefix(names: Sequence[str], *, depth: int | None) -> dict[str, list
 
 def _first_examples(experiment: Experiment, examples: int) -> Split:
     split = getattr(experiment.dataset, experiment.score_split)
-    devices = experiment.mesh.shape[DATA_AXIS]
+    devices = batch_parts(experiment.mesh)
     count = min(examples, split.num_examples) // devices * devices
     if count < 1:
         raise UserError(
@@ -138,4 +138,5 @@ def _compiled(experiment: Experiment):
         return measure_gram(e.model, e.fork, e.loss, variables, images, labels)
 
     whole, split = replicated(e.mesh), batch_sharded(e.mesh)
-    return jit_for_mesh(measure, e.mesh, in_shardings=(whole, split, split), out_shardings=whole)
+    where = variable_shardings(e) or whole
+    return jit_for_mesh(measure, e.mesh, in_shardings=(where, split, split), out_shardings=whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +20,25 @@ from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
 from dfs_jax.training.combiner_config import check_combiner, combiner_from_config
-from dfs_jax.training.config import options
+from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
-from dfs_jax.training.sharding import check_batch_size, create_mesh, replicated
+from dfs_jax.training.sharding import (
+    check_batch_size,
+    create_mesh,
+    jit_for_mesh,
+    on_mesh,
+    replicated,
+)
 from dfs_jax.training.state import TrainState, create_state
+from dfs_jax.training.state_sharding import check_split, is_split, tree_shardings
 from dfs_jax.training.step import TrainStep, make_eval_step, make_train_step
-from dfs_jax.types import Config, UserError
+from dfs_jax.types import Config, UserError, check_whole
 
 # One key a purpose, so that changing what one of them draws leaves the others alone.
 _INIT, _TRAIN = 0, 1
+# `compute_dtype` and the model's `dtype`: None follows the parameters, which are float32.
+_DTYPES = {None: None, "float32": None, "bfloat16": "bfloat16"}
 
 
 class Experiment(NamedTuple):
@@ -57,30 +67,35 @@ class Experiment(NamedTuple):
         return "train" if self.dataset.validation is None else "validation"
 
 
-def build_experiment(config: Config, dataset: Dataset | None = None) -> Experiment:
+def build_experiment(
+    config: Config, dataset: Dataset | None = None, *, mesh: Mesh | None = None
+) -> Experiment:
     """Builds every part that `config` names; what can fail without the data set fails first.
 
     Args:
       config: of a run.
       dataset: to use instead of the one that the config names.
+      mesh: to use instead of the one that the config names, for what does not train.
 
     Raises:
       UserError: an unknown name, an option that its component lacks, a value out of range, a
-        missing data set, a batch that the devices cannot divide or that the data cannot fill.
+        missing data set, a mesh that the devices cannot make, a batch that they cannot divide or
+        that the data cannot fill.
     """
-    mesh = create_mesh()
-    check_batch_size(config.batch_size, mesh)
+    if mesh is None:
+        mesh = create_mesh(config.get("mesh"))
+        check_batch_size(config.batch_size, mesh, accumulate_steps(config))
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
     combiner = combiner_from_config(config.combiner)
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
-    model_from_config(config.model, loss, num_classes=2)
+    _configured(model_from_config(config.model, loss, num_classes=2), config)
     dataset = dataset or dataset_from_config(config.data)
     augment = augmentation_from_config(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
-    model = model_for_mesh(model, mesh)
-    _check_shapes(model, fork, loss, dataset)
+    model = model_for_mesh(_configured(model, config), mesh)
+    _check_shapes(model, fork, loss, dataset, mesh)
     check_combiner(combiner, model, dataset.image_shape)
     sampler = TrainSampler(dataset.train.num_examples, config.batch_size, config.seed)
     schedule = create_schedule(
@@ -92,27 +107,80 @@ def build_experiment(config: Config, dataset: Dataset | None = None) -> Experime
     )
 
 
+def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experiment:
+    """Builds what the run in `workdir` was made of, to evaluate it on the devices at hand.
+
+    Where they cannot make the mesh that it was trained on, all of them divide the batch.
+
+    Args:
+      workdir: the run's directory.
+      data_dir: where the data lies now, if it has moved.
+
+    Raises:
+      UserError: there is no run, or as `build_experiment`.
+    """
+    config = read_config(workdir)
+    if data_dir is not None:
+        config.data.data_dir = data_dir
+    try:
+        mesh = create_mesh(config.get("mesh"))
+    except UserError:
+        mesh = create_mesh()
+    return build_experiment(config, mesh=mesh)
+
+
 def initial_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, on the devices; `init_from` fills its trunk."""
-    config, model = experiment.config, experiment.model
-    variables = init_variables(model, _key(config.seed, _INIT), experiment.dataset.image_shape)
-    if config.init_from is not None:
-        variables = load_trunk(Path(config.init_from), model, variables)
-    return jax.device_put(_as_state(experiment, variables), replicated(experiment.mesh))
+    """Returns the state before the first step, on the devices; `init_from` fills its trunk.
+
+    Arrays that are split over devices are made there, and are never whole on one.
+    """
+    e, shape = experiment, experiment.dataset.image_shape
+    create = functools.partial(init_variables, e.model, image_shape=shape)
+    finish = functools.partial(_as_state, e)
+    where = state_shardings(e)
+    if where is not None:
+        variables = {"params": where.params, "batch_stats": where.batch_stats}
+        create = jit_for_mesh(create, e.mesh, out_shardings=variables)
+        finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
+    variables = create(_key(e.config.seed, _INIT))
+    if e.config.init_from is not None:
+        variables = load_trunk(Path(e.config.init_from), e.model, variables)
+    return jax.device_put(finish(variables), replicated(e.mesh) if where is None else where)
 
 
 def abstract_state(experiment: Experiment) -> Any:
     """Returns the state's shapes, types and shardings, without computing anything."""
+    e = experiment
 
     def build() -> TrainState:
-        key, shape = jax.random.key(0), experiment.dataset.image_shape
-        return _as_state(experiment, init_variables(experiment.model, key, shape))
+        key, shape = jax.random.key(0), e.dataset.image_shape
+        return _as_state(e, init_variables(e.model, key, shape))
 
-    sharding = replicated(experiment.mesh)
+    shapes = jax.eval_shape(build)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(build),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        tree_shardings(shapes, e.mesh, e.model.tensor_axes),
     )
+
+
+def state_shardings(experiment: Experiment) -> Any:
+    """Returns where the state's arrays lie; None where all are whole on every device."""
+    if not is_split(experiment.mesh):
+        return None
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
+
+
+def variable_shardings(experiment: Experiment) -> Any:
+    """Returns where `{"params": ..., "batch_stats": ...}` lie; None as in `state_shardings`."""
+    where = state_shardings(experiment)
+    return None if where is None else {"params": where.params, "batch_stats": where.batch_stats}
+
+
+def accumulate_steps(config: Config) -> int:
+    """Returns in how many micro batches a step's batch is taken."""
+    steps = config.get("accumulate_steps")
+    return 1 if steps is None else steps
 
 
 def training_step(experiment: Experiment) -> TrainStep:
@@ -130,13 +198,22 @@ def training_step(experiment: Experiment) -> TrainStep:
         ema_decay=e.config.optimizer.ema_decay,
         combiner=e.combiner,
         exits=e.config.combiner.exits,
+        accumulate_steps=accumulate_steps(e.config),
+        state_shardings=state_shardings(e),
     )
 
 
 def evaluation_step(experiment: Experiment):
     """Returns the compiled evaluation step of an experiment."""
     e = experiment
-    return make_eval_step(e.model, e.fork, mean=e.dataset.mean, std=e.dataset.std, mesh=e.mesh)
+    return make_eval_step(
+        e.model,
+        e.fork,
+        mean=e.dataset.mean,
+        std=e.dataset.std,
+        mesh=e.mesh,
+        variable_shardings=variable_shardings(e),
+    )
 
 
 def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:
@@ -157,16 +234,52 @@ def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:
     return model if alone else model.clone(cpu_kernels=False)
 
 
-def _check_shapes(model: MultiExitModel, fork: Fork, loss: Loss, dataset: Dataset) -> None:
+def _configured(model: MultiExitModel, config: Config) -> MultiExitModel:
+    """Returns the model with what the config says of its layers, but not of its shape.
+
+    Raises:
+      UserError: the model lacks what is asked for, or the batch cannot be divided into the groups.
+    """
+    dtype, groups = config.get("compute_dtype"), config.get("batch_norm_groups")
+    if dtype not in _DTYPES:
+        raise UserError(
+            f"compute_dtype must be float32 or bfloat16, got {dtype!r} (parameters, statistics and "
+            f"losses are float32 either way)"
+        )
+    if groups is not None:
+        check_whole("batch_norm_groups", groups)
+        micro = config.batch_size // accumulate_steps(config)
+        if micro % groups:
+            raise UserError(
+                f"batch_norm_groups={groups} cannot divide a batch of {micro}: choose a divisor"
+            )
+    asked = {
+        "compute_dtype": ("dtype", _DTYPES[dtype]),
+        "batch_norm_groups": ("batch_norm_groups", groups),
+        "remat": ("remat", config.get("remat")),
+    }
+    for field, (attribute, value) in asked.items():
+        if value is not None and not hasattr(model, attribute):
+            raise UserError(
+                f"{field}={value} needs a model with the attribute {attribute!r}, which "
+                f"{type(model).__name__} lacks: leave {field} unset"
+            )
+    return model.clone(**{name: value for name, value in asked.values() if value is not None})
+
+
+def _check_shapes(
+    model: MultiExitModel, fork: Fork, loss: Loss, dataset: Dataset, mesh: Mesh
+) -> None:
     """Traces one small pass, so that options that do not fit the model are named at once."""
 
     def trace(key: jax.Array):
         images = jax.numpy.zeros((2, *dataset.image_shape))
-        outputs, _ = model.init_with_output({"params": key}, images, fork)
-        return loss(outputs, jax.numpy.zeros(2, int))
+        outputs, variables = model.init_with_output({"params": key}, images, fork)
+        return loss(outputs, jax.numpy.zeros(2, int)), variables["params"]
 
     try:
-        jax.eval_shape(trace, jax.random.key(0))
+        _, params = jax.eval_shape(on_mesh(trace, mesh), jax.random.key(0))
+        check_split(params, mesh, model)
     except UserError:
         raise
     except ValueError as error:

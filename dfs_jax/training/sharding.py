@@ -1,45 +1,122 @@
-"""Where arrays live: a data-parallel mesh over the local devices."""
+"""The mesh of devices, how a batch lies on it, and programs that are compiled for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dfs_jax.cpu_kernels import compiler_options
-from dfs_jax.types import PyTree, UserError
+from dfs_jax.models.contract import TENSOR_AXIS
+from dfs_jax.types import PyTree, UserError, check_whole
 
 DATA_AXIS = "data"
+FSDP_AXIS = "fsdp"
+AXES = (DATA_AXIS, FSDP_AXIS, TENSOR_AXIS)
+# Devices along these get examples of their own.
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
+THE_REST = -1
+_DEFAULTS = {DATA_AXIS: THE_REST, FSDP_AXIS: 1, TENSOR_AXIS: 1}
 
 
-def create_mesh() -> Mesh:
-    """Returns a mesh of all local devices along the data axis."""
-    devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), (AxisType.Auto,), devices=devices)
+def create_mesh(section: Mapping[str, Any] | None = None) -> Mesh:
+    """Returns the mesh over all devices of all processes.
+
+    Args:
+      section: a config's `mesh`: how many devices along each axis, see `mesh_sizes`; None for all
+        of them along the data axis.
+
+    Raises:
+      UserError: the sizes do not fit the devices.
+    """
+    devices = jax.devices()
+    sizes = mesh_sizes(section or {}, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(section: Mapping[str, Any], device_count: int) -> dict[str, int]:
+    """Returns how many devices lie along each axis.
+
+    Args:
+      section: of each axis, a whole number, or -1 or None for the devices that the others leave; by
+        default "data" takes all of them.
+      device_count: how many devices there are.
+
+    Raises:
+      UserError: a size below 1, two axes that take the rest, or a product other than the devices.
+
+    Example:
+      >>> mesh_sizes({"fsdp": 2}, device_count=8)
+      {'data': 4, 'fsdp': 2, 'tensor': 1}
+    """
+    sizes = {axis: section.get(axis, default) for axis, default in _DEFAULTS.items()}
+    rest = [axis for axis, size in sizes.items() if size in (None, THE_REST)]
+    for axis in sizes.keys() - rest:
+        check_whole(f"mesh.{axis}", sizes[axis])
+    known = math.prod(sizes[axis] for axis in sizes.keys() - rest)
+    if len(rest) > 1:
+        both = " and ".join(f"mesh.{axis}" for axis in rest)
+        raise UserError(f"{both} cannot all take the rest of the devices: give all but one a size")
+    if device_count % known or (not rest and known != device_count):
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if axis not in rest)
+        raise UserError(
+            f"the mesh {asked} does not fit {device_count} device(s): choose sizes whose product "
+            f"is {device_count}, or -1 for one of them"
+        )
+    return {axis: device_count // known if axis in rest else sizes[axis] for axis in AXES}
 
 
 def jit_for_mesh(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
-    """Returns `jax.jit(function, **options)`, compiled as suits the kind of the mesh's devices."""
+    """Returns `jax.jit(function, **options)`, compiled as suits the mesh and its devices' kind."""
     platform = mesh.devices.flat[0].platform
+    function = on_mesh(function, mesh)
     return jax.jit(function, compiler_options=compiler_options(platform), **options)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets the same number of examples."""
-    devices = mesh.shape[DATA_AXIS]
-    if batch_size < 1 or batch_size % devices:
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Returns the function, which finds the mesh around it where layers are split over devices."""
+    if mesh.shape.get(TENSOR_AXIS, 1) == 1:
+        return function
+
+    @functools.wraps(function)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return within
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Returns over how many devices a batch is divided."""
+    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
+    """Raises UserError unless every device gets the same number of examples at a time.
+
+    Args:
+      batch_size: of a training step.
+      mesh: of the devices.
+      accumulate_steps: micro batches that a step's batch is divided into first.
+    """
+    check_whole("accumulate_steps", accumulate_steps)
+    parts = batch_parts(mesh)
+    if batch_size < 1 or batch_size % (parts * accumulate_steps):
+        micro = f" in {accumulate_steps} micro batches" if accumulate_steps > 1 else ""
         raise UserError(
-            f"batch_size {batch_size} cannot be divided over {devices} device(s): "
-            f"choose a positive multiple of {devices}"
+            f"batch_size {batch_size} cannot be divided over {parts} device(s){micro}: "
+            f"choose a positive multiple of {parts * accumulate_steps}"
         )
 
 
 def round_up_to_devices(batch_size: int, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the device count that is at least `batch_size`."""
-    devices = mesh.shape[DATA_AXIS]
-    return -(-batch_size // devices) * devices
+    """Returns the smallest multiple of the batch's parts that is at least `batch_size`."""
+    parts = batch_parts(mesh)
+    return -(-batch_size // parts) * parts
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -47,11 +124,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the data axis of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+def batch_sharded(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """One axis, the first unless told, split over the devices that get examples of their own."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _batch_axes(mesh)))
 
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Copies host arrays `[batch, ...]` to the devices, each its own part."""
     return jax.device_put(batch, batch_sharded(mesh))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)

@@ -13,8 +13,7 @@ import numpy as np
 from dfs_jax.data import eval_batches, normalise
 from dfs_jax.inference.stages import Stage, model_stages, recorded_logits
 from dfs_jax.training.checkpoint import Checkpoints
-from dfs_jax.training.config import read_config
-from dfs_jax.training.experiment import Experiment, abstract_state, build_experiment
+from dfs_jax.training.experiment import Experiment, abstract_state, rebuild_experiment
 from dfs_jax.types import UserError
 
 _BATCH = 250
@@ -95,10 +94,7 @@ def load_staged(
     Raises:
       UserError: no run, no such checkpoint, no data.
     """
-    config = read_config(workdir)
-    if data_dir is not None:
-        config.data.data_dir = data_dir
-    experiment = build_experiment(config)
+    experiment = rebuild_experiment(workdir, data_dir=data_dir)
     state, step = Checkpoints(workdir, read_only=True).restore(
         checkpoint, abstract_state(experiment)
     )

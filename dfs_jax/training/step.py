@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,14 +12,21 @@ import optax
 from jax.sharding import Mesh
 
 from dfs_jax.combiners import Combiner
-from dfs_jax.combiners.exit_gradients import exit_gradients
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel, split_trunk_and_heads
+from dfs_jax.training.passes import (
+    TrunkAndHeads,
+    accumulated,
+    prepared,
+    single_exit_passes,
+    summed_passes,
+)
 from dfs_jax.training.sharding import batch_sharded, jit_for_mesh, replicated
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
+from dfs_jax.training.state_sharding import constrain
 from dfs_jax.types import PyTree
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], TrainState]
@@ -28,7 +36,7 @@ class StepGradients(NamedTuple):
     """What the passes forward and backward of one step give.
 
     Attributes:
-      loss: summed over the exits.
+      loss: summed over the exits; the mean over micro batches.
       logits: `[exits, batch, classes]`.
       grads: shaped as the parameters.
       batch_stats: the running statistics after the step.
@@ -58,6 +66,8 @@ def make_train_step(
     ema_decay: float | None = None,
     combiner: Combiner | None = None,
     exits: str | None = None,
+    accumulate_steps: int = 1,
+    state_shardings: PyTree = None,
 ) -> TrainStep:
     """Returns `step(state, images, labels) -> state`, compiled over the mesh, its state donated.
 
@@ -67,19 +77,29 @@ def make_train_step(
       ema_decay: weight of the old average; None keeps none.
       combiner: of the exits' gradients; None adds them up.
       exits: how single exits' gradients are computed, see `exit_gradients`.
+      accumulate_steps: micro batches that the batch passes in, see `accumulated`.
+      state_shardings: where the state's arrays lie; None: whole on every device.
 
     Returns:
       A function of the state, uint8 images and whole-number labels, both split over the mesh's
-      data axis. Nothing it returns needs to be waited for: sums and the first bad step stay in the
+      batch axes. Nothing it returns needs to be waited for: sums and the first bad step stay in the
       state.
     """
-
-    gradients = make_gradient_fn(model, fork, loss, combiner, exits)
+    prepare = _preparation(model, mean, std)
+    gradients = make_gradient_fn(
+        model,
+        fork,
+        loss,
+        combiner,
+        exits,
+        accumulate_steps=accumulate_steps,
+        prepare=prepare,
+        mesh=mesh,
+    )
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         augment_key, dropout_key = step_keys(state)
-        images = normalise(augment(images, augment_key), mean, std)
-        found = gradients(state, images, labels, dropout_key)
+        found = gradients(state, augment(images, augment_key), labels, dropout_key)
         updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         trained = {"params": params, "batch_stats": found.batch_stats}
@@ -94,12 +114,13 @@ def make_train_step(
             first_bad_step=_first_bad_step(state, found.loss, updates),
         )
 
-    whole, split = replicated(mesh), batch_sharded(mesh)
+    split = batch_sharded(mesh)
+    where = replicated(mesh) if state_shardings is None else state_shardings
     return jit_for_mesh(
         train_step,
         mesh,
-        in_shardings=(whole, split, split),
-        out_shardings=whole,
+        in_shardings=(where, split, split),
+        out_shardings=where,
         donate_argnums=0,
     )
 
@@ -110,44 +131,50 @@ def make_gradient_fn(
     loss: Loss,
     combiner: Combiner | None = None,
     exits: str | None = None,
+    *,
+    accumulate_steps: int = 1,
+    prepare: Callable[[jax.Array], jax.Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> GradientFn:
     """Returns `gradients(state, images, labels, dropout_key) -> StepGradients`.
 
     A plain sum of the exits' gradients is one ordinary backward pass. Other combiners get the
-    gradient of each exit for the trunk; heads keep that of the summed losses.
+    gradient of each exit for the trunk, averaged over the micro batches; heads keep that of the
+    summed losses.
+
+    Args:
+      model: the backbone, with its `fork`, `loss`, `combiner` and `exits` as in `make_train_step`.
+      accumulate_steps: micro batches that the batch passes in, see `accumulated`.
+      prepare: applied to the images of a micro batch first, such as their normalisation.
+      mesh: of the devices that gradients are split over; None where they are not.
     """
     if combiner is None or getattr(combiner, "is_plain_sum", False):
-        return _summed(model, fork, loss)
+        passes, combine = summed_passes(model, fork, loss, mesh), _keep
+    else:
+        passes = single_exit_passes(model, fork, loss, exits, mesh)
+        combine = functools.partial(_combine, combiner)
+    run = accumulated(prepared(passes, prepare), accumulate_steps, mesh)
 
-    def combined(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+    def gradients(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        found = exit_gradients(model, fork, loss, variables, images, labels, key=key, exits=exits)
-        params, _ = split_trunk_and_heads(state.params)
-        trunk, combiner_state = combiner.update(
-            found.trunk, state.combiner_state, params, key=combiner_key(state)
-        )
-        grads = {**trunk, **found.heads}
-        total = jnp.sum(found.losses)
-        return StepGradients(total, found.logits, grads, found.batch_stats, combiner_state)
+        found = run(variables, images, labels, key)
+        grads, combiner_state = combine(found.grads, state)
+        grads = constrain(grads, mesh, model)
+        return StepGradients(found.loss, found.logits, grads, found.batch_stats, combiner_state)
 
-    return combined
+    return gradients
 
 
-def _summed(model: MultiExitModel, fork: Fork, loss: Loss) -> GradientFn:
-    def loss_fn(params: PyTree, state: TrainState, images, labels, key):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        outputs, updated = model.apply(
-            variables, images, fork, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-        )
-        total = jnp.sum(loss(outputs, labels))
-        return total, (outputs.logits, updated.get("batch_stats", {}))
+def _keep(grads: PyTree, state: TrainState) -> tuple[PyTree, PyTree]:
+    return grads, state.combiner_state
 
-    def summed(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
-        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-        (total, (logits, stats)), grads = differentiate(state.params, state, images, labels, key)
-        return StepGradients(total, logits, grads, stats, state.combiner_state)
 
-    return summed
+def _combine(combiner: Combiner, grads: TrunkAndHeads, state: TrainState) -> tuple[PyTree, PyTree]:
+    params, _ = split_trunk_and_heads(state.params)
+    trunk, combiner_state = combiner.update(
+        grads.trunk, state.combiner_state, params, key=combiner_key(state)
+    )
+    return {**trunk, **grads.heads}, combiner_state
 
 
 def make_eval_step(
@@ -157,15 +184,31 @@ def make_eval_step(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     mesh: Mesh,
+    variable_shardings: PyTree = None,
 ) -> Callable[[dict[str, Any], jax.Array, jax.Array], ExitPredictions]:
-    """Returns `step(variables, images, labels)`: every exit's answers, compiled over the mesh."""
+    """Returns `step(variables, images, labels)`: every exit's answers, compiled over the mesh.
+
+    Args:
+      mean: of each channel, in 0..1, for normalisation; `std` likewise.
+      variable_shardings: where the variables lie; None: whole on every device.
+    """
+    prepare = _preparation(model, mean, std)
 
     def eval_step(variables: dict[str, Any], images: jax.Array, labels: jax.Array):
-        outputs: Any = model.apply(variables, normalise(images, mean, std), fork, train=False)
+        outputs: Any = model.apply(variables, prepare(images), fork, train=False)
         return exit_predictions(outputs.logits, labels)
 
     whole, split = replicated(mesh), batch_sharded(mesh)
-    return jit_for_mesh(eval_step, mesh, in_shardings=(whole, split, split), out_shardings=whole)
+    where = whole if variable_shardings is None else variable_shardings
+    return jit_for_mesh(eval_step, mesh, in_shardings=(where, split, split), out_shardings=whole)
+
+
+def _preparation(
+    model: MultiExitModel, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns what makes uint8 images the model's input, in the type that it computes in."""
+    dtype = getattr(model, "dtype", None) or float
+    return lambda images: normalise(images, mean, std).astype(dtype)
 
 
 def step_keys(state: TrainState) -> tuple[jax.Array, jax.Array]:

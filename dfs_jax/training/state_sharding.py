@@ -1,0 +1,110 @@
+"""How parameters, and all that is shaped like them, lie on the mesh: one rule by path and shape.
+
+    tensor   the axis that the model names for the parameter (`tensor_axes`)
+    fsdp     of what is left, the largest axis that can be divided evenly, of large arrays alone
+
+Optimizer and combiner states, averaged weights and gradients hold arrays of the parameters' names
+and shapes, so that the same rule puts theirs beside them. All else is whole on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dfs_jax.models.contract import TENSOR_AXIS, MultiExitModel
+from dfs_jax.training.sharding import FSDP_AXIS
+from dfs_jax.types import PyTree, UserError
+
+# Elements. Gathering smaller arrays takes longer to begin than to do, and saves next to nothing.
+LEAST_SPLIT = 2**12
+
+
+def is_split(mesh: Mesh) -> bool:
+    """Whether some arrays are not whole on every device."""
+    return mesh.shape.get(FSDP_AXIS, 1) > 1 or mesh.shape.get(TENSOR_AXIS, 1) > 1
+
+
+def tree_shardings(
+    tree: PyTree, mesh: Mesh, tensor_axes: Mapping[str, int], *, leading: int = 0
+) -> PyTree:
+    """Returns the shardings of a tree of parameters, or of anything that holds such trees.
+
+    Args:
+      tree: of arrays or their shapes.
+      mesh: of the devices.
+      tensor_axes: see `MultiExitModel.tensor_axes`.
+      leading: axes before those of the parameters, which are never split: 1 for gradients by exit.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, tensor_axes, leading))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def constrain(
+    tree: PyTree, mesh: Mesh | None, model: MultiExitModel, *, leading: int = 0
+) -> PyTree:
+    """Returns the tree, to be computed where its shardings say; for the inside of a jitted step."""
+    if mesh is None or not is_split(mesh):
+        return tree
+    shardings = tree_shardings(tree, mesh, model.tensor_axes, leading=leading)
+    return lax.with_sharding_constraint(tree, shardings)
+
+
+def check_split(params: PyTree, mesh: Mesh, model: MultiExitModel) -> None:
+    """Raises UserError where an axis of the mesh would split nothing of the model.
+
+    Args:
+      params: of the model, or their shapes.
+      mesh: of the devices.
+      model: which names what can be split along `tensor`.
+    """
+    parts = mesh.shape.get(TENSOR_AXIS, 1)
+    if parts > 1 and not model.tensor_axes:
+        raise UserError(
+            f"mesh.tensor={parts} is for models that say how their layers are split, as ViT does, "
+            f"not for {type(model).__name__}: use mesh.fsdp"
+        )
+    shardings = tree_shardings(params, mesh, model.tensor_axes)
+    used = {axis for sharding in jax.tree.leaves(shardings) for axis in sharding.spec}
+    for axis in (FSDP_AXIS, TENSOR_AXIS):
+        if mesh.shape.get(axis, 1) > 1 and axis not in used:
+            raise UserError(
+                f"mesh.{axis}={mesh.shape[axis]} splits nothing: no parameter of "
+                f"{type(model).__name__} is large enough and divisible by it: use mesh.data"
+            )
+
+
+def _spec(
+    name: str, shape: tuple[int, ...], mesh: Mesh, tensor_axes: Mapping[str, int], leading: int
+) -> PartitionSpec:
+    axes: list[str | None] = [None] * len(shape)
+    _split_tensor(axes, name, shape, mesh.shape.get(TENSOR_AXIS, 1), tensor_axes)
+    parts = mesh.shape.get(FSDP_AXIS, 1)
+    if parts > 1 and math.prod(shape[leading:]) >= LEAST_SPLIT:
+        free = [i for i in range(leading, len(shape)) if axes[i] is None and shape[i] % parts == 0]
+        if free:
+            axes[max(free, key=lambda i: (shape[i], i))] = FSDP_AXIS
+    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def _split_tensor(
+    axes: list[str | None],
+    name: str,
+    shape: tuple[int, ...],
+    parts: int,
+    tensor_axes: Mapping[str, int],
+) -> None:
+    if parts == 1:
+        return
+    for end, axis in tensor_axes.items():
+        if f"/{name}".endswith(f"/{end}") and len(shape) >= -axis and shape[axis] % parts == 0:
+            axes[axis] = TENSOR_AXIS
