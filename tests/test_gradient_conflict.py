@@ -110,7 +110,7 @@ def slow_cosine(grads, name, i, j):
         ("vgg7", "plain", "byot"),
         ("vgg7", "dfs", "deep_supervision"),
         pytest.param("msdnet", "plain", "deep_supervision", marks=pytest.mark.slow),
-        ("msdnet", "dfs", "deep_supervision"),
+        pytest.param("msdnet", "dfs", "deep_supervision", marks=pytest.mark.slow),
     ],
 )
 def test_cosines_are_those_of_each_exits_own_gradient(name, fork, loss):
@@ -303,7 +303,7 @@ def test_tensorboard_has_the_same_numbers(run):
 
 
 # 4: measured, not saved; 7: within an epoch; 8: measured and saved.
-@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.parametrize("step", [4, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_metrics(run, tmp_path, monkeypatch, step):
     class Killed(BaseException):
         pass

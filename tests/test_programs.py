@@ -125,6 +125,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(finished, tmp_path):
     assert (tmp_path / "report.json").read_bytes() == (reference / "report.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_devices_equal_one(tmp_path):
     """Data-parallel training: the same metrics but for rounding, batch statistics included."""
     lines = []

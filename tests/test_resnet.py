@@ -89,7 +89,13 @@ def test_parameters_of_each_exit_by_hand(name, width, classes):
     assert np.cumsum(counts).tolist() == params_by_hand(MODEL_ROWS[name], width, classes)
 
 
-@pytest.mark.parametrize("name", MODEL_ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("resnet101", "resnet152")))
+        for name in MODEL_ROWS
+    ],
+)
 def test_trunk_and_last_classifier_are_the_imagenet_network(name):
     row = MODEL_ROWS[name]
     model = create_model(name, num_classes=1000, stem="imagenet")
