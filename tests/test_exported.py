@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from PIL import Image
 
 from dfs_jax.inference import load_exported
@@ -24,7 +26,31 @@ EXAMPLE = jax.ShapeDtypeStruct((8, 8, 3), np.uint8)
 
 
 def tiny_stages():
-    """Two exits whose carry is two arrays: MSDNet's scales."""
+    """Two exits whose carry is two arrays, with weights in dictionaries."""
+    draw = np.random.default_rng(1)
+    names = {1: ("kernel", "small", "head"), 2: ("both", "head")}
+    shapes = {"kernel": (3, 5), "small": (5, 2), "both": (7, 7), "head": (7, 3)}
+    weights = [
+        {f"block{i}": {name: draw.standard_normal(shapes[name], np.float32) for name in some}}
+        for i, some in names.items()
+    ]
+
+    def first(weights, images):
+        w = weights["params"]["block1"]
+        x = jnp.tanh((images / 127.5 - 1).mean(1) @ w["kernel"])
+        scales = {"large": x, "small": x.mean(1) @ w["small"]}
+        return scales, jnp.concatenate([x.mean(1), scales["small"]], axis=1) @ w["head"]
+
+    def second(weights, scales):
+        w = weights["params"]["block2"]
+        x = jnp.concatenate([scales["large"].max(1), scales["small"]], axis=1)
+        return None, jnp.tanh(x @ w["both"]) @ w["head"]
+
+    return [Partial(f, {"params": w}) for f, w in zip((first, second), weights, strict=True)]
+
+
+def msdnet_stages():
+    """Stages whose carry is MSDNet's scales."""
     model = MSDNet(
         num_classes=3,
         num_exits=2,
@@ -45,14 +71,21 @@ def stages():
     return tiny_stages()
 
 
+OPTIONS = {"batch_size": 11, "shapes": (1, 11), "fall_back": False}
+
+
 def some_images(n, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def policy(stages):
-    """Half of the images leave at the first exit."""
-    first = EarlyExitPredictor(stages, EXAMPLE, Policy((-1e8,)), batch_size=11)(some_images(11))
+    return half_leaves(stages)
+
+
+def half_leaves(stages):
+    """A policy under which half of the images leave at the first exit."""
+    first = EarlyExitPredictor(stages, EXAMPLE, Policy((-1e8,)), **OPTIONS)(some_images(11))
     threshold = float(np.sort(first.confidence)[5:7].mean())
     return Policy((threshold,), exit_shares=(0.5, 0.5), fitted_on={"data": "noise"})
 
@@ -62,9 +95,6 @@ def directory(tmp_path_factory, stages, policy):
     path = tmp_path_factory.mktemp("exported")
     export_network(path, stages, EXAMPLE, labels=LABELS, policy=policy, about={"model": "msdnet"})
     return path
-
-
-OPTIONS = {"batch_size": 11, "shapes": (1, 11), "fall_back": False}
 
 
 @pytest.mark.parametrize("n", [1, 11])
@@ -82,6 +112,18 @@ def test_the_export_is_the_network(directory, stages, policy, n):
     np.testing.assert_allclose(got.probabilities, expected.probabilities, atol=1e-6)
     if n > 1:
         assert set(got.exit_index) == {0, 1}
+
+
+@pytest.mark.slow
+def test_a_network_with_scales_is_exported(tmp_path):
+    stages = msdnet_stages()
+    policy = half_leaves(stages)
+    export_network(tmp_path, stages, EXAMPLE, labels=LABELS, policy=policy)
+    got = load_exported(tmp_path).predictor(**OPTIONS)(some_images(11))
+    expected = EarlyExitPredictor(stages, EXAMPLE, policy, **OPTIONS)(some_images(11))
+    np.testing.assert_array_equal(got.exit_index, expected.exit_index)
+    np.testing.assert_allclose(got.probabilities, expected.probabilities, atol=1e-6)
+    assert set(got.exit_index) == {0, 1}
 
 
 def test_it_is_for_every_platform_and_any_batch(directory):

@@ -239,7 +239,7 @@ def test_warming_up_measures_and_compiles_everything():
         predictor(images(n))
         list(predictor.stream([images(n)]))
     assert not compiled
-    make_predictor(POLICIES["margin"]).warm_up()
+    EarlyExitPredictor(STAGES, EXAMPLE, batch_size=1).warm_up()
     assert compiled
     assert predictor.warm_up() is times
 
@@ -256,7 +256,7 @@ MISTAKES = {
 @pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes(message):
     with pytest.raises(UserError, match=message):
-        make_predictor(**{"policy": None, **MISTAKES[message]})
+        EarlyExitPredictor(STAGES, EXAMPLE, **{"batch_size": 7, **MISTAKES[message]})
 
 
 def test_the_default_shapes():

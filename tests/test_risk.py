@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.inference.fitting import predictions_of
+from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.risk import binomial_p_value, certify
-from dfs_jax.inference.thresholds import OperatingPoint, operating_curve
+from dfs_jax.inference.temperature import fit_temperatures
+from dfs_jax.inference.thresholds import RISKS, OperatingPoint, operating_curve
 from dfs_jax.types import UserError
 
 
@@ -60,6 +63,41 @@ def test_violations_are_at_most_delta(epsilon, delta):
     assert qualified > draws / 2
     # The test can fail: with the empirical risk alone it would.
     assert violations > 0
+
+
+def draw_logits(rng, n):
+    """Logits of three exits, and what the labels are drawn from: exits see it through noise."""
+    truth = 2.5 * rng.standard_normal((n, 4))
+    noise = rng.standard_normal((3, n, 4)) * np.array([2.0, 1.0, 0.3])[:, None, None]
+    chances = np.exp(truth) / np.exp(truth).sum(1, keepdims=True)
+    labels = (chances.cumsum(1) < rng.random((n, 1))).sum(1).clip(max=3)
+    return (truth + noise).astype(np.float32), labels, chances
+
+
+@pytest.mark.parametrize("risk", RISKS)
+def test_violations_on_logits_are_at_most_delta(risk):
+    """From logits to the guarantee, temperatures included; true risks are those of 200,000."""
+    rng = np.random.default_rng(3)
+    draws, n, delta = 1000, 300, 0.1
+    logits, labels, _ = draw_logits(rng, 1000)
+    options = {"measure": "max_softmax", "temperatures": fit_temperatures(logits, labels)}
+    curve = operating_curve(predictions_of(logits, labels, **options), COSTS, risk=risk)
+    logits, labels, chances = draw_logits(rng, 200_000)
+    population, each = predictions_of(logits, labels, **options), np.arange(200_000)
+    right = chances if risk == "error" else np.eye(4)[population.predicted[-1]]
+    risks = {}
+    for point in curve:
+        answers = population.predicted[Policy(point.thresholds).exits(population.confidence), each]
+        risks[point.thresholds] = float(1 - right[each, answers].mean())
+    epsilon = (min(risks.values()) + max(risks.values())) / 2
+    logits, labels, _ = draw_logits(rng, draws * n)
+    calibration = predictions_of(logits, labels, **options)
+    violations = 0
+    for i in range(draws):
+        some = ExitPredictions(*(field[..., i * n : (i + 1) * n] for field in calibration))
+        found = certify(curve, some, epsilon=epsilon, delta=delta, risk=risk)
+        violations += found.point is not None and risks[found.point.thresholds] > epsilon
+    assert 0 < violations <= draws * delta + 3 * math.sqrt(draws * delta * (1 - delta))
 
 
 def points(*thresholds):

@@ -1,11 +1,13 @@
 """The benchmark's measuring: contenders that answer alike, turns, medians, and rows by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
 from dfs_jax.analysis.speed_plots import plot_speed
 from dfs_jax.inference import speed as speed_module
-from dfs_jax.inference.benchmark import Candidate, _row, table
+from dfs_jax.inference.benchmark import Candidate, _row, table, to_json
 from dfs_jax.inference.fitting import PolicyOutcome
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.speed import EarlyExits, Speed, UpToExit, race
@@ -71,6 +73,20 @@ def test_all_take_turns_and_medians_count(monkeypatch):
     assert times == StageTimes(7, (2.0, 5.0), 7.0)
 
 
+def test_one_at_a_time_each_example_has_its_median(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(speed_module, "seconds_of", clock.seconds_of)
+    monkeypatch.setattr(
+        speed_module,
+        "measure_stages",
+        lambda programs, batch, rounds: StageTimes(batch, (1.0, 1.0), 2.0),
+    )
+    contender = Recorder(clock, "a", [1, 5, 9, 6, 2, 50])
+    (speed,), _ = race([contender], make_predictor(POLICY), images(2), batch=1, rounds=3)
+    assert contender.asked == [(1, 1)] * 6
+    assert speed.seconds == pytest.approx((2 + 6) / 2)
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 def test_early_exits_answer_everything(batch):
     predictor = make_predictor(POLICY)
@@ -82,20 +98,35 @@ def test_early_exits_answer_everything(batch):
 
 def candidate(name, exit_index=None):
     result = PolicyOutcome(0.75, 0.1, 4e6, (0.5, 0.25, 0.25))
-    return Candidate(name, POLICY, exit_index, result, (0.25, 0.25, 0.5))
+    return Candidate(name, POLICY, exit_index, result, np.array([0, 2, 1, 2, 0, 0]))
+
+
+def row_of(name, contender, batch=7, exit_index=None):
+    return _row(
+        candidate(name, exit_index),
+        contender,
+        Speed(0.5, 2.0, 3.0),
+        full_seconds=0.7,
+        ideal_seconds=0.45,
+        batch=batch,
+        macs=(1e6, 2e6, 10e6),
+    )
+
+
+def test_shares_are_those_of_the_examples_that_are_timed():
+    assert candidate("2x").shares(4) == (0.25, 0.25, 0.5)
+    assert candidate("2x").shares(6) == (0.5, 1 / 6, 1 / 3)
 
 
 def test_a_row_by_hand():
     predictor = make_predictor(POLICY)
     predictor.counts.close = 3
-    times, macs = StageTimes(7, (0.1, 0.2, 0.4), 0.6), (1e6, 2e6, 10e6)
-    row = _row(candidate("2x"), EarlyExits(predictor), Speed(0.5, 2.0, 3.0), 0.7, times, macs)
-    assert row == {
+    assert row_of("2x", EarlyExits(predictor)) == {
         "batch": 7,
         "policy": "2x",
         "accuracy": 0.75,
         "macs": 4e6,
-        "ideal_speedup": pytest.approx(0.7 / (0.1 + 0.75 * 0.2 + 0.5 * 0.4)),
+        "ideal_speedup": pytest.approx(0.7 / 0.45),
         "ideal_speedup_by_macs": 2.5,
         "speedup": pytest.approx(1.4),
         "p50_ms": 2000.0,
@@ -105,24 +136,29 @@ def test_a_row_by_hand():
         "close": 3,
     }
     predictor.counts.whole = 1
-    row = _row(candidate("2x"), EarlyExits(predictor), Speed(0.5, 2.0, 3.0), 0.7, times, macs)
-    assert row["falls_back"]
+    assert row_of("2x", EarlyExits(predictor))["falls_back"]
 
 
 def some_rows():
     whole = UpToExit(STAGES, EXITS - 1, EXAMPLE)
-    rows = []
-    for batch in (1, 7):
-        times, macs = StageTimes(batch, (0.1, 0.2, 0.4), 0.6), (1e6, 2e6, 10e6)
-        for name, k in (("full", 2), ("exit 1", 0), ("2x", None)):
-            rows.append(_row(candidate(name, k), whole, Speed(0.5, 2, 3), 0.7, times, macs))
-    return rows
+    kinds = (("full", 2), ("exit 1", 0), ("2x", None))
+    return [row_of(name, whole, batch, k) for batch in (1, 7) for name, k in kinds]
+
+
+def test_the_file_says_what_is_agreed():
+    rows = json.loads(to_json(some_rows()))
+    assert len(rows) == 6
+    for row in rows:
+        assert list(row) == [
+            *("batch", "policy", "accuracy", "macs", "ideal_speedup", "ideal_speedup_by_macs"),
+            *("speedup", "p50_ms", "p99_ms"),
+        ]
 
 
 def test_the_table_and_the_picture(tmp_path):
     lines = table(some_rows()[:3]).splitlines()
     assert lines[0] == "batch 1"
-    assert " ".join(lines[-1].split()) == "2x 75.00 % 4.000 2.50 1.56 1.40 2 2000.00 3000.00"
+    assert " ".join(lines[-1].split()) == "2x 75.00 % 4.000 2.50 1.56 1.40 2 2000.00 3000.00 0"
     assert len({len(line) for line in lines[1:]}) == 1
     picture = plot_speed(some_rows(), tmp_path / "speed.png")
     assert picture.read_bytes().startswith(b"\x89PNG")

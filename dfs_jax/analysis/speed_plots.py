@@ -33,20 +33,24 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     FigureCanvasAgg(figure)
     speeds, latencies = figure.subplots(1, 2)
     batches = list(dict.fromkeys(row["batch"] for row in rows))
+    most = max(row["ideal_speedup_by_macs"] for row in rows if not _is_fixed(row))
     for batch, color in zip(batches, _COLORS * len(batches), strict=False):
         some = [row for row in rows if row["batch"] == batch]
         early = sorted(
             (row for row in some if not _is_fixed(row)),
             key=lambda row: row["ideal_speedup_by_macs"],
         )
-        _draw_speeds(speeds, early, [row for row in some if _is_fixed(row)], batch, color)
+        # An exit that saves more than any policy would squeeze them all into a corner.
+        fixed = [r for r in some if _is_fixed(r) and r["ideal_speedup_by_macs"] <= 1.05 * most]
+        _draw_speeds(speeds, early, fixed, batch, color)
         _draw_latencies(latencies, early, batch, color)
-    most = max(row["ideal_speedup_by_macs"] for row in rows if not _is_fixed(row))
     speeds.plot([1, most], [1, most], color="#9aa5b1", linestyle=":", label="ideal by operations")
     speeds.set_xlim(0.9, 1.05 * most)
     speeds.set_ylabel("speed-up over the whole network as one program")
     speeds.set_title("Throughput", loc="left", fontweight="bold")
     latencies.set_yscale("log")
+    latencies.yaxis.set_major_formatter("{x:g}")
+    latencies.yaxis.set_minor_formatter("{x:g}")
     latencies.set_ylabel("ms from a call to an example's answer")
     latencies.set_title("Latency, batches that come alone", loc="left", fontweight="bold")
     for axes in (speeds, latencies):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
 
 
@@ -45,7 +44,7 @@ _max_pool.defvjp(_forward, _backward)
 
 
 def _by_window(x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (2, 2), (2, 2))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def _gradient_by_window(x: jax.Array, dy: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from dfs_jax.cpu_kernels import compiler_options
 from dfs_jax.inference.stages import Stage, as_pytrees
 from dfs_jax.types import PyTree, UserError
 
@@ -80,8 +81,11 @@ class AnytimePredictor:
                 f"got {len(self._temperatures)}"
             )
         self._stages = as_pytrees(stages)
+        options = compiler_options(jax.default_backend())
         self._run = [
-            jax.jit(functools.partial(_anytime_program, ensemble, monotone, k))
+            jax.jit(
+                functools.partial(_anytime_program, ensemble, monotone, k), compiler_options=options
+            )
             for k in range(len(stages))
         ]
 

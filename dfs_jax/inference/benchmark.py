@@ -2,7 +2,7 @@
 
     python -m dfs_jax.inference.benchmark --workdir=DIR --output=FILE.json
 
-A row for each batch size and policy, in a list:
+A row for each batch size and policy, in a list (`KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
     policy                 "full", "exit K", "nobody leaves", "2.5x" (so many times fewer
@@ -12,9 +12,10 @@ A row for each batch size and policy, in a list:
     ideal_speedup_by_macs  were time proportional to operations
     speedup                what was measured: of the stream, or of single calls where batch is 1
     p50_ms, p99_ms         from a call with one batch to when an example's answer is known
-    images_per_second      what was measured, as speedup
-    falls_back             whether the whole network ran instead, being faster
-    close                  decisions within 1e-6 of a threshold, where rounding decides
+
+The table that is printed also says how many images were answered in a second, how many decisions
+lay within 1e-6 of a threshold, where rounding decides, and where the whole network ran instead,
+being faster.
 
 Speeds are against "full": the whole network as one compiled program, with its last head alone.
 "exit K" is such a program up to exit K, for all examples.
@@ -34,16 +35,28 @@ from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.files import write_whole
 from dfs_jax.inference import policy as policies
-from dfs_jax.inference.fitting import PolicyOutcome, fit_policy, outcome
+from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, outcome
 from dfs_jax.inference.policy import Policy, last_exit_only, read_policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
-from dfs_jax.inference.timing import StageTimes
 from dfs_jax.training.staged import StagedRun, load_staged
 from dfs_jax.types import UserError
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-_FEWER = 1024  # examples that are timed one at a time
+# One at a time: fewer examples and more rounds, so that contenders take turns more often than the
+# machine changes its pace.
+_ALONE, _TURNS_ALONE = 128, 5
+KEYS = (
+    "batch",
+    "policy",
+    "accuracy",
+    "macs",
+    "ideal_speedup",
+    "ideal_speedup_by_macs",
+    "speedup",
+    "p50_ms",
+    "p99_ms",
+)
 
 Row = dict[str, Any]
 
@@ -56,14 +69,19 @@ class Candidate(NamedTuple):
       policy: when to stop; for the network up to exit K, that all leave there.
       exit_index: of that exit, 0-based; None for a policy.
       result: on the whole test split.
-      shares: who leaves where, of the examples that are timed.
+      taken: the exits (0-based) of the examples that may be timed, `[n]`.
     """
 
     name: str
     policy: Policy
     exit_index: int | None
     result: PolicyOutcome
-    shares: tuple[float, ...]
+    taken: np.ndarray
+
+    def shares(self, n: int) -> tuple[float, ...]:
+        """Returns which share of the first n examples each exit answers."""
+        counts = np.bincount(self.taken[:n], minlength=self.policy.num_exits)
+        return tuple((counts / n).tolist())
 
 
 def main() -> None:
@@ -89,7 +107,7 @@ def main() -> None:
             some = benchmark(staged, candidates, images, batch=batch, rounds=rounds.value)
             program.say(table(some))
             rows += some
-        write_whole(path, (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode())
+        write_whole(path, to_json(rows).encode())
         from dfs_jax.analysis.speed_plots import plot_speed
 
         program.say(f"wrote {path}\nwrote {plot_speed(rows, path.with_suffix('.png'))}")
@@ -106,7 +124,7 @@ def find_candidates(staged: StagedRun, own: Path, measure: str, timed: int) -> l
       staged: the run.
       own: the run's policy, if it has one.
       measure: the confidence of the others.
-      timed: how many test examples, the first ones, are timed.
+      timed: how many test examples, the first ones, may be timed.
     """
     macs = _macs(staged)
     last = len(macs) - 1
@@ -114,9 +132,8 @@ def find_candidates(staged: StagedRun, own: Path, measure: str, timed: int) -> l
     logits, labels = staged.logits("test")
 
     def candidate(name: str, policy: Policy, exit_index: int | None = None) -> Candidate:
-        some = outcome(policy, logits[:, :timed], labels[:timed], macs)
-        result = outcome(policy, logits, labels, macs)
-        return Candidate(name, policy, exit_index, result, some.exit_shares)
+        taken = exits_taken(policy, logits[:, :timed], labels[:timed])
+        return Candidate(name, policy, exit_index, outcome(policy, logits, labels, macs), taken)
 
     def at_exit(k: int) -> Policy:
         return Policy((*[None] * k, *[policies.EVERYBODY] * (last - k)))
@@ -144,9 +161,10 @@ def benchmark(
     Raises:
       UserError: fewer images than a batch.
     """
+    rounds = rounds * _TURNS_ALONE if batch == 1 else rounds
     if len(images) < batch:
         raise UserError(f"batches of {batch} need as many examples: there are {len(images)}")
-    images = images[: _FEWER if batch == 1 else len(images) - len(images) % batch]
+    images = images[: _ALONE if batch == 1 else len(images) - len(images) % batch]
     contenders = _contenders(staged, candidates, batch)
     predictors = [c.predictor for c in contenders if isinstance(c, EarlyExits)]
     for contender in contenders:
@@ -155,9 +173,23 @@ def benchmark(
     speeds, times = race(contenders, predictors[0], images, batch=batch, rounds=rounds)
     macs = _macs(staged)
     return [
-        _row(candidate, contender, speed, speeds[0].seconds, times, macs)
+        _row(
+            candidate,
+            contender,
+            speed,
+            full_seconds=speeds[0].seconds,
+            ideal_seconds=times.staged(candidate.shares(len(images))),
+            batch=batch,
+            macs=macs,
+        )
         for candidate, contender, speed in zip(candidates, contenders, speeds, strict=True)
     ]
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """Returns the rows as JSON, with `KEYS` alone."""
+    kept = [{key: row[key] for key in KEYS} for row in rows]
+    return json.dumps(kept, indent=2, allow_nan=False) + "\n"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -165,14 +197,14 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         f"batch {rows[0]['batch']}",
         f"{'policy':>13}  {'accuracy':>8}  {'M MACs':>8}  {'by MACs':>7}  {'ideal':>6}  "
-        f"{'real':>6}  {'images/s':>9}  {'p50 ms':>8}  {'p99 ms':>8}",
+        f"{'real':>6}  {'images/s':>9}  {'p50 ms':>8}  {'p99 ms':>8}  {'close':>5}",
     ]
     for row in rows:
         lines.append(
             f"{row['policy']:>13}  {100 * row['accuracy']:>6.2f} %  {row['macs'] / 1e6:>8.3f}  "
             f"{row['ideal_speedup_by_macs']:>7.2f}  {row['ideal_speedup']:>6.2f}  "
             f"{row['speedup']:>6.2f}  {row['images_per_second']:>9,.0f}  {row['p50_ms']:>8.2f}  "
-            f"{row['p99_ms']:>8.2f}{'  fell back' if row['falls_back'] else ''}"
+            f"{row['p99_ms']:>8.2f}  {row['close']:>5}{'  fell back' if row['falls_back'] else ''}"
         )
     return "\n".join(lines)
 
@@ -200,19 +232,21 @@ def _row(
     candidate: Candidate,
     contender: Contender,
     speed: Speed,
+    *,
     full_seconds: float,
-    times: StageTimes,
+    ideal_seconds: float,
+    batch: int,
     macs: Sequence[float],
 ) -> Row:
     early = contender.predictor if isinstance(contender, EarlyExits) else None
     falls_back = early is not None and early.counts.whole > 0
     result = candidate.result
     return {
-        "batch": times.batch,
+        "batch": batch,
         "policy": candidate.name,
         "accuracy": result.accuracy,
         "macs": result.cost,
-        "ideal_speedup": full_seconds / times.staged(candidate.shares),
+        "ideal_speedup": full_seconds / ideal_seconds,
         "ideal_speedup_by_macs": macs[-1] / result.cost,
         "speedup": full_seconds / speed.seconds,
         "p50_ms": 1000 * speed.p50,

@@ -47,7 +47,7 @@ def exit_predictions(
     labels: jax.Array,
     *,
     measure: Measure = max_softmax,
-    temperatures: Sequence[float] | None = None,
+    temperatures: Sequence[float] | jax.Array | None = None,
 ) -> ExitPredictions:
     """Reduces logits to what evaluation needs; pure JAX, made for the inside of a jitted step.
 

@@ -12,7 +12,7 @@ import numpy as np
 from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.risk import Certificate, certify
-from dfs_jax.inference.scores import MEASURES
+from dfs_jax.inference.scores import MEASURES, Measure
 from dfs_jax.inference.temperature import fit_temperatures
 from dfs_jax.inference.thresholds import (
     OperatingPoint,
@@ -144,21 +144,22 @@ def predictions_of(
     logits: np.ndarray, labels: np.ndarray, *, measure: str, temperatures: Sequence[float]
 ) -> ExitPredictions:
     """Returns the exits' answers and confidences on the host (see `exit_predictions`)."""
-    predict = jax.jit(
-        functools.partial(
-            exit_predictions, measure=MEASURES.resolve(measure), temperatures=tuple(temperatures)
-        )
-    )
-    return jax.device_get(predict(logits, labels))
+    scales = np.asarray(temperatures, np.float32)
+    return jax.device_get(_predict(logits, labels, scales, measure=MEASURES.resolve(measure)))
+
+
+@functools.partial(jax.jit, static_argnames="measure")
+def _predict(
+    logits: jax.Array, labels: jax.Array, temperatures: jax.Array, *, measure: Measure
+) -> ExitPredictions:
+    return exit_predictions(logits, labels, measure=measure, temperatures=temperatures)
 
 
 def outcome(
     policy: Policy, logits: np.ndarray, labels: np.ndarray, costs: Sequence[float]
 ) -> PolicyOutcome:
     """Returns what a policy gives on recorded logits `[exits, n, classes]`."""
-    predictions = predictions_of(
-        logits, labels, measure=policy.measure, temperatures=policy.temperatures
-    )
+    predictions = _predictions_for(policy, logits, labels)
     taken = policy.exits(np.asarray(predictions.confidence))
     each = np.arange(len(taken))
     shares = np.bincount(taken, minlength=policy.num_exits) / len(taken)
@@ -168,6 +169,15 @@ def outcome(
         cost=float(shares @ np.asarray(costs)),
         exit_shares=tuple(shares.tolist()),
     )
+
+
+def exits_taken(policy: Policy, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the exits (0-based, `[n]`) that a policy takes on recorded logits."""
+    return policy.exits(np.asarray(_predictions_for(policy, logits, labels).confidence))
+
+
+def _predictions_for(policy: Policy, logits: np.ndarray, labels: np.ndarray) -> ExitPredictions:
+    return predictions_of(logits, labels, measure=policy.measure, temperatures=policy.temperatures)
 
 
 def _guarantee(certificate: Certificate, seed: int) -> dict[str, float]:

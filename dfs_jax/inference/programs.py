@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from dfs_jax.cpu_kernels import compiler_options
 from dfs_jax.inference.scores import Measure, answer
 from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
 from dfs_jax.types import PyTree
@@ -54,12 +55,15 @@ class Programs:
         self._stages = as_pytrees(stages)
         self._temperatures = [jnp.float32(t) for t in temperatures]
         # A function of its own for each stage: their caches stay small, and lookups quick.
-        last = self.num_exits - 1
+        last, options = self.num_exits - 1, compiler_options(jax.default_backend())
         self._run = [
-            jax.jit(functools.partial(_stage_program, measure, i == 0, i == last))
+            jax.jit(
+                functools.partial(_stage_program, measure, i == 0, i == last),
+                compiler_options=options,
+            )
             for i in range(self.num_exits)
         ]
-        self._whole = jax.jit(functools.partial(_whole_program, measure))
+        self._whole = jax.jit(functools.partial(_whole_program, measure), compiler_options=options)
         self.carries = self._trace_carries()
 
     def with_temperatures(self, temperatures: Sequence[float]) -> Programs:

@@ -80,7 +80,7 @@ def certify(
     delta: float,
     risk: str = "error",
 ) -> Certificate:
-    """Returns the cheapest policy of a curve whose risk is at most epsilon, with confidence delta.
+    """Returns the cheapest policy of a curve whose risk is at most epsilon, but for bad luck delta.
 
     Args:
       curve: `operating_curve` of a fitting set, which also gave the temperatures.

@@ -16,7 +16,8 @@ from dfs_jax.inference.scores import max_softmax
 from dfs_jax.inference.stages import Stage
 from dfs_jax.inference.timing import StageTimes, measure_stages
 
-_ROUNDS_ALONE = 31
+_ROUNDS_FULL, _ROUNDS_ALONE = 5, 31  # of the stages' own times, in each round
+_CALLED = 512  # examples, or one full batch, whose latencies are measured in each round
 
 
 class Contender(Protocol):
@@ -74,7 +75,7 @@ class Speed(NamedTuple):
     """What was measured of one contender.
 
     Attributes:
-      seconds: an example, the median over the rounds.
+      seconds: an example, in the median round. One at a time, each example has a median of its own.
       p50: the median over examples of the seconds from a call to the answer, for a batch alone.
       p99: as p50, which 99 of 100 examples do not exceed.
     """
@@ -104,19 +105,25 @@ def race(
     Returns:
       Each contender's speed, and the stages' times in a full batch.
     """
+    parts = list(_batches(images, 1)) if batch == 1 else [images]
     seconds = [[] for _ in contenders]
     latencies = [[] for _ in contenders]
     times = []
     for turn in range(rounds):
         for i in ((turn + n) % len(contenders) for n in range(len(contenders))):
             contender = contenders[i]
-            whole = seconds_of(lambda c=contender: c.go_through(images, batch))
-            seconds[i].append(whole / len(images))
-            latencies[i] += [contender.answer(part) for part in _batches(images, batch)]
-        alone = _ROUNDS_ALONE if batch == 1 else 1
-        times.append(measure_stages(predictor.programs, batch, rounds=alone))
+            seconds[i].append(
+                [seconds_of(lambda c=contender, x=part: c.go_through(x, batch)) for part in parts]
+            )
+            called = images[: max(batch, _CALLED)]
+            latencies[i] += [contender.answer(part) for part in _batches(called, batch)]
+        of_stages = _ROUNDS_ALONE if batch == 1 else _ROUNDS_FULL
+        times.append(measure_stages(predictor.programs, batch, rounds=of_stages))
     speeds = [
-        Speed(statistics.median(s), *np.percentile(np.concatenate(ls), (50, 99)).tolist())
+        Speed(
+            float(np.median(s, axis=0).sum()) / len(images),
+            *np.percentile(np.concatenate(ls), (50, 99)).tolist(),
+        )
         for s, ls in zip(seconds, latencies, strict=True)
     ]
     return speeds, _median(times)

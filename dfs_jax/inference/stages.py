@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from dfs_jax.cpu_kernels import compiler_options
 from dfs_jax.types import PyTree, UserError
 
 if TYPE_CHECKING:
@@ -111,9 +112,17 @@ def recorded_logits(
       batches: images `[batch, height, width, channels]`, all of one size, and masks `[batch]` bool,
         False where an image only fills the batch up.
     """
-    run = jax.jit(lambda stages, x: run_stages(stages, x).astype(jnp.float32))
-    stages = as_pytrees(stages)
+    stages, run = as_pytrees(stages), _recorder(jax.default_backend())
     return np.concatenate([np.asarray(run(stages, x))[:, mask] for x, mask in batches], axis=1)
+
+
+@functools.cache
+def _recorder(platform: str) -> Callable[..., jax.Array]:
+    """Returns one function for all networks, so that what was compiled is found again."""
+    return jax.jit(
+        lambda stages, x: run_stages(stages, x).astype(jnp.float32),
+        compiler_options=compiler_options(platform),
+    )
 
 
 def as_pytrees(stages: Sequence[Stage]) -> tuple[Partial, ...]:

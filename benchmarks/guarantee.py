@@ -1,0 +1,112 @@
+"""Counts how often a guarantee of `dfs_jax.inference.choose` fails, on a run's own test images.
+
+    python -m benchmarks.guarantee --workdir=DIR --epsilon=0.4 --delta=0.1
+
+Temperatures and the curve of policies come from the validation split, once. Each draw then
+calibrates on a small share of the test split; the true risk of the policy that it gives is taken to
+be that on the rest. (With a large share the two would depend on each other: a lucky calibration set
+leaves the unlucky images to the rest.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+from dfs_jax import program
+from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.inference.fitting import predictions_of, split_for_calibration
+from dfs_jax.inference.policy import Policy
+from dfs_jax.inference.risk import certify
+from dfs_jax.inference.temperature import fit_temperatures
+from dfs_jax.inference.thresholds import OperatingPoint, mistakes, operating_curve
+from dfs_jax.training.staged import load_staged
+
+
+class Tally(NamedTuple):
+    """What many draws gave.
+
+    Attributes:
+      draws: how many there were.
+      qualified: how many found a policy that qualifies.
+      violations: how many of those had a larger risk than allowed.
+      cost: the mean over the qualified of the policy's mean cost, as a share of the last exit's.
+    """
+
+    draws: int
+    qualified: int
+    violations: int
+    cost: float
+
+
+def main() -> None:
+    """Runs the program."""
+    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+    epsilon = flags.DEFINE_float("epsilon", None, "The risk that is allowed.", required=True)
+    delta = flags.DEFINE_float("delta", 0.1, "The share of draws that may fail.")
+    risk = flags.DEFINE_string("risk", "error", "error, or disagreement with the last exit.")
+    share = flags.DEFINE_float("share", 0.05, "Of the test split, for calibration.")
+    draws = flags.DEFINE_integer("draws", 1000, "How often.")
+
+    def run() -> None:
+        program.use_compilation_cache()
+        staged = load_staged(Path(workdir.value).absolute(), data_dir=data_dir.value)
+        logits, labels = staged.logits(staged.experiment.score_split)
+        temperatures = fit_temperatures(logits, labels)
+        options = {"measure": "max_softmax", "temperatures": temperatures}
+        costs = exit_costs(staged.experiment.model, staged.experiment.dataset.image_shape)
+        macs = [float(cost.macs) for cost in costs]
+        curve = operating_curve(predictions_of(logits, labels, **options), macs, risk=risk.value)
+        pool = predictions_of(*staged.logits("test"), **options)
+        found = tally(
+            curve,
+            pool,
+            epsilon=epsilon.value,
+            delta=delta.value,
+            risk=risk.value,
+            share=share.value,
+            draws=draws.value,
+        )
+        program.say(
+            f"{found.violations} violations in {found.draws} draws "
+            f"({100 * found.violations / found.draws:.1f} %, allowed {100 * delta.value:g} %); "
+            f"{found.qualified} found a policy, at {100 * found.cost / macs[-1]:.1f} % of the "
+            f"full network's operations on average"
+        )
+
+    program.run(run)
+
+
+def tally(
+    curve: list[OperatingPoint],
+    pool: ExitPredictions,
+    *,
+    epsilon: float,
+    delta: float,
+    risk: str,
+    share: float,
+    draws: int,
+) -> Tally:
+    """Returns what `draws` calibrations on a share of the pool give, each judged by the rest."""
+    bad, confidence = mistakes(pool, risk), np.asarray(pool.confidence)
+    each, wrong = np.arange(bad.shape[1]), {}
+    for point in curve:
+        wrong[point.thresholds] = bad[Policy(point.thresholds).exits(confidence), each]
+    costs, violations = [], 0
+    for seed in range(draws):
+        rest, calibration = split_for_calibration(len(each), share, seed)
+        some = ExitPredictions(*(np.asarray(field)[..., calibration] for field in pool))
+        point = certify(curve, some, epsilon=epsilon, delta=delta, risk=risk).point
+        if point is not None:
+            costs.append(point.cost)
+            violations += bool(wrong[point.thresholds][rest].mean() > epsilon)
+    return Tally(draws, len(costs), violations, float(np.mean(costs)) if costs else np.nan)
+
+
+if __name__ == "__main__":
+    main()
