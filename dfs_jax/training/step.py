@@ -156,7 +156,8 @@ def make_gradient_fn(
     run = accumulated(prepared(passes, prepare), accumulate_steps, mesh)
 
     def gradients(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        params = constrain(state.params, mesh, model, gathered=True)
+        variables = {"params": params, "batch_stats": state.batch_stats}
         found = run(variables, images, labels, key)
         grads, combiner_state = combine(found.grads, state)
         grads = constrain(grads, mesh, model)
@@ -195,6 +196,7 @@ def make_eval_step(
     prepare = _preparation(model, mean, std)
 
     def eval_step(variables: dict[str, Any], images: jax.Array, labels: jax.Array):
+        variables = constrain(variables, mesh, model, gathered=True)
         outputs: Any = model.apply(variables, prepare(images), fork, train=False)
         return exit_predictions(outputs.logits, labels)
 
@@ -246,6 +248,7 @@ def _add_to_totals(
 
 def _first_bad_step(state: TrainState, loss: jax.Array, updates: PyTree) -> jax.Array:
     """Records the first step whose loss or update is not finite, without the host's help."""
-    is_fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+    leaves = [jnp.isfinite(leaf).all() for leaf in (loss, *jax.tree.leaves(updates))]
+    is_fine = jnp.stack(leaves).all()  # a norm would be several times slower on a CPU, and overflow
     is_first = (state.first_bad_step == NO_BAD_STEP) & ~is_fine
     return jnp.where(is_first, state.step, state.first_bad_step)
