@@ -199,6 +199,10 @@ def test_mistakes(tmp_path, stages):
     with pytest.raises(UserError, match="the policy is for 3 exits, the network has 2"):
         export_network(tmp_path, stages, EXAMPLE, labels=LABELS, policy=Policy((0.5, 0.5)))
     assert not list(tmp_path.iterdir())
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match=r"file/model.json cannot be written: Not a directory"):
+        export_network(file, stages, EXAMPLE, labels=LABELS)
 
 
 def photo(path, size, seed=0):

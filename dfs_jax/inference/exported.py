@@ -114,7 +114,7 @@ def export_network(
         "about": dict(about or {}),
         "sha256": {name: _checksum(content) for name, content in contents.items()},
     }
-    (directory / MANIFEST).unlink(missing_ok=True)
+    _remove(directory / MANIFEST)
     contents[MANIFEST] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
     return tuple(write_whole(directory / name, content) for name, content in contents.items())
 
@@ -207,6 +207,13 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
