@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --config=configs/digits_vgg7.py --workdir=runs/demo
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q -m slow

@@ -256,6 +256,7 @@ def compare_devices():
     assert all(np.abs(kernel - plain).max() > 1e-3 for kernel in kernels.values())
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives(request, monkeypatch):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     monkeypatch.setenv("XLA_FLAGS", flags)

@@ -107,7 +107,7 @@ def slow_cosine(grads, name, i, j):
 @pytest.mark.parametrize(
     ("name", "fork", "loss"),
     [
-        ("vgg7", "plain", "byot"),
+        pytest.param("vgg7", "plain", "byot", marks=pytest.mark.slow),
         ("vgg7", "dfs", "deep_supervision"),
         pytest.param("msdnet", "plain", "deep_supervision", marks=pytest.mark.slow),
         pytest.param("msdnet", "dfs", "deep_supervision", marks=pytest.mark.slow),

@@ -159,7 +159,7 @@ SMALL = {
 VARIANTS = [
     ("basic", (0.3,), "symmetric"),
     ("basic", (1.0, 0.0), "trunk_only"),
-    ("bottleneck", (0.0, 0.4), "symmetric"),
+    pytest.param("bottleneck", (0.0, 0.4), "symmetric", marks=pytest.mark.slow),
     pytest.param("bottleneck", (0.7,), "none", marks=pytest.mark.slow),
     pytest.param("four stages", (0.5, 0.2, 0.9), "symmetric", marks=pytest.mark.slow),
     pytest.param("four stages", (1.0, 0.6, 0.0), "none", marks=pytest.mark.slow),
