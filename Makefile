@@ -12,7 +12,7 @@ test: .venv/ready-dev
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --timeout=1800
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
