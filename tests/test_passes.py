@@ -187,7 +187,7 @@ def test_blocks_compute_in_bfloat16_and_what_they_learn_is_float32(name):
     exact, found = run(variables, images, labels)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     assert cosine(found.grads, exact.grads) > 0.98
-    assert cosine(found.batch_stats, exact.batch_stats) > 0.9999
+    assert cosine((found.logits, found.batch_stats), (exact.logits, exact.batch_stats)) > 0.999
     assert np.any(found.loss != exact.loss)
 
 
