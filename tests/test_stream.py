@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dfs_jax.inference.pipeline import Engine
 from dfs_jax.inference.policy import Policy, last_exit_only
 from dfs_jax.inference.timing import StageTimes
 from dfs_jax.types import UserError
@@ -63,6 +64,27 @@ def test_deep_stages_run_full(predictor, monkeypatch):
         # What is left over runs at the end, or while somebody is waited for.
         assert len(full) >= reached // 7 - 2
     assert sum(1 for _, size in runs if size == 7) > 0.8 * len(runs)
+
+
+def test_what_is_left_over_runs_in_shapes_that_it_fills(monkeypatch):
+    predictor = make_predictor(last_exit_only(EXITS), batch_size=256, shapes=(1, 32, 256))
+    predictor.warm_up()
+    runs = recorded_runs(predictor, monkeypatch)
+    assert predictor(images(70)).errors == {}
+    # 32 at a time where 256 would be mostly padding, and the last 6 are too few for 32.
+    for k in range(EXITS):
+        assert [size for stage, size in runs if stage == k] == [32, 32, *[1] * 6]
+
+
+NEXT_RUNS = {1: 1, 2: 2, 3: 3, 5: 4, 8: 8, 9: 9, 20: 16, 24: 24, 25: 25, 40: 32, 52: 52, 195: 128}
+NEXT_RUNS |= {205: 205, 256: 256}
+
+
+@pytest.mark.parametrize("n", NEXT_RUNS)
+def test_a_run_takes_all_or_fills_a_shape(n):
+    shapes = (1, 4, 16, 32, 64, 128, 256)
+    engine = Engine(None, None, shapes, None, None, None)  # type: ignore[arg-type]
+    assert engine.next_run(n) == NEXT_RUNS[n]
 
 
 def test_nobody_is_held_up_for_longer_than_the_wait(predictor):

@@ -14,6 +14,8 @@ from dfs_jax.inference.programs import Programs
 from dfs_jax.inference.waiting import Buffer, Waiting
 from dfs_jax.types import PyTree
 
+# So much padding costs less than one more run: places, and a share of the examples.
+_PLACES, _SHARE = 8, 0.25
 # So many observed exits say more than those that the policy expects.
 _ENOUGH = 1024
 
@@ -70,6 +72,14 @@ class Engine(NamedTuple):
         """Returns how many of n examples to run without padding: all, if they fill no shape."""
         return max((shape for shape in self.shapes if shape <= n), default=n)
 
+    def next_run(self, n: int) -> int:
+        """Returns how many of n examples to run next, if all are to run now.
+
+        All, unless that takes much padding: then as many as fill a shape.
+        """
+        padding = self.shape_for(n) - n
+        return n if padding <= max(_PLACES, _SHARE * n) else self.shape_within(n)
+
 
 class Pipeline:
     """The queues before the stages; a stage runs as soon as a full batch waits for it."""
@@ -89,14 +99,14 @@ class Pipeline:
     def finish(self) -> None:
         """Runs whatever waits, full batch or not, until everybody is answered."""
         for k in range(len(self._queues)):
-            self._run(k, self._queues[k].count)
+            self._run_all(k)
 
     def run_overdue(self, max_wait: float) -> None:
         """Runs the stages for which somebody has waited longer than `max_wait` seconds."""
         now = time.perf_counter()
         for k, queue in enumerate(self._queues):
             if queue.count and now - queue.since[0] >= max_wait:
-                self._run(k, queue.count)
+                self._run_all(k)
 
     def seconds_left(self, max_wait: float) -> float | None:
         """Returns how long until somebody is overdue; None where nobody waits."""
@@ -119,9 +129,11 @@ class Pipeline:
                 self._run(k, queue.count)
             rows, tickets = rows[n:], tickets[n:]
 
+    def _run_all(self, k: int) -> None:
+        while count := self._queues[k].count:
+            self._run(k, self._engine.next_run(count))
+
     def _run(self, k: int, n: int) -> None:
-        if not n:
-            return
         engine, queue = self._engine, self._queues[k]
         carry, tickets = queue.first(n, engine.shape_for(n)), queue.tickets[:n].copy()
         if k == 0 and engine.runs_whole():

@@ -82,7 +82,9 @@ def _add(pipeline: Pipeline, table: AnswerTable, arrived: Arrived, start: int, n
     tickets = table.take(n, arrived.time)
     low, high = np.searchsorted(arrived.places, (start, start + n))
     good = arrived.places[low:high] - start
-    for i in np.setdiff1d(np.arange(n), good):
+    is_bad = np.ones(n, bool)
+    is_bad[good] = False
+    for i in np.flatnonzero(is_bad):
         table.fail(int(tickets[i]), arrived.errors[start + int(i)])
     pipeline.add(arrived.images[low:high], tickets[good])
 
