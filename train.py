@@ -6,6 +6,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dfs_jax import program
+from dfs_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The run's configuration: FILE.py or FILE.py:METHOD."
@@ -13,9 +14,23 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
 )
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Compile the training step, without data, and print what it costs."
+)
+DEVICES = flags.DEFINE_integer("devices", None, "Dry run: for so many forced devices.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Dry run: for a TPU slice, such as v5e:4x4.")
+OUTPUT = flags.DEFINE_string("output", None, "Dry run: the JSON file to write.")
 
 
 def main() -> None:
+    if DRY_RUN.value:
+        from dfs_jax.analysis.dry_run import run_dry
+
+        options = {"devices": DEVICES.value, "topology": TOPOLOGY.value, "output": OUTPUT.value}
+        return run_dry(CONFIG.value, **options)
+    for flag in (DEVICES, TOPOLOGY, OUTPUT):
+        if flag.present:
+            raise UserError(f"--{flag.name} is for a dry run: add --dry_run or leave it out")
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.loop import train
