@@ -105,7 +105,8 @@ def operations(compiled: Any, module: Module | None = None) -> Operations:
         macs = _multiply_adds(instruction, operands)
         once, always = once + macs, always + times * macs
     scale = always / once if once else 1.0
-    return Operations(scale * counted["flops"], scale * counted["bytes accessed"], 2 * always)
+    flops, accessed = (scale * counted.get(key, 0.0) for key in ("flops", "bytes accessed"))
+    return Operations(flops, accessed, 2 * always)
 
 
 def collectives(module: Module, num_devices: int) -> list[Collective]:
