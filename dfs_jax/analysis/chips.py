@@ -1,4 +1,4 @@
-"""Named chips, and the least time that they could take for a step: the roofline."""
+"""Named chips, and a guess of what a step takes on them: the roofline."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ CHIPS = {
 
 
 class Roofline(NamedTuple):
-    """The least seconds that a chip needs for each part of a step, if nothing else held it up.
+    """The seconds that a chip needs for each part of a step, if nothing else held it up.
 
     Attributes:
       products_s: convolutions and matrix products, at the peak.
-      memory_s: what is read and written, at the full bandwidth.
+      memory_s: what is read and written, at the full bandwidth; less where it stays on the chip.
       links_s: what is sent to other chips, at the full bandwidth.
     """
 
@@ -74,7 +74,7 @@ def roofline(
     *,
     bf16: bool = False,
 ) -> Roofline:
-    """Returns the least time for the work of one device, which is one chip.
+    """Returns the time for the work of one device, which is one chip.
 
     Args:
       chip: of `CHIPS`, or one's own.

@@ -49,7 +49,7 @@ class DryRun(NamedTuple):
         return math.prod(self.mesh.values())
 
     def on_chip(self, chip: Chip) -> Roofline:
-        """Returns the least time of a step on chips of that kind, as many as it has here."""
+        """Returns the guess of a step's time on chips of that kind, as many as there are here."""
         return roofline(self._share(chip), self.operations, self.collectives, bf16=self.bf16)
 
     def fits(self, chip: Chip) -> bool:
@@ -101,8 +101,9 @@ def table_for_terminal(found: DryRun) -> str:
             ("roofline", "products ms", "memory ms", "links ms", "step ms", "images/s", "memory"),
             (_chip_row(name, found) for name in CHIPS),
         ),
-        "The least time for this module at a chip's published peaks, all at once; a real step "
-        "takes longer.",
+        "A guess: this module at a chip's published peaks, all three at once. Real steps overlap "
+        "less;",
+        "chips that keep arrays on themselves read less.",
     ]
     return "\n".join(parts)
 
