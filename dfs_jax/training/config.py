@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "mesh.fsdp",
     "mesh.tensor",
 )
+# Sections that configs of earlier runs lack, as those runs were trained.
+_ADDED_LATER = {"combiner": {"name": "weighted_sum", "exits": None}, "mesh": {}}
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
 
@@ -44,6 +46,15 @@ def check_config(config: Config) -> None:
             f"checkpoint_every_steps must be at least 0, got {config.checkpoint_every_steps}"
         )
     check_optimizer(config.optimizer)
+
+
+def completed(config: Config) -> Config:
+    """Returns the config with the sections that it lacks because they came after it.
+
+    >>> completed(ConfigDict({"seed": 0})).combiner.name
+    'weighted_sum'
+    """
+    return ConfigDict({**_ADDED_LATER, **config.to_dict()})
 
 
 def options(section: Config) -> dict[str, Any]:
@@ -77,7 +88,7 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / FILE
     try:
-        return ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8"))))
+        return completed(ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8")))))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no run in {workdir}: {FILE} is missing") from error
     except ValueError as error:
