@@ -147,7 +147,7 @@ class EarlyExitPredictor:
                 carry: PyTree = np.zeros((shape, *example.shape), example.dtype)
                 self.programs.run_whole(carry)
                 for k, buffer in enumerate(buffers):
-                    # Both ways in which carries come: put together, and as the stage before gave it.
+                    # Both ways in which carries come: put together, and as they were given.
                     buffer.put(carry, np.arange(shape), 0)
                     self.programs.run(k, buffer.first(shape))
                     carry, _ = self.programs.run(k, carry)
