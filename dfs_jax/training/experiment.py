@@ -28,7 +28,7 @@ from dfs_jax.training.sharding import (
     create_mesh,
     jit_for_mesh,
     on_mesh,
-    replicated,
+    put_replicated,
 )
 from dfs_jax.training.state import TrainState, create_state
 from dfs_jax.training.state_sharding import check_split, is_split, tree_shardings
@@ -145,7 +145,8 @@ def initial_state(experiment: Experiment) -> TrainState:
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
         variables = load_trunk(Path(e.config.init_from), e.model, variables)
-    return jax.device_put(finish(variables), replicated(e.mesh) if where is None else where)
+    state = finish(variables)
+    return put_replicated(state, e.mesh) if where is None else jax.device_put(state, where)
 
 
 def abstract_state(experiment: Experiment) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dfs_jax.cpu_kernels import compiler_options
@@ -129,9 +130,65 @@ def batch_sharded(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, _batch_axes(mesh)))
 
 
+def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Returns which rows of a batch lie on this process's devices, rising, `[rows]`.
+
+    Processes whose devices lie beside each other along the tensor axis hold the same ones.
+    """
+    held = np.zeros(batch_size, bool)
+    for (rows,) in batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values():
+        held[rows] = True
+    return np.flatnonzero(held)
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Copies host arrays `[batch, ...]` to the devices, each its own part."""
-    return jax.device_put(batch, batch_sharded(mesh))
+    """Copies this process's rows of a batch, host arrays `[rows, ...]`, to its devices.
+
+    Returns:
+      Arrays `[batch, ...]` over the devices of all processes.
+    """
+    where = batch_sharded(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda part: _put_rows(part, where, mesh), batch)
+
+
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies arrays that every process has to all devices, whole."""
+    where = replicated(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(tree, where)
+    whole = jax.device_get(tree)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), whole)
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """Returns the arrays as host arrays, whole in every process; all of them must ask for it."""
+    return jax.tree.map(_gather, tree)
+
+
+def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh) -> jax.Array:
+    parts = batch_parts(mesh)
+    shape = (len(part) * parts // len(rows_here(parts, mesh)), *part.shape[1:])
+    held = rows_here(shape[0], mesh)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        first = np.searchsorted(held, start)
+        return part[first : first + stop - start]
+
+    return jax.make_array_from_callback(shape, where, shard)
+
+
+def _gather(leaf: Any) -> np.ndarray:
+    is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    if not is_here and not leaf.is_fully_replicated:
+        leaf = jax.jit(_same, out_shardings=replicated(leaf.sharding.mesh))(leaf)
+    return np.asarray(leaf)
+
+
+def _same(leaf: jax.Array) -> jax.Array:
+    return leaf
 
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -1,0 +1,240 @@
+"""Several processes as one run: who writes, what all agree on, and how all of them end.
+
+JAX connects the processes, computes over all their devices, and passes on a notice of preemption.
+Added here is what a user sees: one writer, and one sentence when a process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed  # the only way to JAX's store of keys, which Orbax takes too
+
+from dfs_jax.launch import Launch
+from dfs_jax.program import USAGE_STATUS
+from dfs_jax.types import UserError
+
+CRASH_STATUS, LOST_STATUS = 1, 3
+# Seconds. How long processes wait for each other at the start, and what JAX takes for death.
+JOIN, HEARTBEAT = 300, 60
+# How often processes look at each other, and how often one may be found silent before it is gone.
+POLL, SILENT_POLLS = 2, 15
+# The end of a process waits so long for the others to hear why.
+HEARING = 5
+_LONG = 24 * 3600
+_STOP, _HEARD, _ALIVE, _END = (f"dfs_jax/{name}" for name in ("stop", "heard", "alive", "end"))
+_LOST = re.compile("gloo|nccl|connection (closed|reset)|coordination|socket closed", re.IGNORECASE)
+_CONTINUE = "the same command, started on all processes, continues after the last checkpoint"
+# All processes ask the same questions in the same order.
+_questions = itertools.count()
+
+
+def is_writer() -> bool:
+    """Whether this process writes logs, metrics and reports, as one of them does."""
+    return jax.process_index() == 0
+
+
+def by_writer(
+    function: Callable[..., Any], *args: Any, errors: tuple[type[Exception], ...] = (UserError,)
+) -> Any:
+    """Returns what the writer finds by calling the function; all processes have to ask.
+
+    Args:
+      function: called in the writer alone; returns what JSON can hold.
+      *args: its arguments.
+      errors: what it may raise: then all processes raise it.
+    """
+    if jax.process_count() == 1:
+        return function(*args)
+    client, key = _client(), f"dfs_jax/answers/{next(_questions)}"
+    if not is_writer():
+        kind, answer = json.loads(client.blocking_key_value_get(key, 1000 * _LONG))
+        if kind is not None:
+            raise errors[kind](answer)
+        return answer
+    try:
+        answer = function(*args)
+    except errors as error:
+        kind = next(i for i, known in enumerate(errors) if isinstance(error, known))
+        client.key_value_set(key, json.dumps([kind, str(error)]))
+        raise
+    client.key_value_set(key, json.dumps([None, answer]))
+    return answer
+
+
+@contextlib.contextmanager
+def joined(launch: Launch | None) -> Iterator[None]:
+    """Runs what is within as one of several processes, all of which end together.
+
+    Whatever goes wrong in one of them ends the process there and then, and the others too, each
+    with a sentence. All but the writer have no standard output.
+
+    Args:
+      launch: how the others are found; None: there are none.
+
+    Raises:
+      UserError: the others were not found.
+    """
+    if launch is None:
+        yield
+        return
+    _connect(launch)
+    watch = _Watch()
+    try:
+        if not is_writer():
+            _silence()
+        yield
+        watch.finish()
+    except BaseException as error:
+        watch.explain(error)
+    jax.distributed.shutdown()
+
+
+class _Watch:
+    """Ends this process, with a sentence, when another one fails or is gone.
+
+    A thread waits for a word from the others in JAX's store, which lies in process 0: no answer
+    from there means that process 0 is gone. Process 0 sees to it that the others are alive.
+    """
+
+    def __init__(self):
+        state = distributed.global_state
+        self._client, self._index, self._count = state.client, state.process_id, state.num_processes
+        self._beats = itertools.count()
+        self._seen = {i: ("", 0) for i in range(1, self._count)}
+        self._leaving = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits until all processes have come to their end, and stops watching."""
+        self._client.wait_at_barrier(_END, 1000 * _LONG)
+        if is_writer():
+            self._client.key_value_set(_STOP, "")
+        self._thread.join()
+
+    def explain(self, error: BaseException) -> NoReturn:
+        """Ends all processes because of an exception in this one."""
+        causes = list(_causes(error))
+        if any(_LOST.search(str(e)) for e in causes if not isinstance(e, UserError)):
+            time.sleep(POLL)  # the thread may hear why
+            self._leave(LOST_STATUS, f"another process of this run was lost; {_CONTINUE}")
+        if isinstance(error, UserError):
+            self._leave(USAGE_STATUS, str(error), f"process {self._index} stopped: {error}")
+        traceback.print_exception(error)
+        what = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        self._leave(CRASH_STATUS, what, f"process {self._index} stopped: {what}")
+
+    def _run(self) -> None:
+        while True:
+            try:
+                word = self._hear()
+                if word is None:
+                    self._beat()
+            except Exception:  # JAX's runtime raises several kinds when the store is gone
+                self._leave(LOST_STATUS, f"process 0 of this run has died or stopped; {_CONTINUE}")
+            if word is not None:
+                break
+        if word:
+            self._leave(LOST_STATUS, f"{word}; {_CONTINUE}")
+
+    def _hear(self) -> str | None:
+        """Waits a while for a word; "" means that the run has come to its end."""
+        try:
+            return self._client.blocking_key_value_get(_STOP, 1000 * POLL)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise
+
+    def _beat(self) -> None:
+        """Says that this process is alive; process 0 looks whether the others are."""
+        if self._index:
+            beat = str(next(self._beats))
+            self._client.key_value_set(f"{_ALIVE}/{self._index}", beat, allow_overwrite=True)
+            return
+        beats = dict(self._client.key_value_dir_get(_ALIVE))
+        for i, (before, silent) in self._seen.items():
+            now = beats.get(f"{_ALIVE}/{i}", "")
+            self._seen[i] = (now, silent + 1 if now == before else 0)
+            if self._seen[i][1] >= SILENT_POLLS:
+                seconds = POLL * SILENT_POLLS
+                lost = f"process {i} of this run has not answered for {seconds} s"
+                self._leave(LOST_STATUS, f"{lost}; {_CONTINUE}", lost)
+
+    def _leave(self, status: int, message: str, word: str | None = None) -> NoReturn:
+        """Ends this process at once: the usual end of Python would wait for the lost ones.
+
+        Args:
+          status: the process's.
+          message: for this process's user.
+          word: for the other processes; None where they know.
+        """
+        self._leaving.acquire()
+        sys.stderr.write(f"error: {message}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(Exception):  # the store may be gone
+            if word is not None:
+                self._client.key_value_set(_STOP, word)
+        with contextlib.suppress(Exception):
+            self._wait_until_heard()
+        for child in multiprocessing.active_children():
+            child.terminate()
+        os._exit(status)
+
+    def _wait_until_heard(self) -> None:
+        """Process 0 holds the store: it stays until the others know why they have to end."""
+        heard = self._client.key_value_increment(_HEARD, 1)
+        deadline = time.monotonic() + HEARING
+        while not self._index and heard < self._count and time.monotonic() < deadline:
+            time.sleep(0.05)
+            heard = self._client.key_value_increment(_HEARD, 0)
+
+
+def _connect(launch: Launch) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            launch.coordinator,
+            launch.num_processes,
+            launch.process_id,
+            initialization_timeout=JOIN,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except Exception as error:  # JAX's runtime raises several kinds
+        where = "" if launch.coordinator is None else f" through {launch.coordinator}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the processes of this run did not find each other{where} ({reason}): start all of "
+            f"them within {JOIN} s, with the same --coordinator and --num_processes"
+        ) from error
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _silence() -> None:
+    """Closes standard output, that of libraries in other languages too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
