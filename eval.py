@@ -15,13 +15,14 @@ LAUNCH = launch.define_flags()
 
 
 def main() -> None:
+    launched = LAUNCH()
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.experiment import rebuild_experiment
     from dfs_jax.training.processes import joined
 
     workdir = Path(WORKDIR.value).absolute()
-    with joined(LAUNCH()):
+    with joined(launched):
         report_run(
             workdir,
             experiment=rebuild_experiment(workdir, data_dir=DATA_DIR.value),

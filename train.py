@@ -17,13 +17,14 @@ LAUNCH = launch.define_flags()
 
 
 def main() -> None:
+    launched = LAUNCH()
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.loop import train
     from dfs_jax.training.processes import joined
 
     workdir = Path(WORKDIR.value or Path("runs") / _config_name()).absolute()
-    with joined(LAUNCH()):
+    with joined(launched):
         result = train(CONFIG.value, workdir)
         if result.stopped_by is not None:
             program.say(f"stopped after step {result.step}: the same command continues")

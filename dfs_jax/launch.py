@@ -21,6 +21,7 @@ _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
 _TPU_ENDPOINTS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _METADATA_SECONDS = 5.0
+_ERRORS_ONLY = ("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 class Launch(NamedTuple):
@@ -41,14 +42,22 @@ def define_flags() -> Callable[[], Launch | None]:
     """Defines the flags of a program that may run as several processes.
 
     Returns:
-      What reads them once they are parsed, see `choose_launch`.
+      What reads them once they are parsed, see `choose_launch`; before jax is imported, whose
+      runtime would warn of every signal.
     """
     coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for all.")
     count = flags.DEFINE_integer(
         "num_processes", None, "Processes of this run; Slurm and Cloud TPU pods say it themselves."
     )
     index = flags.DEFINE_integer("process_id", None, "Which of them this is, counted from 0.")
-    return lambda: choose_launch(coordinator.value, count.value, index.value, os.environ)
+
+    def read() -> Launch | None:
+        launch = choose_launch(coordinator.value, count.value, index.value, os.environ)
+        if launch is not None:
+            os.environ.setdefault(*_ERRORS_ONLY)
+        return launch
+
+    return read
 
 
 def choose_launch(
@@ -110,15 +119,14 @@ def _is_tpu_pod(environment: Mapping[str, str]) -> bool:
     for name in _TPU_HOSTS:
         if name in environment:
             return "," in environment[name]
-    return "TPU_SKIP_MDS_QUERY" not in environment and "," in _tpu_endpoints(environment)
+    if "TPU_SKIP_MDS_QUERY" in environment or not _is_tpu_machine():
+        return False
+    return "," in read_metadata(environment.get("GCE_METADATA_IP", "metadata.google.internal"))
 
 
-def _tpu_endpoints(environment: Mapping[str, str]) -> str:
-    """What the metadata server of a TPU VM says of the hosts of its slice; "" elsewhere."""
+def _is_tpu_machine() -> bool:
     devices = [path for pattern in _TPU_DEVICES for path in Path("/dev").glob(pattern)]
-    if not devices or importlib.util.find_spec("libtpu") is None:
-        return ""
-    return read_metadata(environment.get("GCE_METADATA_IP", "metadata.google.internal"))
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
 def read_metadata(server: str) -> str:

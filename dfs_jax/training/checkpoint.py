@@ -192,7 +192,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def _step_of(self, which: str) -> int:
-        steps = by_writer(self._steps_newest_first)[::-1]
+        steps: list[int] = by_writer(self._steps_newest_first)[::-1]
         named: dict[str, Callable[[], int | None]] = {
             "best": self.best_step,
             "latest": self.latest_step,

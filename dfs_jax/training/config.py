@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "mesh.fsdp",
     "mesh.tensor",
 )
+MAY_DIFFER = ("data.data_dir", "data.num_workers", "init_from")  # between the machines of a run
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
 
@@ -60,10 +61,11 @@ def open_workdir(workdir: Path, config: Config) -> None:
 
     Raises:
       UserError: the path is a file or cannot be written, or holds a run of another config, or is
-        not the same for all processes.
+        not the same for all processes, or these have different configs.
     """
     written = by_writer(_open_workdir, workdir, config)
     if not is_writer():
+        _check_same_config(written, config)
         _check_shared(workdir, written)
 
 
@@ -81,6 +83,17 @@ def _open_workdir(workdir: Path, config: Config) -> str:
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
     return text
+
+
+def _check_same_config(written: str, config: Config) -> None:
+    """Raises UserError if this process was started with another config than the writer."""
+    theirs, own = dict(_flatten(json.loads(written))), dict(_flatten(config.to_dict()))
+    for field in sorted(theirs.keys() | own):
+        if field not in MAY_DIFFER and theirs.get(field) != own.get(field):
+            raise UserError(
+                f"the processes of this run have different configs: {field} is {own.get(field)!r} "
+                f"here and {theirs.get(field)!r} elsewhere; start all with the same command"
+            )
 
 
 def _check_shared(workdir: Path, written: str) -> None:

@@ -7,11 +7,13 @@ Added here is what a user sees: one writer, and one sentence when a process is g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
+from absl import logging
 from jax._src import distributed  # the only way to JAX's store of keys, which Orbax takes too
 
 from dfs_jax.launch import Launch
@@ -111,10 +114,12 @@ class _Watch:
 
     def __init__(self):
         state = distributed.global_state
-        self._client, self._index, self._count = state.client, state.process_id, state.num_processes
+        self._client, self._index = _client(), state.process_id
+        self._count = state.num_processes
         self._beats = itertools.count()
-        self._seen = {i: ("", 0) for i in range(1, self._count)}
+        self._seen: dict[int, tuple[str, int]] = dict.fromkeys(range(1, self._count), ("", 0))
         self._leaving = threading.Lock()
+        self._at_abort = _call_at_abort(self._abort)  # kept: C code calls it
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -130,12 +135,14 @@ class _Watch:
         causes = list(_causes(error))
         if any(_LOST.search(str(e)) for e in causes if not isinstance(e, UserError)):
             time.sleep(POLL)  # the thread may hear why
-            self._leave(LOST_STATUS, f"another process of this run was lost; {_CONTINUE}")
+            lost = f"another process of this run was lost; {_CONTINUE}"
+            self._leave(LOST_STATUS, lost, tell=lost)
         if isinstance(error, UserError):
-            self._leave(USAGE_STATUS, str(error), f"process {self._index} stopped: {error}")
+            self._leave(USAGE_STATUS, str(error), tell=f"process {self._index} stopped: {error}")
         traceback.print_exception(error)
         what = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        self._leave(CRASH_STATUS, what, f"process {self._index} stopped: {what}")
+        tell = f"process {self._index} stopped: {what}; {_CONTINUE}"
+        self._leave(CRASH_STATUS, what, tell=tell)
 
     def _run(self) -> None:
         while True:
@@ -144,11 +151,20 @@ class _Watch:
                 if word is None:
                     self._beat()
             except Exception:  # JAX's runtime raises several kinds when the store is gone
-                self._leave(LOST_STATUS, f"process 0 of this run has died or stopped; {_CONTINUE}")
+                self._leave(LOST_STATUS, f"process 0 of this run has died; {_CONTINUE}")
             if word is not None:
                 break
         if word:
-            self._leave(LOST_STATUS, f"{word}; {_CONTINUE}")
+            self._leave(LOST_STATUS, word, heard=True)
+
+    def _abort(self, number: int) -> None:
+        """Stands in for the end that JAX's runtime makes of a process which lost another."""
+        del number
+        self._leave(
+            LOST_STATUS,
+            f"JAX ended this process, as it does when another one of the run has died (its own "
+            f"words stand above); {_CONTINUE}",
+        )
 
     def _hear(self) -> str | None:
         """Waits a while for a word; "" means that the run has come to its end."""
@@ -171,26 +187,30 @@ class _Watch:
             self._seen[i] = (now, silent + 1 if now == before else 0)
             if self._seen[i][1] >= SILENT_POLLS:
                 seconds = POLL * SILENT_POLLS
-                lost = f"process {i} of this run has not answered for {seconds} s"
-                self._leave(LOST_STATUS, f"{lost}; {_CONTINUE}", lost)
+                lost = f"process {i} of this run has not answered for {seconds} s; {_CONTINUE}"
+                self._leave(LOST_STATUS, lost, tell=lost)
 
-    def _leave(self, status: int, message: str, word: str | None = None) -> NoReturn:
+    def _leave(
+        self, status: int, message: str, *, tell: str | None = None, heard: bool = False
+    ) -> NoReturn:
         """Ends this process at once: the usual end of Python would wait for the lost ones.
 
         Args:
           status: the process's.
           message: for this process's user.
-          word: for the other processes; None where they know.
+          tell: for those of the others.
+          heard: whether the message came from another process.
         """
         self._leaving.acquire()
         sys.stderr.write(f"error: {message}\n")
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(Exception):  # the store may be gone
-            if word is not None:
-                self._client.key_value_set(_STOP, word)
+            if tell is not None:
+                self._client.key_value_set(_STOP, tell)
         with contextlib.suppress(Exception):
-            self._wait_until_heard()
+            if tell is not None or heard:
+                self._wait_until_heard()
         for child in multiprocessing.active_children():
             child.terminate()
         os._exit(status)
@@ -204,7 +224,18 @@ class _Watch:
             heard = self._client.key_value_increment(_HEARD, 0)
 
 
+def _call_at_abort(function: Callable[[int], None]) -> Any:
+    """Has `abort`, which JAX's runtime calls from a thread of its own, call the function first.
+
+    Python's own handlers run later than that, and in another thread.
+    """
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(function)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    return handler
+
+
 def _connect(launch: Launch) -> None:
+    logging.get_absl_logger().addFilter(_is_no_preemption)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -221,6 +252,11 @@ def _connect(launch: Launch) -> None:
             f"the processes of this run did not find each other{where} ({reason}): start all of "
             f"them within {JOIN} s, with the same --coordinator and --num_processes"
         ) from error
+
+
+def _is_no_preemption(record: Any) -> bool:
+    """Leaves out what Orbax says in every process of a stop that the writer tells of."""
+    return "preemption sync point" not in record.getMessage()
 
 
 def _client() -> Any:

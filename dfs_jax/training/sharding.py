@@ -136,8 +136,9 @@ def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
     Processes whose devices lie beside each other along the tensor axis hold the same ones.
     """
     held = np.zeros(batch_size, bool)
-    for (rows,) in batch_sharded(mesh).addressable_devices_indices_map((batch_size,)).values():
-        held[rows] = True
+    places = batch_sharded(mesh).addressable_devices_indices_map((batch_size,))
+    for index in (places or {}).values():
+        held[index] = True
     return np.flatnonzero(held)
 
 
@@ -158,8 +159,11 @@ def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     where = replicated(mesh)
     if where.is_fully_addressable:
         return jax.device_put(tree, where)
-    whole = jax.device_get(tree)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), whole)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__)
+
+    return jax.tree.map(put, jax.device_get(tree))
 
 
 def gathered(tree: PyTree) -> PyTree:
@@ -172,7 +176,7 @@ def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh) -> jax.Array:
     shape = (len(part) * parts // len(rows_here(parts, mesh)), *part.shape[1:])
     held = rows_here(shape[0], mesh)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         first = np.searchsorted(held, start)
         return part[first : first + stop - start]
@@ -181,9 +185,10 @@ def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh) -> jax.Array:
 
 
 def _gather(leaf: Any) -> np.ndarray:
-    is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-    if not is_here and not leaf.is_fully_replicated:
-        leaf = jax.jit(_same, out_shardings=replicated(leaf.sharding.mesh))(leaf)
+    is_split = isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
+    if is_split and not leaf.is_fully_addressable:
+        where: Any = leaf.sharding
+        leaf = jax.jit(_same, out_shardings=replicated(where.mesh))(leaf)
     return np.asarray(leaf)
 
 
