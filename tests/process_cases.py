@@ -37,12 +37,8 @@ def agree() -> dict[str, object]:
         "errors": [_message(Refused), _message(UserError)],
         "devices": len(jax.devices()),
     }
-    for name, section in {
-        "data": {},
-        "fsdp": {"fsdp": 4, "data": 1},
-        "tensor": {"tensor": 4},
-    }.items():
-        mesh = create_mesh(section)
+    for name in ("data", "fsdp", "tensor"):
+        mesh = create_mesh({"data": 1, name: 2 * DEVICES})
         rows = rows_here(len(BATCH), mesh)
         on_devices = put_batch({"x": BATCH[rows]}, mesh)["x"]
         np.testing.assert_array_equal(gathered(on_devices), BATCH)

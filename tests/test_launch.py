@@ -57,8 +57,9 @@ def test_clusters_are_found(environment, expected):
     ],
 )
 def test_flags_that_cannot_be(flags, message):
+    coordinator, count, index = flags
     with pytest.raises(UserError, match=message):
-        choose_launch(*flags, {})
+        choose_launch(coordinator, count, index, {})
 
 
 def test_addresses_of_both_kinds():
@@ -80,7 +81,7 @@ def test_the_metadata_server_tells_of_a_pod(monkeypatch, hosts, expected):
             pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"127.0.0.1:{server.server_port}"
     monkeypatch.setattr(launch, "_is_tpu_machine", lambda: True)
     try:

@@ -84,7 +84,7 @@ def test_alone_nobody_has_to_be_asked():
 def test_two_processes_agree():
     (status, out, err), (other_status, other_out, other_err) = both("agree")
     assert (status, other_status) == (0, 0), err + other_err
-    assert out.splitlines()[-1] == "True"
+    assert "True" in out.splitlines()  # the collectives of a CPU have their say too
     assert other_out == ""
     found, other = (json.loads(text.splitlines()[-1]) for text in (err, other_err))
     own = ("data", "fsdp", "tensor")
@@ -209,12 +209,10 @@ def test_killed_as_two_and_resumed_as_one(alone, tmp_path, victim):
     """SIGTERM to one process stops both after the same step; kill -9 of one ends the other."""
     results, _ = interrupt(tmp_path, victim, signal.SIGTERM)
     assert [status for status, _, _ in results] == [0, 0], results
-    assert "the same command continues" in results[0][1]
-    (status, out, err), (_, other_out, other_err) = results
     stopped = steps_in(tmp_path)[-1]
-    assert f"stopped after step {stopped}" in out
+    assert f"stopped after step {stopped}: the same command continues" in results[0][1]
+    assert results[1][1] == ""
     assert stopped < STEPS
-    assert other_out == ""
 
     # The checkpoints of before are there already: wait for a new one.
     started = train(tmp_path)
@@ -257,9 +255,8 @@ def test_a_damaged_checkpoint_is_left_by_both(tmp_path):
     results, _ = interrupt(tmp_path, 0, signal.SIGTERM)
     assert [status for status, _, _ in results] == [0, 0], results
     newest = steps_in(tmp_path)[-1]
-    victim = max(
-        (tmp_path / "checkpoints" / str(newest)).rglob("*"), key=lambda p: p.stat().st_size
-    )
+    files = (tmp_path / "checkpoints" / str(newest)).rglob("*")
+    victim = max(files, key=lambda path: path.stat().st_size if path.is_file() else 0)
     victim.write_bytes(victim.read_bytes()[:-1] + b"x")
     (_, out, err), _ = trained(tmp_path)
     assert f"the checkpoint of step {newest} is damaged" in err
