@@ -26,7 +26,7 @@ from absl import logging
 from jax._src import distributed  # the only way to JAX's store of keys, which Orbax takes too
 
 from dfs_jax.launch import Launch
-from dfs_jax.program import USAGE_STATUS
+from dfs_jax.program import USAGE_STATUS, fail
 from dfs_jax.types import UserError
 
 CRASH_STATUS, LOST_STATUS = 1, 3
@@ -102,7 +102,6 @@ def joined(launch: Launch | None) -> Iterator[None]:
         watch.finish()
     except BaseException as error:
         watch.explain(error)
-    jax.distributed.shutdown()
 
 
 class _Watch:
@@ -124,11 +123,13 @@ class _Watch:
         self._thread.start()
 
     def finish(self) -> None:
-        """Waits until all processes have come to their end, and stops watching."""
+        """Waits until all processes have come to their end, and parts from them."""
         self._client.wait_at_barrier(_END, 1000 * _LONG)
-        if is_writer():
+        if not self._index:
             self._client.key_value_set(_STOP, "")
         self._thread.join()
+        jax.distributed.shutdown()
+        _call_at_abort(None)
 
     def explain(self, error: BaseException) -> NoReturn:
         """Ends all processes because of an exception in this one."""
@@ -202,7 +203,7 @@ class _Watch:
           heard: whether the message came from another process.
         """
         self._leaving.acquire()
-        sys.stderr.write(f"error: {message}\n")
+        fail(message)
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(Exception):  # the store may be gone
@@ -224,12 +225,12 @@ class _Watch:
             heard = self._client.key_value_increment(_HEARD, 0)
 
 
-def _call_at_abort(function: Callable[[int], None]) -> Any:
+def _call_at_abort(function: Callable[[int], None] | None) -> Any:
     """Has `abort`, which JAX's runtime calls from a thread of its own, call the function first.
 
-    Python's own handlers run later than that, and in another thread.
+    Python's own handlers run later than that, and in another thread. None: as it was before.
     """
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(function)
+    handler = None if function is None else ctypes.CFUNCTYPE(None, ctypes.c_int)(function)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
     return handler
 
@@ -237,6 +238,12 @@ def _call_at_abort(function: Callable[[int], None]) -> Any:
 def _connect(launch: Launch) -> None:
     logging.get_absl_logger().addFilter(_is_no_preemption)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = "" if launch.coordinator is None else f" through {launch.coordinator}"
+    failed = (
+        f"the processes of this run did not find each other{where}: start all of them within "
+        f"{JOIN} s, with the same --coordinator and --num_processes"
+    )
+    handler = _call_at_abort(lambda _: os._exit(fail(failed)))
     try:
         jax.distributed.initialize(
             launch.coordinator,
@@ -246,12 +253,11 @@ def _connect(launch: Launch) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
         )
     except Exception as error:  # JAX's runtime raises several kinds
-        where = "" if launch.coordinator is None else f" through {launch.coordinator}"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the processes of this run did not find each other{where} ({reason}): start all of "
-            f"them within {JOIN} s, with the same --coordinator and --num_processes"
-        ) from error
+        raise UserError(f"{failed} ({reason})") from error
+    finally:
+        _call_at_abort(None)
+        del handler
 
 
 def _is_no_preemption(record: Any) -> bool:
