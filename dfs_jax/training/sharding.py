@@ -156,19 +156,24 @@ def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies arrays that every process has to all devices, whole."""
-    where = replicated(mesh)
-    if where.is_fully_addressable:
-        return jax.device_put(tree, where)
+    return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
 
-    def put(leaf: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__)
 
-    return jax.tree.map(put, jax.device_get(tree))
+def put_where(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Copies arrays that every process has, or moves those of all, to where they belong."""
+    return jax.tree.map(_put, tree, shardings)
 
 
 def gathered(tree: PyTree) -> PyTree:
     """Returns the arrays as host arrays, whole in every process; all of them must ask for it."""
     return jax.tree.map(_gather, tree)
+
+
+def _put(leaf: Any, where: NamedSharding) -> jax.Array:
+    is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    if where.is_fully_addressable or not is_here:
+        return jax.device_put(leaf, where)
+    return jax.make_array_from_callback(leaf.shape, where, np.asarray(leaf).__getitem__)
 
 
 def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh) -> jax.Array:
