@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dfs_jax.interop import save_weights
 from dfs_jax.launch import Launch
-from dfs_jax.training import processes
+from dfs_jax.training import processes, state_sharding
+from dfs_jax.training.checkpoint import leaf_checksums
+from dfs_jax.training.experiment import build_experiment, initial_state
 from dfs_jax.training.processes import by_writer, is_writer, joined
 from dfs_jax.training.sharding import (
     create_mesh,
@@ -21,6 +25,7 @@ from dfs_jax.training.sharding import (
     rows_here,
 )
 from dfs_jax.types import UserError
+from tests.helpers import tiny_config
 
 BATCH = np.arange(8 * 3).reshape(8, 3)
 DEVICES = 2  # of each process
@@ -61,6 +66,28 @@ def _message(kind: type[Exception]) -> str:
     return "not raised"
 
 
+def trunk() -> dict[str, object]:
+    """What a file holds lies on the devices of both processes, whole or split over them."""
+    state_sharding.LEAST_SPLIT = 64  # of a narrow network too something is split
+    config = tiny_config(batch_size=4 * DEVICES)
+    found: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, fsdp in (("made", 1), ("whole", 1), ("split", 2 * DEVICES)):
+            config.update({"mesh": {"fsdp": fsdp}})
+            state = initial_state(build_experiment(config))
+            variables = gathered(state.eval_variables)
+            # Each process reads a file of its own.
+            save_weights(f"{directory}/weights.npz", variables)
+            config.init_from = f"{directory}/weights.npz"
+            blocks = {k: v for k, v in state.params.items() if k.startswith("block")}
+            found[name] = leaf_checksums(blocks)
+    return found
+
+
+def alone() -> None:
+    """The other process never comes."""
+
+
 def fail() -> None:
     """One process makes a mistake while the other waits for it."""
     if not is_writer():
@@ -83,10 +110,12 @@ def silent() -> None:
     time.sleep(60)
 
 
-CASES = {case.__name__: case for case in (agree, fail, crash, silent)}
+CASES = {case.__name__: case for case in (agree, trunk, alone, fail, crash, silent)}
 
 
 def main(case: str, port: str, index: str) -> None:
+    if case == "alone":
+        processes.JOIN = 1
     with joined(Launch(f"localhost:{port}", 2, int(index))):
         print(is_writer(), flush=True)
         found = CASES[case]()

@@ -99,6 +99,26 @@ def test_two_processes_agree():
     assert found["tensor"] == other["tensor"] == list(range(8))
 
 
+@pytest.mark.slow
+def test_a_trunk_from_a_file_lies_on_both_whole_or_split():
+    results = both("trunk")
+    assert [status for status, _, _ in results] == [0, 0], results
+    found, other = (json.loads(err.splitlines()[-1]) for _, _, err in results)
+    assert found == other
+    assert found["made"] == found["whole"] == found["split"]
+    assert len(found["made"]) > 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_stays_alone_says_so(index):
+    port = free_port()
+    ((status, _, err),) = ends([start("-m", "tests.process_cases", "alone", port, index)])
+    assert status == 2
+    expected = f"error: the processes of this run did not find each other through localhost:{port}"
+    assert err.splitlines()[-1].startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("case", "statuses", "message"),
     [
@@ -122,7 +142,7 @@ def test_what_goes_wrong_in_one_process_ends_both(case, statuses, message):
 
 
 def test_every_case_is_run():
-    assert set(CASES) == {"agree", "fail", "crash", "silent"}
+    assert set(CASES) == {"agree", "trunk", "alone", "fail", "crash", "silent"}
 
 
 # Real training, as a user starts it.

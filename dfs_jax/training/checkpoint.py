@@ -159,9 +159,13 @@ class Checkpoints:
             restored: Any = self._manager.restore(step, args=items)
             state, expected = restored.state, restored.document["checksums"]
         except Exception as error:  # truncated files raise many kinds
-            raise DamagedCheckpoint(
-                f"the checkpoint of step {step} is damaged ({first_line(error)})"
-            ) from error
+            damage = f"the checkpoint of step {step} is damaged ({first_line(error)})"
+            if jax.process_count() > 1:  # the others may not have met it, and wait
+                raise UserError(
+                    f"{damage}; move {self._directory / str(step)} away and start the same "
+                    f"command again, to go on from the one before it"
+                ) from error
+            raise DamagedCheckpoint(damage) from error
         found = leaf_checksums(state)
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if wrong:
