@@ -29,6 +29,7 @@ DIGITS = [
     "--config.checkpoint_every_steps=3",
     "--config.log_every_steps=1",
     "--config.optimizer.learning_rate=0.01",
+    "--config.schedule.warmup_epochs=0.5",
 ]
 STEPS = 32
 

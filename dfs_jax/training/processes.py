@@ -38,7 +38,7 @@ POLL, SILENT_POLLS = 2, 15
 HEARING = 5
 _LONG = 24 * 3600
 _STOP, _HEARD, _ALIVE, _END = (f"dfs_jax/{name}" for name in ("stop", "heard", "alive", "end"))
-_LOST = re.compile("gloo|nccl|connection (closed|reset)|coordination|socket closed", re.IGNORECASE)
+_LOST = re.compile("gloo|nccl|coordination service", re.IGNORECASE)  # in what JAX's runtime says
 _CONTINUE = "the same command, started on all processes, continues after the last checkpoint"
 # All processes ask the same questions in the same order.
 _questions = itertools.count()
@@ -133,15 +133,16 @@ class _Watch:
 
     def explain(self, error: BaseException) -> NoReturn:
         """Ends all processes because of an exception in this one."""
-        causes = list(_causes(error))
-        if any(_LOST.search(str(e)) for e in causes if not isinstance(e, UserError)):
+        said = [str(cause) for cause in _causes(error) if not isinstance(cause, UserError)]
+        losses = [text for text in said if _LOST.search(text)]
+        if losses:
             time.sleep(POLL)  # the thread may hear why
-            lost = f"another process of this run was lost; {_CONTINUE}"
+            lost = f"another process of this run was lost ({_first_line(losses[0])}); {_CONTINUE}"
             self._leave(LOST_STATUS, lost, tell=lost)
         if isinstance(error, UserError):
             self._leave(USAGE_STATUS, str(error), tell=f"process {self._index} stopped: {error}")
         traceback.print_exception(error)
-        what = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        what = _first_line(f"{type(error).__name__} {error}")
         tell = f"process {self._index} stopped: {what}; {_CONTINUE}"
         self._leave(CRASH_STATUS, what, tell=tell)
 
@@ -206,22 +207,23 @@ class _Watch:
         fail(message)
         sys.stdout.flush()
         sys.stderr.flush()
-        with contextlib.suppress(Exception):  # the store may be gone
+        for child in multiprocessing.active_children():
+            child.terminate()
+        # The store may be gone, or its threads may be stopped at `abort`: no answer, no matter.
+        threading.Timer(HEARING, os._exit, (status,)).start()
+        with contextlib.suppress(Exception):
             if tell is not None:
                 self._client.key_value_set(_STOP, tell)
         with contextlib.suppress(Exception):
             if tell is not None or heard:
                 self._wait_until_heard()
-        for child in multiprocessing.active_children():
-            child.terminate()
         os._exit(status)
 
     def _wait_until_heard(self) -> None:
         """Process 0 holds the store: it stays until the others know why they have to end."""
         heard = self._client.key_value_increment(_HEARD, 1)
-        deadline = time.monotonic() + HEARING
-        while not self._index and heard < self._count and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not self._index and heard < self._count:
+            time.sleep(0.1)  # the last one's answer is on its way when it has been counted
             heard = self._client.key_value_increment(_HEARD, 0)
 
 
@@ -253,7 +255,7 @@ def _connect(launch: Launch) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
         )
     except Exception as error:  # JAX's runtime raises several kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = _first_line(f"{type(error).__name__} {error}")
         raise UserError(f"{failed} ({reason})") from error
     finally:
         _call_at_abort(None)
@@ -274,6 +276,10 @@ def _silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
