@@ -20,7 +20,7 @@ from dfs_jax.training.processes import by_writer, is_writer, joined
 from tests.process_cases import CASES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# 1078 training images in batches of 64, two epochs: 32 steps.
+# 1197 training images in batches of 64, two epochs: 36 steps.
 DIGITS = [
     "--config=configs/digits_vgg7.py",
     "--config.model.width=2",
@@ -31,7 +31,7 @@ DIGITS = [
     "--config.optimizer.learning_rate=0.01",
     "--config.schedule.warmup_epochs=0.5",
 ]
-STEPS = 32
+STEPS = 36
 
 
 def free_port() -> int:
@@ -219,7 +219,7 @@ def test_two_processes_train_as_one_and_one_of_them_writes(alone, tmp_path):
     assert (err, other_out, other_err) == ("", "", "")
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in alone.iterdir()}
     splits = [(line["step"], line["split"]) for line in read_metrics(tmp_path)]
-    expected = [(16 * e, split) for e in (1, 2) for split in ("train", "validation")]
+    expected = [(18 * e, split) for e in (1, 2) for split in ("train", "validation")]
     assert splits == expected
     assert_within_rounding(tmp_path, alone)
 
