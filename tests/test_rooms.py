@@ -19,6 +19,7 @@ ROOMS = (
     "types",
     "files",
     "program",
+    "launch",
     "registry",
     "surgery",
     "forks",

@@ -61,8 +61,8 @@ def decoding_speed(split: StreamedSplit, *, cut: bool = False) -> Speed:
     def is_done(encoded: bytes) -> bool:
         image = decode_photograph(encoded)
         if cut and image is not None:
-            box = random_box(generator, *image.shape[:2], how.crop_area)
-            cut_out(image, box, how.image_size)
+            height, width, _ = image.shape
+            cut_out(image, random_box(generator, height, width, how.crop_area), how.image_size)
         return image is not None
 
     return _timed(lambda: sum(is_done(encoded) for encoded, _ in records))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.checkpoint import Checkpoints
@@ -28,12 +29,14 @@ from dfs_jax.training.experiment import (
 )
 from dfs_jax.training.metrics import (
     MetricsWriter,
+    NoMetrics,
     evaluation_line,
     mean_exit_accuracy,
     training_line,
 )
+from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
-from dfs_jax.training.sharding import put_batch, replicated
+from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import Config, UserError
 
@@ -62,7 +65,8 @@ def train(config: Config, workdir: Path) -> TrainResult:
     restored = checkpoints.restore_latest(abstract_state(experiment))
     state, start = restored or (initial_state(experiment), 0)
     with StopSignals() as signals:
-        run = _Run(experiment, checkpoints, MetricsWriter(workdir, start), signals)
+        metrics = MetricsWriter(workdir, start) if is_writer() else NoMetrics()
+        run = _Run(experiment, checkpoints, metrics, signals)
         try:
             return run.steps(state, start)
         finally:
@@ -70,14 +74,26 @@ def train(config: Config, workdir: Path) -> TrainResult:
 
 
 class StopSignals:
-    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps."""
+    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps.
+
+    Of several processes one that is asked to stop is enough, and all stop after the same step. JAX
+    sees to that: SIGTERM is its notice of preemption, which must be left to it.
+    """
 
     def __init__(self):
-        self.received: int | None = None
+        self._received: int | None = None
+        self._is_alone = jax.process_count() == 1
 
     def __enter__(self) -> StopSignals:
-        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
+        self._before = {number: signal.signal(number, self._request) for number in caught}
         return self
+
+    def stop_after(self, step: int) -> int | None:
+        """Returns the signal that ends the run after this step; has to be asked after each one."""
+        if self._is_alone:
+            return self._received
+        return signal.SIGTERM if reached_preemption_sync_point(step) else None
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -85,10 +101,12 @@ class StopSignals:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:  # asked twice: the user will not wait
+        if self._received is not None:  # asked twice: the user will not wait
             signal.signal(number, self._before[signal.Signals(number)])
             signal.raise_signal(number)
-        self.received = number
+        self._received = number
+        if not self._is_alone:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class _Run:
@@ -98,7 +116,7 @@ class _Run:
         self,
         experiment: Experiment,
         checkpoints: Checkpoints,
-        metrics: MetricsWriter,
+        metrics: MetricsWriter | NoMetrics,
         signals: StopSignals,
     ):
         self._experiment = experiment
@@ -117,7 +135,11 @@ class _Run:
         experiment, total = self._experiment, self._experiment.total_steps
         self._progress.start(start)
         batches = train_batches(
-            experiment.dataset.train, experiment.sampler, start, stop_step=total
+            experiment.dataset.train,
+            experiment.sampler,
+            start,
+            stop_step=total,
+            rows=rows_here(self._config.batch_size, experiment.mesh),
         )
         self._clock.restart()
         for step in range(start + 1, total + 1):
@@ -130,9 +152,10 @@ class _Run:
                 state = self._end_epoch(state, step)
             elif self._is_checkpoint_due(step):
                 self._save(state, step, score=None)
-            if self._signals.received is not None and step < total:
+            stopped_by = self._signals.stop_after(step)
+            if stopped_by is not None and step < total:
                 self._save(state, step, score=None)
-                return TrainResult(experiment, step, self._signals.received)
+                return TrainResult(experiment, step, stopped_by)
         return TrainResult(experiment, total, None)
 
     def close(self) -> None:
@@ -214,7 +237,7 @@ class _Run:
 
     def _zero_totals(self) -> EpochTotals:
         totals = EpochTotals.zero(self._experiment.model.num_exits)
-        return jax.device_put(totals, replicated(self._experiment.mesh))
+        return put_replicated(totals, self._experiment.mesh)
 
 
 def _create_probe(experiment: Experiment) -> ConflictProbe | None:
