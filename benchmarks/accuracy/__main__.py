@@ -80,7 +80,9 @@ def listing(suite: Suite, cells: Sequence[Cell], records: dict[str, Record]) -> 
         total, left = total + minutes, left + minutes * (state != "finished")
         shown = f"{minutes:6.1f} min" if minutes else "not measured"
         lines.append(f"{cell.name:60} {shown}  {state}")
-    return "\n".join([*lines, f"{len(cells)} cells, {total:.0f} minutes of one core, {left:.0f} left"])
+    return "\n".join(
+        [*lines, f"{len(cells)} cells, {total:.0f} minutes of one core, {left:.0f} left"]
+    )
 
 
 def _state(suite: Suite, cell: Cell, records: dict[str, Record]) -> str:

@@ -91,7 +91,9 @@ def choose(cells: Sequence[Cell], pattern: str, methods: Sequence[str]) -> tuple
     known = {cell.method for cell in cells}
     unknown = [method for method in methods if method not in known]
     if unknown:
-        raise UserError(f"no cell has the method(s) {', '.join(unknown)}: there are {_names(known)}")
+        raise UserError(
+            f"no cell has the method(s) {', '.join(unknown)}: there are {', '.join(sorted(known))}"
+        )
     chosen = tuple(
         cell
         for cell in cells
@@ -128,7 +130,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = ""):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _names(names: set[str]) -> str:
-    return ", ".join(sorted(names))

@@ -77,7 +77,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _IMAGES = 45_000
 # Busy seconds of one core for 1,000 training images, measured by SECONDS_COMMAND.
-SECONDS: dict[str, float] = {"vgg7_w16": 1.0, "vgg7_w32": 3.0, "resnet18_w16": 4.0, "msdnet_g4": 4.0}
+SECONDS: dict[str, float] = {
+    "vgg7_w16": 1.0,
+    "vgg7_w32": 3.0,
+    "resnet18_w16": 4.0,
+    "msdnet_g4": 4.0,
+}
 # Over deep supervision.
 _COSTS = {"byot": 1.05, "pcgrad": 2.2, "cagrad": 2.3}
 _SECONDS_A_CELL = 25  # tracing, compilation, the probe and the last evaluation
@@ -96,17 +101,21 @@ def small(seeds: int | None = None) -> Suite:
         *grid(longer, SETS, PAIR, LONG, [0]),
         *grid(longer, SETS[:1], [*sweep, *ends], SHORT, [0]),
         *grid(longer, SETS[:1], PAIR, MEDIUM, [0]),
-        *grid(longer, SETS[:1], _PER_EXIT, SHORT, [0]),
+        *grid(longer, SETS[:1], PER_EXIT, SHORT, [0]),
         *grid(["vgg7_w32"], SETS[:1], PAIR, SHORT, [0]),
-        *grid(longer, SETS[:1], _RECIPES, SHORT, [0]),
-        *grid(["resnet18_w16", "msdnet_g4"], SETS[:1], ["dsn", "byot", "dfs"], SHORT, [0]),
-        *grid(longer, SETS[:1], _PUBLISHED, LONG, [0]),
+        *grid(longer, SETS[:1], RECIPES, SHORT, [0]),
+        *(
+            cell
+            for network, methods in OTHER_NETWORKS.items()
+            for cell in grid([network], SETS[:1], methods, SHORT, [0])
+        ),
+        *grid(longer, SETS[:1], PUBLISHED, LONG, [0]),
     )
     return Suite("small", cells, _small_config, _seconds)
 
 
-_PER_EXIT = ("dfs_falling", "dfs_trunk_only_falling", "dfs_trunk_only_rising")
-_RECIPES = (
+PER_EXIT = ("dfs_falling", "dfs_trunk_only_falling", "dfs_trunk_only_rising")
+RECIPES = (
     "distillation",
     "dfs_distillation",
     "dfs_trunk_only_distillation",
@@ -114,8 +123,13 @@ _RECIPES = (
     "dfs_augmented",
     "dfs_trunk_only_augmented",
 )
-_PUBLISHED = ("byot_augmented", "dfs_byot_augmented")
-_CANDIDATES = (
+# With the referencing that the published code has for each.
+OTHER_NETWORKS = {
+    "resnet18_w16": ("dsn", "byot", "dfs"),
+    "msdnet_g4": ("dsn", "byot", "dfs_trunk_only"),
+}
+PUBLISHED = ("byot_augmented", "dfs_byot_augmented")
+CANDIDATES = (
     "dsn",
     "dfs_trunk_only_falling",
     "dfs_trunk_only_beta0.9",
@@ -130,7 +144,7 @@ _CANDIDATES = (
 def search(seeds: int | None = None) -> Suite:
     """Returns the cells that recipes are chosen by: on validation data, from seeds of their own."""
     numbers = range(SEARCH_SEED, SEARCH_SEED + (1 if seeds is None else seeds))
-    cells = grid(["vgg7_w16"], SETS, _CANDIDATES, SHORT, numbers)
+    cells = grid(["vgg7_w16"], SETS, CANDIDATES, SHORT, numbers)
     return Suite("search", cells, _small_config, _seconds, reported_split="validation")
 
 
@@ -178,8 +192,6 @@ def _small_config(cell: Cell) -> Config:
     config.schedule.warmup_epochs = 0.5
     config.eval_every_epochs = max(1, cell.epochs // 9)
     config.update_from_flattened_dict({**NETWORKS[cell.network], **changes})
-    if cell.network.startswith("msdnet") and config.fork.name == "dfs":
-        config.fork.referencing = "trunk_only"  # as its published code has it
     if cell.network == "vgg7_w16":
         config.conflict_every_steps = _IMAGES // config.batch_size // _PROBES_AN_EPOCH
     return config
