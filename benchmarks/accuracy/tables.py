@@ -20,7 +20,6 @@ from benchmarks.accuracy.rows import (
 )
 
 NOT_RUN = "not run yet"
-_COMPARED = ("mean less DSN's", "operations over DSN's", "ms a step over DSN's")
 _TITLES = {
     "dfs_trunk_only": "DFS trunk_only",
     "dfs_none": "DFS none",
