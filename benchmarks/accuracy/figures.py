@@ -9,6 +9,7 @@ from benchmarks.accuracy.rows import (
     REFERENCE,
     Row,
     Value,
+    budget_accuracy,
     difference,
     exit_accuracy,
     mean,
@@ -34,14 +35,14 @@ def draw_by_exit(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
         above.append(Panel(name, "exit", "test accuracy", curves, whole=True))
         others = _differences(present, list(places), values)
         below.append(
-            Panel(f"{name}, less DSN's", "exit", "points", others, whole=True, has_zero=True)
+            Panel(f"{name}, less DSN's", "exit", "points", others, whole=True, are_points=True)
         )
     return plot_panels([above, below], path, emphasised=[_REFERENCE_TITLE])
 
 
 def draw_budget(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
-    """Draws budgeted classification: accuracy against mean operations, over the seeds."""
-    panels = []
+    """Draws budgeted classification: accuracy against operations, and the points above DSN."""
+    above, below = [], []
     for name, rows in by_set.items():
         curves = []
         for row in _present(rows):
@@ -54,12 +55,19 @@ def draw_budget(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
                 for k in (0, 1)
             )
             curves.append(Curve(title(row.method), [m / 1e6 for m in macs], accuracies))
-        panels.append(Panel(name, "mean M MACs for one image", "test accuracy", curves))
-    return plot_panels([panels], path, emphasised=[_REFERENCE_TITLE])
+        above.append(Panel(name, "mean M MACs for one image", "test accuracy", curves))
+        shares = [k / 20 for k in range(2, 21)]
+        values = [budget_accuracy(share) for share in shares]
+        others = [c._replace(half_widths=()) for c in _differences(_present(rows), shares, values)]
+        text, across = f"{name}, less DSN's", "share of the last exit's operations"
+        below.append(Panel(text, across, "points", others, are_points=True))
+    return plot_panels([above, below], path, emphasised=[_REFERENCE_TITLE])
 
 
-def draw_betas(by_referencing: Mapping[str, Mapping[float, Row]], path: Path) -> Path:
-    """Draws every exit's accuracy against beta, and the mean of the exits."""
+def draw_betas(
+    by_referencing: Mapping[str, Mapping[float, Row]], path: Path, *, reference: Row
+) -> Path:
+    """Draws every exit's accuracy against beta, and the mean of the exits; DSN's are dashed."""
     panels = []
     for name, by_beta in by_referencing.items():
         present = {beta: row for beta, row in sorted(by_beta.items()) if row.runs}
@@ -67,7 +75,8 @@ def draw_betas(by_referencing: Mapping[str, Mapping[float, Row]], path: Path) ->
             Curve(label, list(present), [mean(row, value) for row in present.values()])
             for label, value in _exits_and_mean(list(present.values()))
         ]
-        panels.append(Panel(name, "beta", "test accuracy", curves))
+        levels = {label: mean(reference, value) for label, value in _exits_and_mean([reference])}
+        panels.append(Panel(name, "beta", "test accuracy", curves, levels if curves else {}))
     return plot_panels([panels], path, emphasised=["mean of the exits"], ordered=True)
 
 
@@ -101,7 +110,7 @@ def draw_epochs(by_set: Mapping[str, Mapping[int, Sequence[Row]]], path: Path) -
             curves = _by_epochs(by_epochs, value)
             text = f"{name}, {label}"
             panels.append(
-                Panel(text, "epochs", "points above DSN", curves, logarithmic=True, has_zero=True)
+                Panel(text, "epochs", "points above DSN", curves, logarithmic=True, are_points=True)
             )
     return plot_panels([panels[i : i + 3] for i in range(0, len(panels), 3)], path)
 
@@ -117,7 +126,9 @@ def _by_epochs(by_epochs: Mapping[int, Sequence[Row]], value: Value) -> list[Cur
     return [Curve(name, *zip(*found, strict=True)) for name, found in points.items()]
 
 
-def _differences(rows: Sequence[Row], places: list[int], values: Sequence[Value]) -> list[Curve]:
+def _differences(
+    rows: Sequence[Row], places: Sequence[float], values: Sequence[Value]
+) -> list[Curve]:
     reference = next((row for row in rows if row.method == REFERENCE), None)
     curves = []
     for row in rows:

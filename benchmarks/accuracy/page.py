@@ -6,6 +6,7 @@ touched. Cells that were not run stand in the tables as such.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ _NETWORK = "vgg7_w16"
 _PICTURES = {
     "by_exit": "Accuracy by exit, and points above DSN with 95 % intervals over the paired seeds",
     "budget": "Budgeted batch classification: accuracy against mean operations",
-    "beta": "Accuracy of every exit against beta",
+    "beta": "Accuracy of every exit against beta; dashed: DSN",
     "conflict": "Conflicting pairs of exits in the trunk over training",
     "epochs": "Points above DSN against the length of training",
 }
@@ -131,10 +132,12 @@ def _draw(small: Found, docs: Path) -> list[Path]:
         }
         for data in suites.SETS
     }
+    (reference,) = _with(small, [])[:1]
+    draw_betas = functools.partial(figures.draw_betas, reference=reference)
     drawings: dict[str, tuple[Callable[..., Path], object]] = {
         "by_exit": (figures.draw_by_exit, headline),
         "budget": (figures.draw_budget, headline),
-        "beta": (figures.draw_betas, _beta_rows(small)),
+        "beta": (draw_betas, _beta_rows(small)),
         "conflict": (figures.draw_conflict, headline),
         "epochs": (figures.draw_epochs, by_epochs),
     }

@@ -5,8 +5,9 @@ Imported where it is drawn, since it imports matplotlib.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -22,6 +23,7 @@ _PANEL_INCHES = (5.6, 4.2)
 _LEGEND_INCHES = 0.8
 _DOTS_PER_INCH = 100
 _MARKERS = "osD^vPX*<>hp"
+_MOST_MARKED = 20  # dots on longer curves would run together
 
 
 class Curve(NamedTuple):
@@ -48,18 +50,20 @@ class Panel(NamedTuple):
       x_label: what is across.
       y_label: what is up.
       curves: in the legend's order.
+      levels: by the name of a curve, what a dashed line of its color marks.
       whole: whether places across are whole numbers, each with its tick.
       logarithmic: whether places across are spaced by their ratios.
-      has_zero: whether a line marks 0.
+      are_points: whether what is up are differences, in percentage points around a line at 0.
     """
 
     title: str
     x_label: str
     y_label: str
     curves: Sequence[Curve]
+    levels: Mapping[str, float] = MappingProxyType({})
     whole: bool = False
     logarithmic: bool = False
-    has_zero: bool = False
+    are_points: bool = False
 
 
 def plot_panels(
@@ -129,7 +133,7 @@ def _distinct(count: int) -> list[Any]:
 
 
 def _draw(axes: Axes, panel: Panel, styles: dict[str, Any]) -> None:
-    if panel.has_zero:
+    if panel.are_points:
         axes.axhline(0, color="black", linewidth=1)
     for i, curve in enumerate(panel.curves):
         x = np.array(curve.x, float)
@@ -138,11 +142,17 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Any]) -> None:
             style = {**styles[curve.name], "markersize": 4, "capsize": 2, "elinewidth": 0.9}
             axes.errorbar(x + shift, curve.y, curve.half_widths, label=curve.name, **style)
         else:
-            axes.plot(x, curve.y, label=curve.name, markersize=4, **styles[curve.name])
+            style = styles[curve.name]
+            if len(curve.x) > _MOST_MARKED:
+                style = {**style, "marker": ""}
+            axes.plot(x, curve.y, label=curve.name, markersize=4, **style)
+    for name, level in panel.levels.items():
+        axes.axhline(level, color=styles[name]["color"], linestyle="--", linewidth=0.9)
     axes.set_title(panel.title, loc="left", fontweight="bold", fontsize=10, parse_math=False)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None, symbol=" %"))
+    symbol = "" if panel.are_points else " %"
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None, symbol=symbol))
     if panel.logarithmic:
         axes.set_xscale("log")
         axes.set_xticks(sorted({place for curve in panel.curves for place in curve.x}))
