@@ -51,7 +51,7 @@ def made_up(cell, exits=6):
         "macs": macs,
         "training_macs": 3 * macs[-1],
         "step_ms": 100.0,
-        "conflict": [{"step": step, **places} for step in (9, 18)],
+        "conflict": [{"step": step, "pairs": places} for step in (9, 18)],
         "seconds": 90.0,
         "versions": {"jax": "1", "dfs_jax": "2"},
         "hardware": {"devices": 1, "kind": "cpu", "processor": "a chip", "cores": 1},
@@ -212,7 +212,9 @@ def test_a_real_cell(tmp_path):
     assert len(record["exits"]) == len(record["macs"]) == len(record["validation"]) == 2
     assert [epoch for epoch, _ in record["history"]] == [1, 2]
     assert [probe["step"] for probe in record["conflict"]] == [6, 12]
-    assert 0 <= record["conflict"][0]["trunk"] <= 1
+    probe = record["conflict"][0]
+    assert 0 <= probe["pairs"]["trunk"] <= 1
+    assert (len(probe["norms"]), len(probe["cosines"])) == (2, 1)
     assert {point[0] for point in record["budget"]} <= set(range(record["macs"][-1] + 1))
     assert record["training_macs"] > record["macs"][-1]
     assert record["step_ms"] > 0

@@ -89,7 +89,7 @@ def draw_conflict(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
             probes = [record["conflict"] for record in row.runs.values()]
             steps = [probe["step"] for probe in probes[0]]
             shares = [
-                sum(probe["trunk"] or 0.0 for probe in at_step) / len(at_step)
+                sum(probe["pairs"]["trunk"] or 0.0 for probe in at_step) / len(at_step)
                 for at_step in zip(*probes, strict=True)
             ]
             curves.append(Curve(title(row.method), steps, shares))

@@ -128,7 +128,9 @@ def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record
         training_macs     of a step's forward and backward pass; null where exits have their own
         step_ms           median over the epochs but the first
         history           [[epoch, [exit]]], on validation data
-        conflict          [{"step", "trunk", "block1", ...}], shares of conflicting pairs
+        conflict          [{"step", "pairs": {"trunk", "block1", ...}, "norms": [exit], "cosines":
+                          [pair]}]; pairs are shares of conflicting ones, cosines those of exits 1
+                          and 2, 1 and 3, ...
     """
     began = time.perf_counter()
     result = train(config, run, datasets.of(config))
@@ -213,19 +215,24 @@ def _history(lines: Sequence[dict[str, Any]]) -> list[list[Any]]:
 
 
 def _conflict(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    ending = "/conflicting_pairs"
     return [
         {
             "step": line["step"],
-            **{
-                name.removesuffix(ending): None if value is None else round(value, 4)
-                for name, value in line.items()
-                if name.endswith(ending)
-            },
+            "pairs": _ending_in(line, "/conflicting_pairs"),
+            "norms": list(_ending_in(line, "/gradient_norm").values()),
+            "cosines": list(_ending_in(line, "/cosine").values()),
         }
         for line in lines
         if line["split"] == PROBE
     ]
+
+
+def _ending_in(line: dict[str, Any], ending: str) -> dict[str, float | None]:
+    return {
+        name.removesuffix(ending): None if value is None else float(f"{value:.4g}")
+        for name, value in line.items()
+        if name.endswith(ending)
+    }
 
 
 def _by_exit(line: dict[str, Any], what: str) -> list[float]:

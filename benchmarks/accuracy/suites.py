@@ -86,7 +86,7 @@ SECONDS: dict[str, float] = {
 # Over deep supervision.
 _COSTS = {"byot": 1.05, "pcgrad": 2.2, "cagrad": 2.3}
 _SECONDS_A_CELL = 25  # tracing, compilation, the probe and the last evaluation
-_PROBES_AN_EPOCH = 2
+_PROBES = 6  # of the exits' conflict, in a run
 
 
 def small(seeds: int | None = None) -> Suite:
@@ -193,7 +193,7 @@ def _small_config(cell: Cell) -> Config:
     config.eval_every_epochs = max(1, cell.epochs // 9)
     config.update_from_flattened_dict({**NETWORKS[cell.network], **changes})
     if cell.network == "vgg7_w16":
-        config.conflict_every_steps = _IMAGES // config.batch_size // _PROBES_AN_EPOCH
+        config.conflict_every_steps = cell.epochs * (_IMAGES // config.batch_size) // _PROBES
     return config
 
 

@@ -113,7 +113,7 @@ def conflict_table(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if any(record["conflict"] for record in row.runs.values())]
     if not shown:
         return NOT_RUN
-    places = [key for key in next(iter(shown[0].runs.values()))["conflict"][0] if key != "step"]
+    places = list(next(iter(shown[0].runs.values()))["conflict"][0]["pairs"])
     lines = [
         [title(row.method), *(f"{100 * mean(row, _conflict_at(p)):.1f} %" for p in places)]
         for row in shown
@@ -167,7 +167,7 @@ def _exit_titles(exits: int) -> list[str]:
 
 def _conflict_at(place: str) -> Value:
     def value(record: dict) -> float:
-        shares = [probe[place] or 0.0 for probe in record["conflict"]]
+        shares = [probe["pairs"][place] or 0.0 for probe in record["conflict"]]
         return sum(shares) / len(shares)
 
     return value
