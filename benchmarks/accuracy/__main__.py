@@ -56,7 +56,9 @@ def main() -> None:
             status = share_cores(sys.argv[1:], workers.value)
         else:
             status = _fill(chosen, cells, results, data_dir.value, minutes.value)
-        return status or (_render() if page.value else None)
+        if page.value:
+            _render()
+        return status
 
     program.run(run)
 
