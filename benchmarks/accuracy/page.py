@@ -78,8 +78,8 @@ def render_page(docs: Path, directory: Path) -> list[Path]:
     blocks: dict[str, Callable[[], str]] = {
         "status": lambda: "\n\n".join(_status(found) for found in (search, small, paper)),
         "headline": lambda: _headline(small),
-        "budget": lambda: _by_set(budget_table, _headline_rows(small)),
-        "conflict": lambda: _by_set(conflict_table, _headline_rows(small)),
+        "budget": lambda: _titled(budget_table, _headline_rows(small)),
+        "conflict": lambda: _titled(conflict_table, _headline_rows(small)),
         "epochs": lambda: _epochs(small),
         "beta": lambda: _beta(small),
         "width": lambda: accuracy_table(small.rows("vgg7_w32", *_ON_CIFAR, suites.PAIR)),
@@ -162,8 +162,8 @@ def _headline(small: Found) -> str:
     )
 
 
-def _by_set(table: Callable[[Sequence[Row]], str], by_set: Mapping[str, Sequence[Row]]) -> str:
-    return "\n\n".join(f"**{data}**\n\n{table(rows)}" for data, rows in by_set.items())
+def _titled(table: Callable[[Sequence[Row]], str], by_title: Mapping[str, Sequence[Row]]) -> str:
+    return "\n\n".join(f"**{name}**\n\n{table(rows)}" for name, rows in by_title.items())
 
 
 def _with(small: Found, methods: Sequence[str]) -> list[Row]:
@@ -210,17 +210,18 @@ def _published_recipe(small: Found) -> str:
 
 
 def _networks(small: Found) -> str:
-    return "\n\n".join(
-        f"**{network}**\n\n{accuracy_table(small.rows(network, *_ON_CIFAR, methods))}"
+    by_network = {
+        network: small.rows(network, suites.SETS[0], suites.OTHERS, methods)
         for network, methods in suites.OTHER_NETWORKS.items()
-    )
+    }
+    return _titled(accuracy_table, by_network)
 
 
 def _search(search: Found) -> str:
     tables = {
         data: search.rows(_NETWORK, data, suites.SHORT, suites.CANDIDATES) for data in suites.SETS
     }
-    return _by_set(accuracy_table, tables)
+    return _titled(accuracy_table, tables)
 
 
 def _paper(paper: Found) -> str:

@@ -15,7 +15,8 @@ from benchmarks.accuracy.cells import Cell, Suite, grid
 from configs import common
 from dfs_jax.types import Config, UserError
 
-SHORT, MEDIUM, LONG = 3, 9, 27  # epochs
+SHORT, MEDIUM, LONG = 3, 8, 21  # epochs
+OTHERS = 2  # epochs, of networks that cost several times as much
 SETS = ("cifar10", "tiny_imagenet100")
 HEADLINE = ("dsn", "byot", "ge", "pcgrad", "cagrad", "dfs", "dfs_trunk_only", "dfs_none")
 PAIR = ("dsn", "dfs", "dfs_trunk_only")
@@ -28,7 +29,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "vgg7_w16": {"model.name": "vgg7", "model.width": 16},
     "vgg7_w32": {"model.name": "vgg7", "model.width": 32},
     "resnet18_w16": {"model.name": "resnet18", "model.width": 16, "model.stem": "cifar"},
-    "msdnet_g4": {"model.name": "msdnet_cifar_anytime", "model.growth": 4},
+    "msdnet_g4": {
+        "model.name": "msdnet_cifar_anytime",
+        "model.num_exits": 5,
+        "model.growth": 4,
+        "model.initial_channels": 8,
+    },
 }
 
 _FALLING, _RISING = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -107,7 +113,7 @@ def small(seeds: int | None = None) -> Suite:
         *(
             cell
             for network, methods in OTHER_NETWORKS.items()
-            for cell in grid([network], SETS[:1], methods, SHORT, [0])
+            for cell in grid([network], SETS[:1], methods, OTHERS, [0])
         ),
         *grid(longer, SETS[:1], PUBLISHED, LONG, [0]),
     )
@@ -190,7 +196,7 @@ def _small_config(cell: Cell) -> Config:
     config.optimizer.learning_rate = 0.1
     config.optimizer.weight_decay = 5e-4
     config.schedule.warmup_epochs = 0.5
-    config.eval_every_epochs = max(1, cell.epochs // 9)
+    config.eval_every_epochs = max(1, cell.epochs // 7)
     config.update_from_flattened_dict({**NETWORKS[cell.network], **changes})
     if cell.network == "vgg7_w16":
         config.conflict_every_steps = cell.epochs * (_IMAGES // config.batch_size) // _PROBES
