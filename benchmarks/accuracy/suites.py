@@ -37,7 +37,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Betas by exit. Where beta is 1, trunk_only changes nothing: the trunk and the exit both train all.
 _FALLING, _RISING = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.6, 0.7, 0.8, 0.9)
+_EARLY, _FIRST = (0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0, 1.0)
 _TRUNK_ONLY = {"fork.referencing": "trunk_only"}
 _AUGMENTED = {"data.augmentation": "crop,flip,autoaugment,cutout"}
 # By name: what stands after a config's colon, and the fields that are changed.
@@ -59,6 +61,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dfs_falling": ("dfs", {"fork.partition_ratio": _FALLING}),
     "dfs_trunk_only_falling": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _FALLING}),
     "dfs_trunk_only_rising": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _RISING}),
+    "dfs_trunk_only_early": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY}),
+    "dfs_trunk_only_first": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _FIRST}),
     "dsn_augmented": ("dsn", _AUGMENTED),
     "dfs_augmented": ("dfs", _AUGMENTED),
     "dfs_trunk_only_augmented": ("dfs", {**_TRUNK_ONLY, **_AUGMENTED}),
@@ -69,9 +73,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "dfs+distillation",
         {**_TRUNK_ONLY, "fork.partition_ratio": _FALLING},
     ),
-    "dfs_trunk_only_beta0.9_distillation": (
+    "dfs_trunk_only_early_distillation": (
         "dfs+distillation",
-        {**_TRUNK_ONLY, "fork.partition_ratio": (0.9,)},
+        {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY},
     ),
     # The published recipe of ResNet18: surgery, BYOT's losses and strong augmentation together.
     "byot_augmented": ("byot", _AUGMENTED),
@@ -90,7 +94,7 @@ SECONDS: dict[str, float] = {
     "msdnet_g4": 4.0,
 }
 # Over deep supervision.
-_COSTS = {"byot": 1.05, "pcgrad": 2.2, "cagrad": 2.3}
+_COSTS = {"byot": 1.05, "pcgrad": 2.1, "cagrad": 2.1}
 _SECONDS_A_CELL = 25  # tracing, compilation, the probe and the last evaluation
 _PROBES = 6  # of the exits' conflict, in a run
 
@@ -120,7 +124,13 @@ def small(seeds: int | None = None) -> Suite:
     return Suite("small", cells, _small_config, _seconds)
 
 
-PER_EXIT = ("dfs_falling", "dfs_trunk_only_falling", "dfs_trunk_only_rising")
+PER_EXIT = (
+    "dfs_falling",
+    "dfs_trunk_only_falling",
+    "dfs_trunk_only_rising",
+    "dfs_trunk_only_early",
+    "dfs_trunk_only_first",
+)
 RECIPES = (
     "distillation",
     "dfs_distillation",
@@ -137,11 +147,13 @@ OTHER_NETWORKS = {
 PUBLISHED = ("byot_augmented", "dfs_byot_augmented")
 CANDIDATES = (
     "dsn",
+    "dfs_trunk_only_early",
+    "distillation",
+    "dfs_trunk_only_first",
     "dfs_trunk_only_falling",
     "dfs_trunk_only_beta0.9",
-    "distillation",
     "dfs_trunk_only_falling_distillation",
-    "dfs_trunk_only_beta0.9_distillation",
+    "dfs_trunk_only_early_distillation",
     "dsn_smoothed",
     "dsn_averaged",
 )
