@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from benchmarks.accuracy import page, runner, suites
-from benchmarks.accuracy.__main__ import REPOSITORY, listing
+from benchmarks.accuracy.__main__ import REPOSITORY, listing, share_cores
 from benchmarks.accuracy.cells import Suite, cell_config, choose, config_hash, grid
 from benchmarks.accuracy.published import PUBLISHED
 from benchmarks.accuracy.results import FAILED, FINISHED, Results
@@ -195,6 +195,11 @@ def test_two_processes_do_not_take_the_same_cell(results, tmp_path, filled):
         assert mine
         assert run(results, tmp_path).finished == 3
     assert run(results, tmp_path).finished == 1
+
+
+def test_more_workers_than_cores_are_refused():
+    with pytest.raises(UserError, match="workers need"):
+        share_cores([], 10**6)
 
 
 def test_a_file_of_something_else_is_not_overwritten(results):
