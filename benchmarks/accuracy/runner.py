@@ -89,12 +89,12 @@ def run_cells(
     for cell in cells:
         config = cell_config(suite, cell, data_dir)
         known_as = config_hash(config)
-        if _late(began, minutes, suite.seconds_of(cell)):
-            return Outcome(finished, failed, f"{minutes:g} minutes are over")
         with results.claim(cell) as mine:
             is_done = results.finished(cell, known_as) or results.failed_since(cell, began)
             if not mine or is_done:
                 continue
+            if _late(began, minutes, suite.seconds_of(cell)):
+                return Outcome(finished, failed, f"{minutes:g} minutes are over")
             say(f"--- {cell.name}")
             run = runs / f"{cell.name.replace('/', '__')}-{known_as}"
             try:

@@ -110,15 +110,15 @@ def budget_table(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75
 
 def conflict_table(rows: Sequence[Row]) -> str:
     """Returns shares of conflicting pairs of exits, means over a run's probes and over seeds."""
-    shown = [row for row in rows if any(record["conflict"] for record in row.runs.values())]
-    if not shown:
-        return NOT_RUN
-    places = list(next(iter(shown[0].runs.values()))["conflict"][0]["pairs"])
-    lines = [
-        [title(row.method), *(f"{100 * mean(row, _conflict_at(p)):.1f} %" for p in places)]
-        for row in shown
-    ]
-    return markdown(["conflicting pairs", *places], lines)
+    runs = [record for row in rows for record in row.runs.values()]
+    places = list(runs[0]["conflict"][0]["pairs"]) if runs else ["trunk"]
+    lines = []
+    for row in rows:
+        cells = [NOT_RUN, *[""] * (len(places) - 1)]
+        if row.runs:
+            cells = [f"{100 * mean(row, _conflict_at(place)):.1f} %" for place in places]
+        lines.append([title(row.method), _seeds(row), *cells])
+    return markdown(["method", "seeds", *places], lines)
 
 
 def published_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
