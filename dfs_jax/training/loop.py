@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from dfs_jax.data import Dataset
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import check_config, open_workdir
@@ -49,18 +50,23 @@ class TrainResult(NamedTuple):
     stopped_by: int | None
 
 
-def train(config: Config, workdir: Path) -> TrainResult:
+def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> TrainResult:
     """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
 
     Started again with the same config, a run that was stopped at any moment ends with the same
     parameters and metrics, bit for bit, as one that never was (on the same machine and devices).
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      dataset: the config's own, where it is in memory already; None reads it.
 
     Raises:
       UserError: a mistake in the config or the directory, or a loss that became non-finite.
     """
     check_config(config)
     open_workdir(workdir, config)
-    experiment = build_experiment(config)
+    experiment = build_experiment(config, dataset)
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_latest(abstract_state(experiment))
     state, start = restored or (initial_state(experiment), 0)
