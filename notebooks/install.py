@@ -82,7 +82,7 @@ def missing_requirements(
                 f"this project needs {one}, and here is {version or 'none'}: choose a newer "
                 f"runtime version of the hosted notebook, or install {one.name} yourself"
             )
-        missing.append(str(one))
+        missing.append(f"{one.name}{one.specifier}")
     return missing
 
 
