@@ -125,7 +125,12 @@ def test_the_export_is_the_network(directory, stages, policy, n):
         assert set(got.exit_index) == {0, 1}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("resnet18", "vit_tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in FAMILIES]
+)
 def test_every_family_is_written_for_any_batch(name):
     """As far as it goes without values: shapes that follow the batch, on every platform."""
     model = create_model(name, num_classes=3, **FAMILIES[name])
