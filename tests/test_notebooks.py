@@ -237,7 +237,7 @@ def test_the_hosted_notebook_runs_from_install_to_export(monkeypatch, tmp_path):
     assert "epoch 2/2" in printed(outputs["train"])
     for cell in ("over-time", "curve", "benchmark", "gallery"):
         assert has_picture(outputs[cell]), cell
-    for file in ("report.json", "policy.json", "benchmark.json", "exported/manifest.json"):
+    for file in ("report.json", "policy.json", "benchmark.json", "exported/model.json"):
         assert (tmp_path / "run" / file).is_file(), file
     assert "test images" in printed(outputs["answers"])
     assert ", exit " in printed(outputs["files"])
