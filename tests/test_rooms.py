@@ -111,6 +111,13 @@ def test_surgery_imports_jax_and_the_standard_library_alone():
     assert outside == {"jax"}
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_jit_is_called_as_the_oldest_jax_allows(path):
+    """`jax.jit(static_argnums=1)` without a function, as a decorator, came with jax 0.8."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert all(call.args for call in calls if ast.unparse(call.func) == "jax.jit")
+
+
 def registries() -> Iterator[tuple[str, Registry]]:
     """Every registry that a module of the package defines, under its module's and own name."""
     for path in SOURCES:
