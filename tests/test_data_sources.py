@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dfs_jax.data import RawDataset, Split, channel_statistics, load_dataset
-from dfs_jax.data.sources import DATASETS, hold_out
+from dfs_jax.data.sources import DATASETS, describe_dataset, hold_out
 from dfs_jax.types import UserError
 
 
@@ -353,3 +353,24 @@ def test_every_own_set_is_whole_and_well_formed(name, folder):
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
         assert split.images.shape[1:] == shape
     assert all(deviation > 0 for deviation in dataset.std)
+
+
+def test_well_known_sets_are_described_without_being_there():
+    cifar = describe_dataset("cifar100", image_size=48, statistics="cifar10")
+    assert (cifar.num_classes, cifar.image_shape) == (100, (48, 48, 3))
+    counts = [split.num_examples for split in (cifar.train, cifar.validation, cifar.test)]
+    assert counts == [45_000, 5_000, 10_000]
+    assert cifar.mean == describe_dataset("cifar10:3.0.2").mean
+    imagenet = describe_dataset("imagenet2012", validation_examples=0)
+    assert (imagenet.train.num_examples, imagenet.validation) == (1_281_167, None)
+    assert describe_dataset("mnist") is None
+    assert describe_dataset("digits") is None  # which is always there
+
+
+def test_a_described_set_has_the_limits_of_the_set_and_nothing_to_read():
+    with pytest.raises(UserError, match=r"validation_examples must lie in \[0, 50000\)"):
+        describe_dataset("cifar10", validation_examples=50_000)
+    train = describe_dataset("cifar10").train
+    for read in (train.take, train.train_batches, train.eval_batches):
+        with pytest.raises(RuntimeError, match="no images to read"):
+            read(3)

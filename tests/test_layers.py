@@ -48,6 +48,27 @@ def test_training_mode_matches_the_formula_and_pytorchs_convention():
     np.testing.assert_allclose(new["var"], 0.9 * stats["var"] + 0.1 * var * 30 / 29, rtol=1e-5)
 
 
+def test_gradients_through_the_statistics_are_whole_to_the_second_order():
+    """Against the moments of jax.numpy, whose gradients take every way."""
+
+    def plain(params, x):
+        mean, var = x.mean((0, 1)), x.var((0, 1))
+        return (x - mean) / jnp.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+
+    def ours(params, x):
+        variables = {**batch_norm_variables(2), "params": params}
+        return BatchNorm().apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(RNG.normal(2, 3, (5, 3, 2)))
+        params = jax.tree.map(jnp.float64, batch_norm_variables(2)["params"])
+        results = []
+        for norm in (plain, ours):
+            loss = lambda params, x, norm=norm: jnp.sum(jnp.sin(norm(params, x)))  # noqa: E731
+            results.append((jax.grad(loss, (0, 1))(params, x), jax.hessian(loss, 1)(params, x)))
+    chex.assert_trees_all_close(*results, rtol=1e-9, atol=1e-12)
+
+
 def test_evaluation_uses_running_statistics_and_leaves_them_alone():
     x = RNG.normal(size=(2, 3, 5, 7)).astype(np.float32)
     variables = batch_norm_variables(7)

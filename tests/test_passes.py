@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -19,6 +20,7 @@ from dfs_jax.layers import BatchNorm
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
+from dfs_jax.training import passes
 from dfs_jax.training.passes import accumulated, single_exit_passes, summed_passes
 from dfs_jax.training.sharding import create_mesh, put_batch, replicated
 from dfs_jax.training.state import create_state
@@ -297,3 +299,22 @@ def apply_training(model, variables, images):
     return model.apply(
         variables, images, FORK, train=True, mutable=["batch_stats"], rngs={"dropout": KEY}
     )
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "way"),
+    [("tpu", None, "vmap"), ("cpu", None, "unroll"), ("tpu", "scan", "scan")],
+)
+def test_the_way_back_from_the_exits_suits_the_mesh(monkeypatch, platform, asked, way):
+    """Which need not be of the devices that this process runs on."""
+    taken = []
+
+    def stop(*_, exits, **__):
+        taken.append(exits)
+        raise StopIteration
+
+    monkeypatch.setattr(passes, "exit_gradients", stop)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    with pytest.raises(StopIteration):
+        single_exit_passes(None, None, None, asked, mesh)({}, None, None, None)
+    assert taken == [way]

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+from dfs_jax.analysis.compiled import memory
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
@@ -160,7 +161,7 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
         step=run_step,
         data=make_batch,
         compile_s=seconds,
-        peak_mib=_peak_mib(step),
+        peak_mib=memory(step).total / _MIB,
     )
 
 
@@ -226,9 +227,3 @@ def _without_compilation_cache() -> Iterator[None]:
 def _enable_compilation_cache(enable: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", enable)
     compilation_cache.reset_cache()
-
-
-def _peak_mib(compiled: Any) -> float:
-    sizes = compiled.memory_analysis()
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return (held + sizes.temp_size_in_bytes) / _MIB

@@ -213,12 +213,17 @@ def _equalize(pixels: jax.Array) -> jax.Array:
 
 def _histogram(pixels: jax.Array) -> jax.Array:
     """How many pixels have each level, int32 `[batch, channels, 256]`."""
-    batch, channels = pixels.shape[:2]
+    channels = pixels.shape[1]
     # One flat scatter-add: 40 times as fast on a CPU as comparing with every level.
-    row = jnp.arange(batch * channels).reshape(batch, channels, 1, 1)
-    counts = jnp.zeros(batch * channels * _LEVELS, jnp.int32)
-    counts = counts.at[(row * _LEVELS + pixels).ravel()].add(1, mode="promise_in_bounds")
-    return counts.reshape(batch, channels, _LEVELS)
+    row = jnp.arange(channels)[:, None, None]
+
+    def of_image(pixels: jax.Array) -> jax.Array:
+        counts = jnp.zeros(channels * _LEVELS, jnp.int32)
+        counts = counts.at[(row * _LEVELS + pixels).ravel()].add(1, mode="promise_in_bounds")
+        return counts.reshape(channels, _LEVELS)
+
+    # Image by image: devices that share a batch would add up the counts of all of it.
+    return jax.vmap(of_image)(pixels)
 
 
 def _floor_divide(numerator: jax.Array, denominator: jax.Array | int) -> jax.Array:

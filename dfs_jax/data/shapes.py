@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
 
 
 class DatasetShape(NamedTuple):
@@ -13,11 +16,39 @@ class DatasetShape(NamedTuple):
     image_shape: tuple[int, int, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class AbsentSplit:
+    """Some examples that are not there: stands where a `Split` would, as far as nobody reads it.
+
+    Attributes:
+      num_examples: how many there would be.
+      image_shape: `(height, width, channels)`.
+    """
+
+    num_examples: int
+    image_shape: tuple[int, int, int]
+
+    def part(self, indices: np.ndarray) -> AbsentSplit:
+        """Returns as many absent examples as there are indices."""
+        return dataclasses.replace(self, num_examples=len(indices))
+
+    def _refuse(self, *_args: Any, **_options: Any) -> NoReturn:
+        raise RuntimeError("a set that is described alone has no images to read")
+
+    take = train_batches = eval_batches = _refuse
+
+
 _KNOWN_SHAPES = {
     "cifar10": DatasetShape(10, (32, 32, 3)),
     "cifar100": DatasetShape(100, (32, 32, 3)),
     "digits": DatasetShape(10, (32, 32, 3)),
     "imagenet2012": DatasetShape(1000, (224, 224, 3)),
+}
+# Training and test examples, as published.
+_KNOWN_SIZES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "imagenet2012": (1_281_167, 50_000),
 }
 
 
@@ -31,7 +62,28 @@ def known_shape(name: str, image_size: int | None = None) -> DatasetShape | None
     >>> known_shape("cifar100").num_classes, known_shape("imagenet2012", 160).image_shape
     (100, (160, 160, 3))
     """
-    shape = _KNOWN_SHAPES.get(re.sub(r":\d.*", "", name))
+    shape = _KNOWN_SHAPES.get(_without_version(name))
     if shape is None or image_size is None:
         return shape
     return shape._replace(image_shape=(image_size, image_size, 3))
+
+
+def known_splits(
+    name: str, image_size: int | None = None
+) -> tuple[AbsentSplit, AbsentSplit] | None:
+    """Returns the training and test examples of a well-known set that has to be downloaded.
+
+    None for other sets. Arguments as in `known_shape`.
+
+    >>> known_splits("cifar100")[0]
+    AbsentSplit(num_examples=50000, image_shape=(32, 32, 3))
+    """
+    shape, sizes = known_shape(name, image_size), _KNOWN_SIZES.get(_without_version(name))
+    if shape is None or sizes is None:
+        return None
+    train, test = (AbsentSplit(count, shape.image_shape) for count in sizes)
+    return train, test
+
+
+def _without_version(name: str) -> str:
+    return re.sub(r":\d.*", "", name)

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from dfs_jax.data.dataset import AnySplit, Dataset, RawDataset, Split, check_raw_dataset
+from dfs_jax.data.shapes import known_shape, known_splits
 from dfs_jax.data.statistics import (
     NAMED_STATISTICS,
     ChannelStatistics,
@@ -68,13 +69,58 @@ def load_dataset(
       >>> digits.image_shape, len(digits.train.labels), len(digits.validation.labels)
       ((32, 32, 3), 1197, 300)
     """
-    known_as = name if _USERS_OWN.fullmatch(name) else name.partition(":")[0]
-    chosen = NAMED_STATISTICS.get(known_as) if statistics is None else named_statistics(statistics)
+    chosen = _statistics_of(name, statistics)
     raw = _read(name, data_dir, image_size, streaming)
-    held_out = _default_held_out(known_as, raw, validation_examples)
+    return _divided(name, raw, validation_examples, split_seed, chosen)
+
+
+def describe_dataset(
+    name: str,
+    *,
+    validation_examples: int | None = None,
+    split_seed: int = 0,
+    image_size: int | None = None,
+    statistics: str | None = None,
+) -> Dataset | None:
+    """Returns a well-known set as it is published, without its images; None for other sets.
+
+    Everything but reading examples goes as with the set itself. Arguments and errors as in
+    `load_dataset`.
+
+    Example:
+      >>> cifar = describe_dataset("cifar100")
+      >>> cifar.num_classes, cifar.image_shape, cifar.train.num_examples
+      (100, (32, 32, 3), 45000)
+    """
+    shape, splits = known_shape(name, image_size), known_splits(name, image_size)
+    if shape is None or splits is None:
+        return None
+    raw = RawDataset(*splits, class_names=tuple(map(str, range(shape.num_classes))))
+    chosen = _statistics_of(name, statistics)
+    return _divided(name, raw, validation_examples, split_seed, chosen)
+
+
+def _divided(
+    name: str,
+    raw: RawDataset,
+    validation_examples: int | None,
+    split_seed: int,
+    chosen: ChannelStatistics | None,
+) -> Dataset:
+    held_out = _default_held_out(_known_as(name), raw, validation_examples)
     train, validation = hold_out(raw, held_out, split_seed)
     mean, std = chosen or _own_statistics(train)
     return Dataset(name, train, validation, raw.test, raw.class_names, mean, std)
+
+
+def _statistics_of(name: str, asked: str | None) -> ChannelStatistics | None:
+    """Returns the statistics asked for, or the set's own where a table has them."""
+    return NAMED_STATISTICS.get(_known_as(name)) if asked is None else named_statistics(asked)
+
+
+def _known_as(name: str) -> str:
+    """Returns a set's name without the version that a TFDS name may have."""
+    return name if _USERS_OWN.fullmatch(name) else name.partition(":")[0]
 
 
 def is_tfds_name(name: str) -> bool:

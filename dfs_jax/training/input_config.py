@@ -6,11 +6,12 @@ from typing import Any
 
 from dfs_jax.data import Dataset, Streaming, load_dataset
 from dfs_jax.data.augmentation import Augmentation, create_augmentation
-from dfs_jax.data.sources import is_tfds_name
+from dfs_jax.data.sources import describe_dataset, is_tfds_name
 from dfs_jax.data.streaming import FLIP, RANDOM_CUT
 from dfs_jax.types import Config, UserError
 
-_LOAD_OPTIONS = ("data_dir", "validation_examples", "split_seed", "image_size", "statistics")
+_DESCRIPTION_OPTIONS = ("validation_examples", "split_seed", "image_size", "statistics")
+_LOAD_OPTIONS = ("data_dir", *_DESCRIPTION_OPTIONS)
 _STREAMING_OPTIONS = ("crop_area", "centre_fraction", "num_workers", "max_corrupt")
 
 
@@ -18,6 +19,13 @@ def dataset_from_config(section: Config) -> Dataset:
     """Returns the data set that a config's section `data` describes."""
     options = {key: section[key] for key in _LOAD_OPTIONS}
     return load_dataset(section.name, streaming=streaming_from_config(section), **options)
+
+
+def described_dataset_from_config(section: Config) -> Dataset:
+    """Returns the set without its images if it is well-known; others are read."""
+    options = {key: section[key] for key in _DESCRIPTION_OPTIONS}
+    described = describe_dataset(section.name, **options)
+    return dataset_from_config(section) if described is None else described
 
 
 def streaming_from_config(section: Config) -> Streaming | None:

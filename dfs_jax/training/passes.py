@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from dfs_jax.combiners.exit_gradients import exit_gradients
+from dfs_jax.combiners.exit_gradients import best_way, exit_gradients
 from dfs_jax.forks import Fork
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
@@ -77,6 +77,8 @@ def single_exit_passes(
     model: MultiExitModel, fork: Fork, loss: Loss, exits: str | None, mesh: Mesh | None = None
 ) -> Passes:
     """Returns passes whose `grads` are `TrunkAndHeads`; `exits` as in `exit_gradients`."""
+    if exits is None and mesh is not None:  # whose devices this process may not be running on
+        exits = best_way(mesh.devices.flat[0].platform)
 
     def passes(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
         found = exit_gradients(model, fork, loss, variables, images, labels, key=key, exits=exits)

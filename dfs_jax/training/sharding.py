@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,17 +24,20 @@ THE_REST = -1
 _DEFAULTS = {DATA_AXIS: THE_REST, FSDP_AXIS: 1, TENSOR_AXIS: 1}
 
 
-def create_mesh(section: Mapping[str, Any] | None = None) -> Mesh:
+def create_mesh(
+    section: Mapping[str, Any] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
     """Returns the mesh over all devices of all processes.
 
     Args:
       section: a config's `mesh`: how many devices along each axis, see `mesh_sizes`; None for all
         of them along the data axis.
+      devices: to use instead, such as those of a machine that is only compiled for.
 
     Raises:
       UserError: the sizes do not fit the devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(section or {}, len(devices))
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
