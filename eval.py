@@ -4,28 +4,32 @@ from pathlib import Path
 
 from absl import flags
 
-from dfs_jax import program
+from dfs_jax import launch, program
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
 SPLIT = flags.DEFINE_string("split", "test", "What is reported: test, validation or train.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
 OUTPUT = flags.DEFINE_string("output", None, "The report; report.json in the run's directory.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+LAUNCH = launch.define_flags()
 
 
 def main() -> None:
+    launched = LAUNCH()
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.experiment import rebuild_experiment
+    from dfs_jax.training.processes import joined
 
     workdir = Path(WORKDIR.value).absolute()
-    report_run(
-        workdir,
-        experiment=rebuild_experiment(workdir, data_dir=DATA_DIR.value),
-        split=SPLIT.value,
-        checkpoint=CHECKPOINT.value,
-        output=None if OUTPUT.value is None else Path(OUTPUT.value).absolute(),
-    )
+    with joined(launched):
+        report_run(
+            workdir,
+            experiment=rebuild_experiment(workdir, data_dir=DATA_DIR.value),
+            split=SPLIT.value,
+            checkpoint=CHECKPOINT.value,
+            output=None if OUTPUT.value is None else Path(OUTPUT.value).absolute(),
+        )
 
 
 if __name__ == "__main__":

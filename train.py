@@ -1,11 +1,14 @@
-"""Trains a multi-exit network: python train.py --config=configs/cifar100_vgg7.py [--workdir=DIR]"""
+"""Trains a multi-exit network: python train.py --config=configs/cifar100_vgg7.py [--workdir=DIR]
+
+With --dry_run the training step is compiled, without data, and what it costs is printed.
+"""
 
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from dfs_jax import program
+from dfs_jax import launch, program
 from dfs_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -14,6 +17,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
 )
+LAUNCH = launch.define_flags()
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the training step, without data, and print what it costs."
 )
@@ -24,23 +28,35 @@ OUTPUT = flags.DEFINE_string("output", None, "Dry run: the JSON file to write.")
 
 def main() -> None:
     if DRY_RUN.value:
-        from dfs_jax.analysis.dry_run import run_dry
-
-        options = {"devices": DEVICES.value, "topology": TOPOLOGY.value, "output": OUTPUT.value}
-        return run_dry(CONFIG.value, **options)
+        return dry_run()
     for flag in (DEVICES, TOPOLOGY, OUTPUT):
         if flag.present:
             raise UserError(f"--{flag.name} is for a dry run: add --dry_run or leave it out")
+    train_and_report()
+
+
+def dry_run() -> None:
+    if LAUNCH() is not None:
+        raise UserError("a dry run is one process, whatever it compiles for: start it alone")
+    from dfs_jax.analysis.dry_run import run_dry
+
+    run_dry(CONFIG.value, devices=DEVICES.value, topology=TOPOLOGY.value, output=OUTPUT.value)
+
+
+def train_and_report() -> None:
+    launched = LAUNCH()
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.loop import train
+    from dfs_jax.training.processes import joined
 
     workdir = Path(WORKDIR.value or Path("runs") / _config_name()).absolute()
-    result = train(CONFIG.value, workdir)
-    if result.stopped_by is not None:
-        program.say(f"stopped after step {result.step}: the same command continues")
-    else:
-        report_run(workdir, experiment=result.experiment)
+    with joined(launched):
+        result = train(CONFIG.value, workdir)
+        if result.stopped_by is not None:
+            program.say(f"stopped after step {result.step}: the same command continues")
+        else:
+            report_run(workdir, experiment=result.experiment)
 
 
 def _config_name() -> str:

@@ -155,7 +155,8 @@ def get_config(method: str = "dfs") -> Any:
     config.data.split_seed = 0  # which ones
     config.data.image_size = placeholder(int)  # resize to a square of this side
     config.data.statistics = placeholder(str)  # normalise with another set's mean and deviation
-    config.data.augmentation = "crop,flip"  # in this order; also autoaugment, cutout; "none"
+    # In this order; also autoaugment, randaugment, cutout; "none".
+    config.data.augmentation = "crop,flip"
     # Photographs decoded while training runs. None: TFDS sets that memory does not hold, or whose
     # augmentation begins with random_resized_crop. What follows is for them alone.
     config.data.streamed = placeholder(bool)
@@ -166,6 +167,10 @@ def get_config(method: str = "dfs") -> Any:
     config.data.crop_padding = placeholder(int)  # pixels on each side
     config.data.crop_fill = placeholder(int)  # 0..255
     config.data.autoaugment_fill = placeholder(int)
+    config.data.autoaugment_policy = placeholder(str)  # found on "cifar10" or on "imagenet"
+    config.data.randaugment_operations = placeholder(int)
+    config.data.randaugment_magnitude = placeholder(int)  # 0..30
+    config.data.randaugment_fill = placeholder(int)
     config.data.cutout_size = placeholder(int)  # side in pixels
     config.data.cutout_fill = placeholder(object)  # 0..255, or "mean": the data set's mean colour
 

@@ -63,7 +63,7 @@ def upsample_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     for axis, size in ((1, height), (2, width)):
         if size == 2 * x.shape[axis]:
             x = _doubled(x, axis)
-    return jax.image.resize(x, (len(x), height, width, x.shape[3]), "bilinear")
+    return jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "bilinear")
 
 
 def _doubled(x: jax.Array, axis: int) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from dfs_jax.interop import save_weights
 from dfs_jax.models.vgg import VGG
 from dfs_jax.training import state_sharding
 from dfs_jax.training.checkpoint import Checkpoints
@@ -278,6 +279,21 @@ def check_initial_state() -> None:
     }, specs
 
 
+def check_initial_trunk() -> None:
+    """A trunk that is read from a file is split as one that is made."""
+    config = Case("small_vgg", "byot", "fsdp").config
+    other = initial_state(build_experiment(config, mesh=one_device()))
+    config.seed = 5
+    with tempfile.TemporaryDirectory() as directory:
+        config.init_from = f"{directory}/weights.npz"
+        save_weights(config.init_from, other.eval_variables)
+        one, many = (initial_state(experiment) for experiment in on_both(config))
+    check_placement(many, build_experiment(on(config, "fsdp")))
+    chex.assert_trees_all_equal(one.params["block1"], other.params["block1"])
+    many, one = jax.device_get((many, one))
+    chex.assert_trees_all_close(many, one, rtol=1e-6, atol=1e-7)
+
+
 def on_both(config):
     """Returns the experiment on one device and the one on the mesh with parameters split."""
     return build_experiment(config, mesh=one_device()), build_experiment(on(config, "fsdp"))
@@ -295,6 +311,7 @@ CHECKS = {
     "conflict": check_conflict,
     "evaluation": check_evaluation,
     "initial-state": check_initial_state,
+    "initial-trunk": check_initial_trunk,
 }
 
 

@@ -132,7 +132,7 @@ def test_depends_on_the_key_alone_and_not_on_the_batch_around(name):
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        ("crop,flop", {}, r"'flop'.*autoaugment, crop, cutout, flip"),
+        ("crop,flop", {}, r"'flop'.*autoaugment, crop, cutout, flip, randaugment"),
         ("crop,,flip", {}, "unknown augmentation ''"),
         ("crop,none", {}, "unknown augmentation 'none'"),
         ("flip", {"crop_padding": 4}, r"crop_padding is set \(to 4\).*flip"),
@@ -142,6 +142,10 @@ def test_depends_on_the_key_alone_and_not_on_the_batch_around(name):
         ("crop", {"crop_fill": 256}, "256"),
         ("crop", {"crop_fill": 0.5}, r"0\.5"),
         ("autoaugment", {"autoaugment_fill": -7}, "-7"),
+        ("autoaugment", {"autoaugment_policy": "svhn"}, "one of cifar10, imagenet, got 'svhn'"),
+        ("autoaugment", {"randaugment_magnitude": 5}, "randaugment_magnitude"),
+        ("randaugment", {"randaugment_magnitude": 31}, "at most 30, got 31"),
+        ("randaugment", {"randaugment_operations": 0}, "at least 1, got 0"),
         ("cutout", {"cutout_size": 0}, "0"),
         ("cutout", {"cutout_fill": "black"}, "black"),
     ],

@@ -89,6 +89,19 @@ def test_a_config_comes_back_from_its_file(tmp_path):
     open_workdir(tmp_path / "run", config)  # the same again is no other run
 
 
+def test_a_run_from_before_a_section_was_known_is_the_same_run(tmp_path):
+    open_workdir(tmp_path, tiny_config())
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["combiner"], old["mesh"], old["remat"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert read_config(tmp_path).combiner.to_dict() == {"name": "weighted_sum", "exits": None}
+    open_workdir(tmp_path, tiny_config())
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="name \\(was 'weighted_sum', is 'pcgrad'\\)"):
+        open_workdir(tmp_path, tiny_config(**{"combiner.name": "pcgrad"}))
+
+
 def test_a_run_of_another_config_is_refused_by_field(tmp_path):
     open_workdir(tmp_path, tiny_config())
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)

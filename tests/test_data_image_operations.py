@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from dfs_jax.data.autoaugment import CIFAR10_POLICY, AutoAugment, operation_value
+from dfs_jax.data.autoaugment import (
+    CIFAR10_POLICY,
+    IMAGENET_POLICY,
+    POLICIES,
+    RANDAUGMENT_OPERATIONS,
+    AutoAugment,
+    RandAugment,
+    operation_value,
+)
 from dfs_jax.data.image_operations import OPERATIONS, Operation, apply_operations, encode_operation
 
 HEIGHT, WIDTH, FILL = 19, 23, 128
@@ -121,18 +131,19 @@ def test_equalize_of_few_pixels_is_pillows(pixels):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_policy_has_the_published_shape():
-    assert len(CIFAR10_POLICY) == 25
-    for pair in CIFAR10_POLICY:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_have_the_published_shape(policy):
+    assert len(POLICIES[policy]) == 25
+    for pair in POLICIES[policy]:
         assert len(pair) == 2
         for name, probability, magnitude in pair:
             assert name in OPERATIONS
             assert 0 <= probability <= 1
             assert magnitude in range(10)
-    # The operations of the policy, as the paper's table counts them.
-    names = [name for pair in CIFAR10_POLICY for name, _, _ in pair]
-    counts = {name: names.count(name) for name in set(names)}
-    assert counts == {
+
+
+def test_policies_have_the_operations_that_the_papers_tables_count():
+    assert counted(CIFAR10_POLICY) == {
         "equalize": 9,
         "autocontrast": 7,
         "translate_y": 5,
@@ -148,10 +159,26 @@ def test_policy_has_the_published_shape():
         "rotate": 1,
     }
 
+    assert counted(IMAGENET_POLICY) == {
+        "equalize": 17,
+        "color": 6,
+        "rotate": 6,
+        "solarize": 7,
+        "posterize": 5,
+        "invert": 3,
+        "contrast": 2,
+        "autocontrast": 2,
+        "sharpness": 1,
+        "shear_x": 1,
+    }
 
-def policy_outcomes(image: np.ndarray) -> dict[bytes, float]:
-    """Every image that the policy can make of one, with its probability; by Pillow."""
-    height, width = image.shape[:2]
+
+def counted(policy):
+    return collections.Counter(name for pair in policy for name, _, _ in pair)
+
+
+def policy_outcomes(image: np.ndarray, policy: str) -> dict[bytes, float]:
+    """Every image that a policy can make of one, with its probability; by Pillow."""
     outcomes: dict[bytes, float] = {}
 
     def go(image: np.ndarray, stages: tuple, probability: float) -> None:
@@ -162,22 +189,49 @@ def policy_outcomes(image: np.ndarray) -> dict[bytes, float]:
             return
         (name, chance, magnitude), *rest = stages
         go(image, rest, probability * (1 - chance))
-        for sign in (-1, 1):
-            value = operation_value(name, magnitude, sign, height, width)
-            go(by_pillow(name, value, image), rest, probability * chance / 2)
+        for made in both_directions(image, name, magnitude, strongest=9):
+            go(made, rest, probability * chance / 2)
 
-    for pair in CIFAR10_POLICY:
-        go(image, pair, 1 / len(CIFAR10_POLICY))
+    for pair in POLICIES[policy]:
+        go(image, pair, 1 / len(POLICIES[policy]))
     return outcomes
 
 
-def test_policy_makes_pillows_outcomes_as_often_as_it_should():
+def both_directions(image: np.ndarray, name: str, magnitude: int, *, strongest: int):
+    height, width = image.shape[:2]
+    for sign in (-1, 1):
+        value = operation_value(name, magnitude, sign, height, width, strongest=strongest)
+        yield by_pillow(name, value, image)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policy_makes_pillows_outcomes_as_often_as_it_should(policy):
     image = example_images(13, 11)[2]
-    outcomes = policy_outcomes(image)
+    augment = AutoAugment(fill=FILL, policy=policy)
+    check_outcomes(augment, image, policy_outcomes(image, policy), draws=6000)
+
+
+def test_randaugment_makes_pillows_outcomes_as_often_as_it_should():
+    image = example_images(13, 11)[2]
+    outcomes: dict[bytes, float] = collections.defaultdict(float)
+    for name in RANDAUGMENT_OPERATIONS:
+        made = both_directions(image, name, 17, strongest=30) if name else (image, image)
+        for one in made:
+            outcomes[one.tobytes()] += 1 / (2 * len(RANDAUGMENT_OPERATIONS))
+    augment = RandAugment(operations=1, magnitude=17, fill=FILL)
+    check_outcomes(augment, image, outcomes, draws=2000)
+
+
+def test_randaugments_operations_follow_one_another():
+    batch = jnp.broadcast_to(example_images(13, 11)[2], (500, 13, 11, 3))
+    twice = jax.jit(RandAugment(operations=2, magnitude=17))(batch, jax.random.key(5))
+    assert len(np.unique(twice, axis=0)) > 2 * len(RANDAUGMENT_OPERATIONS)
+
+
+def check_outcomes(augment, image, outcomes, *, draws):
     assert sum(outcomes.values()) == pytest.approx(1)
-    draws = 6000
     batch = jnp.broadcast_to(image, (draws, *image.shape))
-    got = np.asarray(jax.jit(AutoAugment(fill=FILL))(batch, jax.random.key(3)))
+    got = np.asarray(jax.jit(augment)(batch, jax.random.key(3)))
     known = np.stack([np.frombuffer(b, np.uint8).reshape(image.shape) for b in outcomes])
     counted = np.zeros(len(known))
     unknown = 0

@@ -48,6 +48,12 @@ def test_says_that_it_needs_tensorflow(monkeypatch, tmp_path, capsys):
     assert "pip install -r requirements-prepare.txt" in capsys.readouterr().err
 
 
+def test_a_set_that_is_there_needs_no_tensorflow(monkeypatch, shared_dir, capsys):
+    _pretend(monkeypatch, installed=False)
+    assert main(["cifar10", f"--data_dir={shared_dir / 'tfds'}"]) == 0
+    assert capsys.readouterr().out.startswith("cifar10 is ready in ")
+
+
 def test_imagenet_is_explained_without_tensorflow_too(monkeypatch, tmp_path):
     _pretend(monkeypatch, installed=False)
     with pytest.raises(UserError) as caught:

@@ -12,14 +12,20 @@ from jax.tree_util import Partial
 from PIL import Image
 
 from dfs_jax.inference import load_exported
-from dfs_jax.inference.exported import MANIFEST, export_network
+from dfs_jax.inference.exported import MANIFEST, PLATFORMS, export_network
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
-from dfs_jax.inference.stages import model_stages
+from dfs_jax.inference.stages import model_stages, run_stages
+from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
-from dfs_jax.models.msdnet import MSDNet
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.types import UserError
+from tests.test_contract import (
+    SMALL_BASIC_RESNET,
+    SMALL_BOTTLENECK_RESNET,
+    SMALL_MSDNET,
+    SMALL_VIT,
+)
 
 LABELS = ("ant", "bee", "cat")
 EXAMPLE = jax.ShapeDtypeStruct((8, 8, 3), np.uint8)
@@ -49,20 +55,20 @@ def tiny_stages():
     return [Partial(f, {"params": w}) for f, w in zip((first, second), weights, strict=True)]
 
 
-def msdnet_stages():
-    """Stages whose carry is MSDNet's scales."""
-    model = MSDNet(
-        num_classes=3,
-        num_exits=2,
-        base=1,
-        step=1,
-        initial_channels=2,
-        growth=2,
-        scale_factors=(1, 2),
-        bottleneck_factors=(1, 2),
-        head_channels=3,
-    )
-    variables = init_variables(model, jax.random.key(0), (8, 8, 3))
+FAMILIES = {
+    "vgg7": {"width": 3},
+    "resnet18": SMALL_BASIC_RESNET,
+    "resnet50": SMALL_BOTTLENECK_RESNET,
+    "vit_tiny": SMALL_VIT,
+    "msdnet": {**SMALL_MSDNET, "base": 1, "step": 1},
+}
+
+
+def network_stages(name, variables=None):
+    """The stages of a narrow network of a family."""
+    model = create_model(name, num_classes=3, **FAMILIES[name])
+    if variables is None:
+        variables = init_variables(model, jax.random.key(0), EXAMPLE.shape)
     return model_stages(model, variables, FeatureSurgery(0.5), prepare=lambda x: x / 127.5 - 1)
 
 
@@ -85,9 +91,14 @@ def policy(stages):
 
 def half_leaves(stages):
     """A policy under which half of the images leave at the first exit."""
-    first = EarlyExitPredictor(stages, EXAMPLE, Policy((-1e8,)), **OPTIONS)(some_images(11))
-    threshold = float(np.sort(first.confidence)[5:7].mean())
-    return Policy((threshold,), exit_shares=(0.5, 0.5), fitted_on={"data": "noise"})
+    return Policy((median_at_first(stages),), exit_shares=(0.5, 0.5), fitted_on={"data": "noise"})
+
+
+def median_at_first(stages):
+    """The confidence that half of the images reach at the first exit."""
+    everybody = Policy((-1e8, *[None] * (len(stages) - 2)))
+    first = EarlyExitPredictor(stages, EXAMPLE, everybody, **OPTIONS)(some_images(11))
+    return float(np.sort(first.confidence)[5:7].mean())
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +125,34 @@ def test_the_export_is_the_network(directory, stages, policy, n):
         assert set(got.exit_index) == {0, 1}
 
 
+QUICK = ("resnet18", "vit_tiny")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in FAMILIES]
+)
+def test_every_family_is_written_for_any_batch(name):
+    """As far as it goes without values: shapes that follow the batch, on every platform."""
+    model = create_model(name, num_classes=3, **FAMILIES[name])
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), EXAMPLE.shape))
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *EXAMPLE.shape), EXAMPLE.dtype)
+    run = jax.jit(lambda weights, x: run_stages(network_stages(name, weights), x))
+    program = jax.export.export(run, platforms=PLATFORMS)(variables, images)
+    assert str(program.out_avals[0].shape) == f"({model.num_exits}, batch, 3)"
+
+
 @pytest.mark.slow
-def test_a_network_with_scales_is_exported(tmp_path):
-    stages = msdnet_stages()
-    policy = half_leaves(stages)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_answers_from_its_files_as_before(tmp_path, name):
+    stages = network_stages(name)
+    policy = Policy((median_at_first(stages), *[None] * (len(stages) - 2)))
     export_network(tmp_path, stages, EXAMPLE, labels=LABELS, policy=policy)
     got = load_exported(tmp_path).predictor(**OPTIONS)(some_images(11))
     expected = EarlyExitPredictor(stages, EXAMPLE, policy, **OPTIONS)(some_images(11))
     np.testing.assert_array_equal(got.exit_index, expected.exit_index)
     np.testing.assert_allclose(got.probabilities, expected.probabilities, atol=1e-6)
-    assert set(got.exit_index) == {0, 1}
+    assert set(got.exit_index) == {0, len(stages) - 1}
 
 
 def test_it_is_for_every_platform_and_any_batch(directory):

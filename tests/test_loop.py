@@ -23,6 +23,7 @@ from dfs_jax.training.experiment import (
 )
 from dfs_jax.training.loop import train
 from dfs_jax.training.metrics import read_metrics
+from dfs_jax.training.step import combiner_key, step_keys
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
@@ -211,11 +212,38 @@ def test_a_trunk_starts_from_the_weights_of_another_run(uninterrupted, tmp_path)
     chex.assert_trees_all_equal(started.params["head3"], fresh.params["head3"])
 
 
-def test_a_seed_changes_everything_it_reaches(tmp_path):
-    one, other = (initial_state(build_experiment(tiny_config(seed=seed))) for seed in (0, 1))
-    kernels = [state.params["block1"]["conv"]["kernel"] for state in (one, other)]
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    network = {"model.name": "tests.helpers:TinyNetwork", "combiner.name": "pcgrad"}
+
+    def parameters(name, seed):
+        config = tiny_config(epochs=1, seed=seed, **network)
+        result = train(config, tmp_path / name)
+        template = abstract_state(result.experiment)
+        checkpoints = Checkpoints(tmp_path / name, read_only=True)
+        return checkpoints.restore("latest", template)[0].params
+
+    first, again, other = (parameters(f"{i}", seed) for i, seed in enumerate((3, 3, 4)))
+    chex.assert_trees_all_equal(first, again)
+    kernels = [params["block1"]["kernel"] for params in (first, other)]
     assert not np.array_equal(*kernels)
-    assert one.key_data.tolist() != other.key_data.tolist()
+
+
+def test_a_seed_reaches_each_purpose_by_a_key_of_its_own():
+    """Augmentation, dropout and the combiner of a step; initialisation; the order of examples."""
+    states = [initial_state(build_experiment(tiny_config(seed=seed))) for seed in (0, 1)]
+    kernels = [state.params["block1"]["conv"]["kernel"] for state in states]
+    assert not np.array_equal(*kernels)
+    states.append(states[0].replace(step=states[0].step + 1))
+    keys = [key for state in states for key in (*step_keys(state), combiner_key(state))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 9
+    changed = {"data.augmentation": "crop,flip", "batch_size": 3, "loss.name": "distillation"}
+    chex.assert_trees_all_equal(
+        initial_state(build_experiment(tiny_config(**changed))).params, states[0].params
+    )
+    orders = [build_experiment(tiny_config(seed=seed)).sampler.indices(0) for seed in (0, 1)]
+    assert not np.array_equal(*orders)
+    plain = tiny_config(**{"data.augmentation": "crop,flip", "model.width": 3})
+    np.testing.assert_array_equal(build_experiment(plain).sampler.indices(0), orders[0])
 
 
 @pytest.mark.parametrize(

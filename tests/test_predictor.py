@@ -272,3 +272,32 @@ def test_stages_of_a_model_hold_their_own_variables_alone():
     stages = model_stages(model, variables, FeatureSurgery(0.5))
     names = [sorted(stage.args[0]["params"]) for stage in stages]
     assert names == [["block1", "head1"], ["block2", "head2"]]
+
+
+@pytest.mark.parametrize("buffer", ["HostBuffer", "DeviceBuffer"])
+def test_nothing_is_compiled_once_it_is_warm(buffer, monkeypatch):
+    """Weights as a run restores them lie on a mesh; what the host puts together never does."""
+    if buffer == "DeviceBuffer":
+        monkeypatch.setattr(predictor_module, "HostBuffer", DeviceBuffer)
+    traced = []
+
+    def stage(weights, carry):
+        traced.append(jnp.shape(carry))
+        x = jnp.tanh(jnp.reshape(carry, (len(carry), 6)) @ weights)
+        return x, 3 * x[:, :CLASSES]
+
+    mesh = jax.make_mesh((1,), ("data",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    draw = np.random.default_rng(3)
+    weights = [draw.standard_normal((6, 6)).astype(np.float32) for _ in range(EXITS)]
+    stages = [jax.tree_util.Partial(stage, jax.device_put(w, whole)) for w in weights]
+    predictor = EarlyExitPredictor(
+        stages, EXAMPLE, Policy((0.6, 0.6)), batch_size=7, shapes=(1, 3, 7), fall_back=False
+    )
+    predictor.warm_up()
+    traced.clear()
+    predictor(images(50))
+    for n in (1, 3, 20):
+        predictor(images(n, seed=n))
+    assert min(predictor.counts.exits) > 0
+    assert traced == []

@@ -19,6 +19,7 @@ ROOMS = (
     "types",
     "files",
     "program",
+    "launch",
     "registry",
     "surgery",
     "forks",
@@ -100,7 +101,7 @@ def test_only_the_plots_import_matplotlib():
         for path in [*SOURCES, *SCRIPTS]
         if any(name.split(".")[0] == "matplotlib" for name in imported_modules(path.read_text()))
     }
-    plots = {"plots", "cost_plots", "conflict_plots", "speed_plots"}
+    plots = {"plots", "accuracy_plots", "cost_plots", "conflict_plots", "speed_plots"}
     assert importers <= {f"dfs_jax.analysis.{name}" for name in plots}
 
 
@@ -108,6 +109,13 @@ def test_surgery_imports_jax_and_the_standard_library_alone():
     modules = imported_modules((PACKAGE / "surgery.py").read_text())
     outside = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names)
     assert outside == {"jax"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_jit_is_called_as_the_oldest_jax_allows(path):
+    """`jax.jit(static_argnums=1)` without a function, as a decorator, came with jax 0.8."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert all(call.args for call in calls if ast.unparse(call.func) == "jax.jit")
 
 
 def registries() -> Iterator[tuple[str, Registry]]:

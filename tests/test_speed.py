@@ -62,12 +62,17 @@ def test_all_take_turns_and_medians_count(monkeypatch):
         "measure_stages",
         lambda programs, batch, rounds: StageTimes(batch, (next(measured)), 7.0),
     )
-    contenders = [Recorder(clock, "a", [14, 7, 70]), Recorder(clock, "b", [1.4, 2.8, 2.8])]
+    # a runs before the first and after each: its own turn is the second, third and second time
+    a = [14, 28, 42, 14, *(7, 70, 7, 21), *(14, 28, 70, 14)]
+    contenders = [Recorder(clock, "a", a), Recorder(clock, "b", [7, 2.8, 14])]
     predictor = make_predictor(POLICY)
     speeds, times = race(contenders, predictor, images(14), batch=7, rounds=3)
-    assert clock.order == ["a", "b", "b", "a", "a", "b"]
-    assert contenders[0].asked == [(14, 7)] * 3
-    assert [s.seconds for s in speeds] == pytest.approx([1.0, 0.2])
+    assert "".join(clock.order) == "aaaba" + "abaaa" + "aaaba"
+    assert contenders[1].asked == [(14, 7)] * 3
+    assert [s.seconds for s in speeds] == pytest.approx([2.0, 0.5])
+    of_a = [(14 + 42) / 2 / 28, (70 + 21) / 2 / 7, (14 + 70) / 2 / 28]
+    of_b = [(42 + 14) / 2 / 7, (7 + 70) / 2 / 2.8, (70 + 14) / 2 / 14]
+    assert [s.speedup for s in speeds] == pytest.approx([sorted(of_a)[1], sorted(of_b)[1]])
     assert speeds[0].p50 == 3.5
     assert 6 < speeds[0].p99 <= 6.5
     assert times == StageTimes(7, (2.0, 5.0), 7.0)
@@ -81,10 +86,13 @@ def test_one_at_a_time_each_example_has_its_median(monkeypatch):
         "measure_stages",
         lambda programs, batch, rounds: StageTimes(batch, (1.0, 1.0), 2.0),
     )
-    contender = Recorder(clock, "a", [1, 5, 9, 6, 2, 50])
-    (speed,), _ = race([contender], make_predictor(POLICY), images(2), batch=1, rounds=3)
-    assert contender.asked == [(1, 1)] * 6
-    assert speed.seconds == pytest.approx((2 + 6) / 2)
+    whole = Recorder(clock, "whole", [4, 6] * 12)
+    early = Recorder(clock, "early", [1, 5, 9, 6, 2, 50])
+    speeds, _ = race([whole, early], make_predictor(POLICY), images(2), batch=1, rounds=3)
+    assert early.asked == [(1, 1)] * 6
+    assert speeds[1].seconds == pytest.approx((2 + 6) / 2)
+    # medians of the examples' ratios, 4 / 2 and 6 / 6, weighted by the times of early exits
+    assert speeds[1].speedup == pytest.approx((2 * 4 / 2 + 6 * 6 / 6) / (2 + 6))
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -105,9 +113,8 @@ def row_of(name, contender, batch=7, exit_index=None):
     return _row(
         candidate(name, exit_index),
         contender,
-        Speed(0.5, 2.0, 3.0),
-        full_seconds=0.7,
-        ideal_seconds=0.45,
+        Speed(0.5, 1.4, 2.0, 3.0),
+        ideal_speedup=0.7 / 0.45,
         batch=batch,
         macs=(1e6, 2e6, 10e6),
     )
@@ -128,7 +135,7 @@ def test_a_row_by_hand():
         "macs": 4e6,
         "ideal_speedup": pytest.approx(0.7 / 0.45),
         "ideal_speedup_by_macs": 2.5,
-        "speedup": pytest.approx(1.4),
+        "speedup": 1.4,
         "p50_ms": 2000.0,
         "p99_ms": 3000.0,
         "images_per_second": 2.0,

@@ -193,7 +193,8 @@ def test_real_photographs_arrive_the_same_from_any_step(shared_dir):
 def test_the_input_alone_is_timed(data_dir):
     dataset = load_dataset("small_set", data_dir=data_dir, statistics="cifar10", streaming=CUT)
     assert isinstance(dataset.train, StreamedSplit)
-    speeds = [*input_speed(dataset, 5, 3), *decoding_speed(dataset.train)]
+    alone = [decoding_speed(dataset.train, cut=cut) for cut in (False, True)]
+    speeds = [*input_speed(dataset, 5, 3), *alone[0], *alone[1]]
     assert all(0 < speed < np.inf for speed in speeds)
     with pytest.raises(UserError, match=r"batches.*0"):
         input_speed(dataset, 5, 0)

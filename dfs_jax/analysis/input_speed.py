@@ -3,8 +3,9 @@
 python -m dfs_jax.analysis.input_speed --config=configs/imagenet_vgg16.py --batches=8
 
 `--config.data.num_workers` sets what reads: processes, or with 0 one thread a core. Beside it
-stands the decoding alone, of the same images in one thread, and how many images a second of
-processor time either takes: other programs on the machine change that less.
+stands what no input can do without, in one thread, of images that are in memory: to decode them,
+and to cut a square of the network's size out of each at random. Where there is a second number, it
+is images a second of processor time: other programs on the machine change that less.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.data import Dataset, StreamedSplit, TrainSampler, train_batches
-from dfs_jax.data.photographs import decode_photograph
+from dfs_jax.data.photographs import cut_out, decode_photograph, random_box
 from dfs_jax.types import UserError
 
 _DECODED_IMAGES = 512
@@ -46,10 +48,24 @@ def input_speed(dataset: Dataset, batch_size: int, batches: int) -> Speed:
     return _timed(lambda: sum(len(labels) for _, labels in itertools.islice(arriving, batches)))
 
 
-def decoding_speed(split: StreamedSplit) -> Speed:
-    """Returns how fast one thread decodes images that are in memory already, and does no more."""
+def decoding_speed(split: StreamedSplit, *, cut: bool = False) -> Speed:
+    """Returns how fast one thread decodes images that are in memory already, and does no more.
+
+    Args:
+      split: whose first images are decoded.
+      cut: whether a random cut of the network's size is made of each too, flips left out.
+    """
     records = split.records.read(split.indices[:_DECODED_IMAGES].tolist())
-    return _timed(lambda: sum(decode_photograph(image) is not None for image, _ in records))
+    how, generator = split.streaming, np.random.default_rng(0)
+
+    def is_done(encoded: bytes) -> bool:
+        image = decode_photograph(encoded)
+        if cut and image is not None:
+            height, width, _ = image.shape
+            cut_out(image, random_box(generator, height, width, how.crop_area), how.image_size)
+        return image is not None
+
+    return _timed(lambda: sum(is_done(encoded) for encoded, _ in records))
 
 
 def _timed(count_images: Callable[[], int]) -> Speed:
@@ -69,6 +85,8 @@ def main() -> None:
     if isinstance(dataset.train, StreamedSplit):
         speed = decoding_speed(dataset.train)
         program.say(f"decoding alone, one thread: {_line(speed)}")
+        speed = decoding_speed(dataset.train, cut=True)
+        program.say(f"decoding and cutting alone, one thread: {_line(speed)}")
     speed = input_speed(dataset, config.batch_size, batches)
     if workers:
         program.say(f"input, {workers} worker process(es): {speed.by_clock:.0f} images/s")

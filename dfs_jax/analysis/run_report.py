@@ -18,6 +18,8 @@ from dfs_jax.interop import save_weights
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment, rebuild_experiment
 from dfs_jax.training.metrics import read_metrics
+from dfs_jax.training.processes import is_writer
+from dfs_jax.training.sharding import gathered
 
 OVER_TIME_PICTURE = "accuracy_over_time.png"
 WEIGHTS_FILE = "weights.safetensors"
@@ -55,10 +57,13 @@ def report_run(
     experiment = experiment or rebuild_experiment(workdir)
     evaluation = evaluate_run(workdir, experiment, split=split, checkpoint=checkpoint)
     report = report_evaluation(evaluation)
+    variables = gathered(evaluation.variables)
+    if not is_writer():
+        return report
     name = "report.json" if split == "test" else f"report_{split}.json"
     written = write_report(report, output or workdir / name)
     if output is None and split == "test":
-        save_weights(workdir / WEIGHTS_FILE, evaluation.variables)
+        save_weights(workdir / WEIGHTS_FILE, variables)
         written += (workdir / WEIGHTS_FILE, *_draw(workdir, report))
     sys.stdout.write(f"{table_for_terminal(report)}\n")
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from dfs_jax.analysis.plots import save_figure
 
@@ -50,6 +51,7 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     speeds.set_title("Throughput", loc="left", fontweight="bold")
     latencies.set_yscale("log")
     latencies.yaxis.set_major_formatter("{x:g}")
+    latencies.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     latencies.yaxis.set_minor_formatter("{x:g}")
     latencies.set_ylabel("ms from a call to an example's answer")
     latencies.set_title("Latency, batches that come alone", loc="left", fontweight="bold")

@@ -21,6 +21,7 @@ AUGMENTATIONS = Registry(
         "crop": "dfs_jax.data.augmentation:RandomCrop",
         "flip": "dfs_jax.data.augmentation:RandomFlip",
         "autoaugment": "dfs_jax.data.autoaugment:AutoAugment",
+        "randaugment": "dfs_jax.data.autoaugment:RandAugment",
         "cutout": "dfs_jax.data.augmentation:Cutout",
     },
 )
@@ -32,6 +33,10 @@ def create_augmentation(
     crop_padding: int | None = None,
     crop_fill: int | None = None,
     autoaugment_fill: int | None = None,
+    autoaugment_policy: str | None = None,
+    randaugment_operations: int | None = None,
+    randaugment_magnitude: int | None = None,
+    randaugment_fill: int | None = None,
     cutout_size: int | None = None,
     cutout_fill: int | str | None = None,
     mean: Sequence[float] | None = None,
@@ -39,12 +44,16 @@ def create_augmentation(
     """Returns the augmentations called `names` as one function, to be called inside jit.
 
     Args:
-      names: a comma list of `crop`, `flip`, `autoaugment`, `cutout`, or of one's own
+      names: a comma list of `crop`, `flip`, `autoaugment`, `randaugment`, `cutout`, or of one's own
         "package.module:attribute" (called without arguments, it returns an augmentation), in the
         order in which they are applied; None, "" or "none" is the identity.
       crop_padding: pixels that `crop` adds on every side, 4.
       crop_fill: their level, 128.
       autoaugment_fill: level of pixels that `autoaugment` takes from outside of the image, 128.
+      autoaugment_policy: "cifar10" or "imagenet", the set that it was found on; "cifar10".
+      randaugment_operations: how many `randaugment` applies, 2.
+      randaugment_magnitude: how strong they are, 0..30, 9.
+      randaugment_fill: as `autoaugment_fill`.
       cutout_size: side of the square in pixels, 16.
       cutout_fill: its level in 0..255, or "mean" for the set's mean colour (see `Cutout`); 0.
       mean: the set's mean by channel, in units in which white is 1; used by "mean" alone.
@@ -60,7 +69,12 @@ def create_augmentation(
     """
     options = {
         "crop": {"padding": crop_padding, "fill": crop_fill},
-        "autoaugment": {"fill": autoaugment_fill},
+        "autoaugment": {"fill": autoaugment_fill, "policy": autoaugment_policy},
+        "randaugment": {
+            "operations": randaugment_operations,
+            "magnitude": randaugment_magnitude,
+            "fill": randaugment_fill,
+        },
         "cutout": {"size": cutout_size, "fill": _cutout_level(cutout_fill, mean)},
     }
     chosen = [name.strip() for name in (names or "none").split(",")]

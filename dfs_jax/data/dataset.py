@@ -55,11 +55,11 @@ class SplitOnDisk(Protocol):
     def take(self, indices: np.ndarray) -> Split: ...
 
     def train_batches(
-        self, sampler: Any, start_step: int, stop_step: int | None, part: slice
+        self, sampler: Any, start_step: int, stop_step: int | None, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
 
     def eval_batches(
-        self, batch_size: int
+        self, batch_size: int, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: ...
 
 

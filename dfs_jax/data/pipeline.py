@@ -77,8 +77,7 @@ def train_batches(
     start_step: int = 0,
     *,
     stop_step: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields `(images, labels)` for `start_step`, `start_step + 1`, ... up to `stop_step`.
 
@@ -87,41 +86,28 @@ def train_batches(
       sampler: made for that many examples.
       start_step: 0-based.
       stop_step: the first one that is not taken; None: there is no end.
-      process_index: which consecutive part of every batch is read, of `process_count` equal ones.
-      process_count: over how many processes batches are divided.
+      rows: which rows of every batch are read, `[rows]`, where other processes read the others;
+        None for all.
 
     Yields:
-      uint8 `[batch_size / process_count, height, width, 3]` and int32 of the same length.
-
-    Raises:
-      UserError: a batch that the processes cannot divide.
+      uint8 `[rows, height, width, 3]` and int32 `[rows]`.
     """
     if sampler.num_examples != split.num_examples:
         raise ValueError(
             f"the sampler is for {sampler.num_examples} examples, the split has "
             f"{split.num_examples}"
         )
-    part = _part_of_batch(sampler.batch_size, process_index, process_count)
+    rows = np.arange(sampler.batch_size) if rows is None else rows
     if not isinstance(split, Split):
-        yield from split.train_batches(sampler, start_step, stop_step, part)
+        yield from split.train_batches(sampler, start_step, stop_step, rows)
         return
     for step in itertools.count(start_step) if stop_step is None else range(start_step, stop_step):
-        images, labels = split.take(sampler.indices(step)[part])
+        images, labels = split.take(sampler.indices(step)[rows])
         yield images, labels
 
 
-def _part_of_batch(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size} cannot be divided over {process_count} processes: "
-            f"choose a multiple of {process_count}"
-        )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def eval_batches(
-    split: AnySplit, batch_size: int
+    split: AnySplit, batch_size: int, rows: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields `(images, labels, mask)` in order, every example once, all batches of one shape.
 
@@ -129,9 +115,10 @@ def eval_batches(
       split: the examples.
       batch_size: examples a batch; the last one is filled up with zeros that the mask leaves out,
         as it does a streamed image that cannot be read.
+      rows: which rows of every batch are read, `[rows]`, as in `train_batches`; None for all.
 
     Yields:
-      uint8 `[batch_size, height, width, 3]`, int32 `[batch_size]`, bool `[batch_size]`.
+      uint8 `[rows, height, width, 3]`, int32 `[rows]`, bool `[rows]`.
 
     Example:
       >>> split = Split(np.zeros((5, 2, 2, 3), np.uint8), np.arange(5, dtype=np.int32))
@@ -140,13 +127,14 @@ def eval_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    rows = np.arange(batch_size) if rows is None else rows
     if not isinstance(split, Split):
-        yield from split.eval_batches(batch_size)
+        yield from split.eval_batches(batch_size, rows)
         return
     for start in range(0, split.num_examples, batch_size):
-        images, labels = (part[start : start + batch_size] for part in split)
-        missing = batch_size - len(labels)
-        mask = np.arange(batch_size) < len(labels)
+        mask = start + rows < split.num_examples
+        images, labels = split.take(start + rows[mask])
+        missing = len(rows) - len(labels)
         if missing:
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
             labels = np.concatenate([labels, np.zeros(missing, np.int32)])

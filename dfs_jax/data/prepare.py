@@ -31,7 +31,7 @@ _IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
 def prepare(name: str, data_dir: str | None = None) -> Path:
-    """Returns the directory of a set in array_record format, after downloading or converting it.
+    """Returns the directory of a set in array_record format, downloaded or converted if need be.
 
     Args:
       name: a TFDS name, `NAME[/CONFIG][:VERSION]`.
@@ -43,23 +43,29 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
     """
     check_registered(name)
     root = tfds_data_dir(data_dir)
-    if importlib.util.find_spec("tensorflow") is None:
-        first = f"{_imagenet_by_hand(root)}; then " if _is_imagenet(name) else ""
-        raise UserError(
-            f"preparing {name!r} needs TensorFlow: {first}run `pip install -r "
-            f"requirements-prepare.txt` (training does not need it) and "
-            f"`{prepare_command(name, data_dir)}`"
-        )
     try:
+        directory = find_prepared(name, str(root)) if root.is_dir() else None
+        if directory is not None and "array_record" in stored_formats(directory):
+            return directory
+        _check_tensorflow(name, data_dir)
         root.mkdir(parents=True, exist_ok=True)
-        directory = find_prepared(name, str(root))
         if directory is None:
-            directory = _download(name, root)
-        elif "array_record" not in stored_formats(directory):
-            _convert(directory)
+            return _download(name, root)
+        _convert(directory)
+        return directory
     except OSError as error:
         raise UserError(f"cannot prepare {name!r} in {root}: {error}") from error
-    return directory
+
+
+def _check_tensorflow(name: str, data_dir: str | None) -> None:
+    if importlib.util.find_spec("tensorflow") is not None:
+        return
+    by_hand = f"{_imagenet_by_hand(tfds_data_dir(data_dir))}; then " if _is_imagenet(name) else ""
+    raise UserError(
+        f"preparing {name!r} needs TensorFlow: {by_hand}run `pip install -r "
+        f"requirements-prepare.txt` (training does not need it) and "
+        f"`{prepare_command(name, data_dir)}`"
+    )
 
 
 def _download(name: str, root: Path) -> Path:

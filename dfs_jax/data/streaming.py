@@ -133,7 +133,8 @@ class StreamedSplit:
 
     def take(self, indices: np.ndarray) -> Split:
         """Reads the examples at `indices` into memory, their centres, without what is corrupt."""
-        parts = list(self.part(indices).eval_batches(min(256, max(1, len(indices)))))
+        size = min(256, max(1, len(indices)))
+        parts = list(self.part(indices).eval_batches(size, np.arange(size)))
         images, labels = (
             np.concatenate([part[k][part[2]] for part in parts]).astype(dtype)
             for k, dtype in ((0, np.uint8), (1, np.int32))
@@ -141,21 +142,23 @@ class StreamedSplit:
         return Split(images, labels)
 
     def train_batches(
-        self, sampler: TrainSampler, start_step: int, stop_step: int | None, part: slice
+        self, sampler: TrainSampler, start_step: int, stop_step: int | None, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields what `train_batches` of the pipeline does; `part` of each batch.
+        """Yields what `train_batches` of the pipeline does; `rows` of each batch.
 
         An image that cannot be read is replaced in its place by the next readable one of the split,
         as that one is cut in this epoch.
         """
-        read = _TrainReader(self.records, self.streaming, self.indices, sampler, part)
+        read = _TrainReader(self.records, self.streaming, self.indices, sampler, rows)
         stop = _MANY_STEPS if stop_step is None else stop_step
         for batch in self._stream(read, start_step, stop):
             yield batch.images, batch.labels
 
-    def eval_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def eval_batches(
+        self, batch_size: int, rows: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields what `eval_batches` of the pipeline does; corrupt images are masked too."""
-        read = _EvalReader(self.records, self.streaming, self.indices, batch_size)
+        read = _EvalReader(self.records, self.streaming, self.indices, batch_size, rows)
         for batch in self._stream(read, 0, -(-self.num_examples // batch_size)):
             yield batch.images, batch.labels, batch.is_whole
 
@@ -189,16 +192,16 @@ class StreamedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
-    """From a step to this process's part of its batch."""
+    """From a step to this process's rows of its batch."""
 
     records: Records
     streaming: Streaming
     indices: np.ndarray
     sampler: TrainSampler
-    part: slice
+    rows: np.ndarray
 
     def __call__(self, step: int) -> _Batch:
-        places = self.sampler.indices(step)[self.part]
+        places = self.sampler.indices(step)[self.rows]
         epoch = self.sampler.epoch_of(step)
         found = self._read(places, epoch)
         corrupt = [self.indices[p] for p, item in zip(places, found, strict=True) if item is None]
@@ -260,17 +263,21 @@ class _EvalReader:
     streaming: Streaming
     indices: np.ndarray
     batch_size: int
+    rows: np.ndarray
 
     def __call__(self, number: int) -> _Batch:
-        size = self.streaming.image_size
+        size, count = self.streaming.image_size, len(self.rows)
         batch = _Batch(
-            np.zeros((self.batch_size, size, size, 3), np.uint8),
-            np.zeros(self.batch_size, np.int32),
-            np.zeros(self.batch_size, bool),
+            np.zeros((count, size, size, 3), np.uint8),
+            np.zeros(count, np.int32),
+            np.zeros(count, bool),
             np.empty(0, np.int64),
         )
-        indices = self.indices[number * self.batch_size :][: self.batch_size].tolist()
-        for slot, (encoded, label) in enumerate(self.records.read(indices)):
+        places = number * self.batch_size + self.rows
+        indices = self.indices[places[places < len(self.indices)]].tolist()
+        # A last batch may leave a process nothing.
+        found = self.records.read(indices) if indices else []
+        for slot, (encoded, label) in enumerate(found):
             image = decode_photograph(encoded)
             if image is not None:
                 height, width, _ = image.shape

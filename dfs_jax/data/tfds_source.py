@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from dfs_jax.data.dataset import RawDataset, Split
 from dfs_jax.data.images import MAX_BYTES, decode_images
@@ -257,16 +258,10 @@ class _SplitReader:
         image_key: str,
         label_key: str,
     ):
-        import tensorflow_datasets as tfds
-
         self._name, self._directory = name, directory
         self._builder = builder
         self._sources: dict[str, Any] = {}
         self._image_key, self._label_key = image_key, label_key
-        features = {key: builder.info.features[key] for key in (image_key, label_key)}
-        # Decoding below is a third faster than TFDS's own, and does not need OpenCV for it.
-        self._features = tfds.features.FeaturesDict(features)
-        self._decoders = {image_key: tfds.decode.SkipDecoding()}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -282,8 +277,10 @@ class _SplitReader:
 
     def encoded(self, split: str, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         """Returns the encoded image and the label at each position."""
-        examples = self._examples(split, positions)
-        return [(example[self._image_key], int(example[self._label_key])) for example in examples]
+        try:
+            return [self._parsed(record) for record in self._records(split, positions)]
+        except (DecodeError, IndexError) as error:
+            raise _damaged(self._name, self._directory, error) from error
 
     def read(self, split: str, image_size: int | None) -> Split:
         count = self.split_sizes[split]
@@ -301,7 +298,7 @@ class _SplitReader:
         )
         return Split(images, np.array(labels, np.int32))
 
-    def _examples(self, split: str, positions: Sequence[int]) -> list[Any]:
+    def _records(self, split: str, positions: Sequence[int]) -> Sequence[bytes]:
         try:
             if split not in self._sources:
                 source = self._builder.as_data_source(split, file_format="array_record")
@@ -312,10 +309,16 @@ class _SplitReader:
         # What array_record makes of a file that ends too early.
         if not all(records):
             raise _damaged(self._name, self._directory, f"{split} has empty records")
-        return [
-            self._features.deserialize_example_np(record, decoders=self._decoders)
-            for record in records
-        ]
+        return records
+
+    def _parsed(self, record: bytes) -> tuple[bytes, int]:
+        """Takes the two features out of a record; TFDS's own way takes 30 us longer."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        proto: Any = tf_example_pb2  # made by a program, which pyright does not see through
+        features = proto.Example.FromString(record).features.feature
+        image, label = features[self._image_key], features[self._label_key]
+        return image.bytes_list.value[0], label.int64_list.value[0]
 
 
 class TfdsRecords:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ class BatchPrediction(NamedTuple):
 
 def one_answer(packed: np.ndarray, exit_index: int, came: float) -> BatchPrediction:
     """Returns what an exit said of a single example, `[1, classes + 2]`, that came at `came`."""
-    if not np.isfinite(packed).all():
+    # One probability tells: a logit that is no finite number makes all of them NaN.
+    if not (math.isfinite(packed[0, 0]) and math.isfinite(packed[0, -2])):
         table = AnswerTable(1, packed.shape[1] - 2)
         table.record(table.take(1, came), packed, exit_index)
         return table.all()

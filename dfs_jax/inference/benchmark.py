@@ -8,9 +8,11 @@ A row for each batch size and policy, in a list (`KEYS`):
     policy                 "full", "exit K", "nobody leaves", "2.5x" (so many times fewer
                            operations), "policy.json"
     accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
-    ideal_speedup          were all free but the stages, each at its measured time in a full batch
+    ideal_speedup          were all free but the stages, each at its measured time in a full batch,
+                           against that of the whole network as one program
     ideal_speedup_by_macs  were time proportional to operations
-    speedup                what was measured: of the stream, or of single calls where batch is 1
+    speedup                what was measured: of the stream, or of single calls where batch is 1;
+                           "full" runs before and after each other, see `dfs_jax.inference.speed`
     p50_ms, p99_ms         from a call with one batch to when an example's answer is known
 
 The table that is printed also says how many images were answered in a second, how many decisions
@@ -177,8 +179,7 @@ def benchmark(
             candidate,
             contender,
             speed,
-            full_seconds=speeds[0].seconds,
-            ideal_seconds=times.staged(candidate.shares(len(images))),
+            ideal_speedup=times.ideal_speedup(candidate.shares(len(images))),
             batch=batch,
             macs=macs,
         )
@@ -233,8 +234,7 @@ def _row(
     contender: Contender,
     speed: Speed,
     *,
-    full_seconds: float,
-    ideal_seconds: float,
+    ideal_speedup: float,
     batch: int,
     macs: Sequence[float],
 ) -> Row:
@@ -246,9 +246,9 @@ def _row(
         "policy": candidate.name,
         "accuracy": result.accuracy,
         "macs": result.cost,
-        "ideal_speedup": full_seconds / ideal_seconds,
+        "ideal_speedup": ideal_speedup,
         "ideal_speedup_by_macs": macs[-1] / result.cost,
-        "speedup": full_seconds / speed.seconds,
+        "speedup": speed.speedup,
         "p50_ms": 1000 * speed.p50,
         "p99_ms": 1000 * speed.p99,
         "images_per_second": 1 / speed.seconds,

@@ -28,7 +28,7 @@ from dfs_jax.inference.programs import Programs
 from dfs_jax.inference.stages import Stage, model_stages
 from dfs_jax.inference.stream import stream_answers
 from dfs_jax.inference.timing import StageTimes, measure_stages
-from dfs_jax.inference.waiting import DeviceBuffer, HostBuffer
+from dfs_jax.inference.waiting import Buffer, DeviceBuffer, HostBuffer
 from dfs_jax.types import PyTree, UserError, check_whole
 
 if TYPE_CHECKING:
@@ -142,10 +142,14 @@ class EarlyExitPredictor:
         """
         if not self.times:
             example = self.programs.example
+            buffers = [self._make_buffer(carry) for carry in self.programs.carries]
             for shape in self.shapes:
                 carry: PyTree = np.zeros((shape, *example.shape), example.dtype)
                 self.programs.run_whole(carry)
-                for k in range(self.programs.num_exits):
+                for k, buffer in enumerate(buffers):
+                    # Both ways in which carries come: put together, and as they were given.
+                    buffer.put(carry, np.arange(shape), 0)
+                    self.programs.run(k, buffer.first(shape))
                     carry, _ = self.programs.run(k, carry)
             for batch, rounds in ((1, _ROUNDS_ALONE), (self.batch_size, _ROUNDS_FULL)):
                 self.times[batch] = measure_stages(self.programs, batch, rounds=rounds)
@@ -220,16 +224,19 @@ class EarlyExitPredictor:
         return shares is not None and not self.times[batch].stopping_pays(shares)
 
     def _pipeline(self, table: AnswerTable) -> Pipeline:
-        buffer = HostBuffer if jax.default_backend() == "cpu" else DeviceBuffer
         engine = Engine(
             self.programs,
             self.policy,
             self.shapes,
-            lambda carry: buffer(carry, self.batch_size),
+            self._make_buffer,
             functools.partial(self.runs_whole, self.batch_size),
             self.counts,
         )
         return Pipeline(engine, table)
+
+    def _make_buffer(self, carry: PyTree) -> Buffer:
+        on_host = jax.default_backend() == "cpu"
+        return (HostBuffer if on_host else DeviceBuffer)(carry, self.batch_size)
 
     def _answer_one(self, image: np.ndarray, now: float) -> BatchPrediction:
         """Runs a single example, which needs neither queues nor copies."""

@@ -52,7 +52,7 @@ class Programs:
         self.example = example
         self.classes = check_stages(stages, example)
         self.num_exits = len(stages)
-        self._stages = as_pytrees(stages)
+        self._stages = _free(as_pytrees(stages))
         self._temperatures = [jnp.float32(t) for t in temperatures]
         # A function of its own for each stage: their caches stay small, and lookups quick.
         last, options = self.num_exits - 1, compiler_options(jax.default_backend())
@@ -93,6 +93,21 @@ class Programs:
             batch, _ = jax.eval_shape(self._run[k], self._stages[k], self._temperatures[k], batch)
             taken.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
         return taken
+
+
+def _free(stages: PyTree) -> PyTree:
+    """Returns the stages with weights on the default device, tied neither to it nor to a mesh.
+
+    What programs give would be tied as their weights are, and what the host puts together never
+    is, so that every program would be compiled twice. Weights that lie elsewhere stay there.
+    """
+    default = jnp.zeros(()).device
+
+    def free(leaf: Any) -> Any:
+        is_there = isinstance(leaf, jax.Array) and default in leaf.sharding.device_set
+        return jnp.asarray(np.asarray(leaf)) if is_there and leaf.committed else leaf
+
+    return jax.tree.map(free, stages)
 
 
 def _stage_program(

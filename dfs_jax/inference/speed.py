@@ -76,11 +76,13 @@ class Speed(NamedTuple):
 
     Attributes:
       seconds: an example, in the median round. One at a time, each example has a median of its own.
+      speedup: how many times faster than the first contender, see `race`.
       p50: the median over examples of the seconds from a call to the answer, for a batch alone.
       p99: as p50, which 99 of 100 examples do not exceed.
     """
 
     seconds: float
+    speedup: float
     p50: float
     p99: float
 
@@ -95,6 +97,11 @@ def race(
 ) -> tuple[list[Speed], StageTimes]:
     """Measures contenders and stages; all take turns, in each round in another order.
 
+    The first contender, which speeds are against, runs between all others too: their machine is
+    often faster in one minute than in the next. So a round's speed-up is the mean time of the first
+    one's runs just before and after over the contender's own, and the median round counts. One at a
+    time, each example has a median of its own, and their mean is weighted by the time they take.
+
     Args:
       contenders: whose programs are compiled already (`go_through` has been called).
       predictor: whose stages are measured.
@@ -106,27 +113,42 @@ def race(
       Each contender's speed, and the stages' times in a full batch.
     """
     parts = list(_batches(images, 1)) if batch == 1 else [images]
+
+    def timed(contender: Contender) -> list[float]:
+        return [seconds_of(lambda x=part: contender.go_through(x, batch)) for part in parts]
+
     seconds = [[] for _ in contenders]
+    references = [[] for _ in contenders]
     latencies = [[] for _ in contenders]
     times = []
     for turn in range(rounds):
-        for i in ((turn + n) % len(contenders) for n in range(len(contenders))):
-            contender = contenders[i]
-            seconds[i].append(
-                [seconds_of(lambda c=contender, x=part: c.go_through(x, batch)) for part in parts]
-            )
+        order = [(turn + n) % len(contenders) for n in range(len(contenders))]
+        before = timed(contenders[0])
+        for i in order:
+            seconds[i].append(timed(contenders[i]))
+            after = timed(contenders[0])
+            references[i].append(np.mean([before, after], axis=0))
+            before = after
+        for i in order:
             called = images[: max(batch, _CALLED)]
-            latencies[i] += [contender.answer(part) for part in _batches(called, batch)]
+            latencies[i] += [contenders[i].answer(part) for part in _batches(called, batch)]
         of_stages = _ROUNDS_ALONE if batch == 1 else _ROUNDS_FULL
         times.append(measure_stages(predictor.programs, batch, rounds=of_stages))
     speeds = [
         Speed(
-            float(np.median(s, axis=0).sum()) / len(images),
+            float(np.median(own, axis=0).sum()) / len(images),
+            _speedup(np.array(reference), np.array(own)),
             *np.percentile(np.concatenate(ls), (50, 99)).tolist(),
         )
-        for s, ls in zip(seconds, latencies, strict=True)
+        for own, reference, ls in zip(seconds, references, latencies, strict=True)
     ]
     return speeds, _median(times)
+
+
+def _speedup(reference: np.ndarray, own: np.ndarray) -> float:
+    """Returns how many times faster `own` is, both `[rounds, parts]` seconds."""
+    ratios = np.median(reference / own, axis=0)
+    return float(np.average(ratios, weights=np.median(own, axis=0)))
 
 
 def seconds_of(run: Callable[[], object]) -> float:

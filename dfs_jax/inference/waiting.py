@@ -6,6 +6,7 @@ gather inside the next stage's program took 22), on accelerators by the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -77,17 +78,17 @@ class DeviceBuffer:
             self._arrays = _roll(self._arrays, np.int32(-n))
 
 
-@jax.jit(donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
 def _scatter(arrays: PyTree, carry: PyTree, places: jax.Array) -> PyTree:
     return jax.tree.map(lambda a, c: a.at[places].set(c, mode="drop"), arrays, carry)
 
 
-@jax.jit(static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def _first(arrays: PyTree, size: int) -> PyTree:
     return jax.tree.map(lambda a: a[:size], arrays)
 
 
-@jax.jit(donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
 def _roll(arrays: PyTree, shift: jax.Array) -> PyTree:
     return jax.tree.map(lambda a: jnp.roll(a, shift, axis=0), arrays)
 

@@ -52,9 +52,9 @@ class Embedding(nn.Module):
         cut = nn.Conv(
             self.width, size, strides=size, padding="VALID", dtype=self.dtype, name="patches"
         )
-        patches = cut(images).reshape(len(images), -1, self.width)
+        patches = cut(images).reshape(images.shape[0], -1, self.width)
         first = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.width))
-        first = jnp.broadcast_to(first, (len(images), 1, self.width))
+        first = jnp.broadcast_to(first, (images.shape[0], 1, self.width))
         tokens = jnp.concatenate([first, patches], axis=1)
         tokens = tokens + self.param("position", _init, (1, *tokens.shape[1:]))
         return tokens.astype(patches.dtype)

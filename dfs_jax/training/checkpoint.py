@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from dfs_jax.training.processes import by_writer
+from dfs_jax.training.sharding import gathered
 from dfs_jax.types import PyTree, UserError
 
 DIRECTORY = "checkpoints"
@@ -61,7 +63,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         score = score if score is not None and math.isfinite(score) else NEVER_BEST
-        self._check_space(state, step)
+        by_writer(self._check_space, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), step)
         document = {"checksums": leaf_checksums(state)}
         try:
             self._manager.save(
@@ -72,7 +74,7 @@ class Checkpoints:
                 metrics={"score": score},
             )
             self._manager.wait_until_finished()
-            _write_manifest(self._directory / str(step))
+            by_writer(_write_manifest, self._directory / str(step), errors=(OSError,))
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self._directory} "
@@ -91,7 +93,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints and every one is damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = by_writer(self._steps_newest_first)
         for step in steps:
             try:
                 return self._restore(step, target), step
@@ -149,7 +151,7 @@ class Checkpoints:
             raise UserError(f"cannot write to {self._directory}: {first_line(error)}") from error
 
     def _restore(self, step: int, target: PyTree) -> PyTree:
-        _check_files(self._directory / str(step))
+        by_writer(_check_files, self._directory / str(step), errors=(DamagedCheckpoint,))
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), document=ocp.args.JsonRestore()
         )
@@ -157,9 +159,13 @@ class Checkpoints:
             restored: Any = self._manager.restore(step, args=items)
             state, expected = restored.state, restored.document["checksums"]
         except Exception as error:  # truncated files raise many kinds
-            raise DamagedCheckpoint(
-                f"the checkpoint of step {step} is damaged ({first_line(error)})"
-            ) from error
+            damage = f"the checkpoint of step {step} is damaged ({first_line(error)})"
+            if jax.process_count() > 1:  # the others may not have met it, and wait
+                raise UserError(
+                    f"{damage}; move {self._directory / str(step)} away and start the same "
+                    f"command again, to go on from the one before it"
+                ) from error
+            raise DamagedCheckpoint(damage) from error
         found = leaf_checksums(state)
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         if wrong:
@@ -169,9 +175,9 @@ class Checkpoints:
             )
         return state
 
-    def _check_space(self, state: PyTree, step: int) -> None:
+    def _check_space(self, state_bytes: int, step: int) -> None:
         """Asks before writing: libraries that meet a full disk fill the screen with tracebacks."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + OVERHEAD_BYTES
+        needed = state_bytes + OVERHEAD_BYTES
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise UserError(
@@ -182,15 +188,15 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
-        destination = self._directory.parent / DAMAGED_DIRECTORY / str(step)
-        shutil.rmtree(destination, ignore_errors=True)
-        destination.parent.mkdir(exist_ok=True)
         self._manager.close()
-        shutil.move(self._directory / str(step), destination)
+        by_writer(_move_away, self._directory / str(step))
         self._manager = self._open()
 
+    def _steps_newest_first(self) -> list[int]:
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def _step_of(self, which: str) -> int:
-        steps = sorted(self._manager.all_steps())
+        steps: list[int] = by_writer(self._steps_newest_first)[::-1]
         named: dict[str, Callable[[], int | None]] = {
             "best": self.best_step,
             "latest": self.latest_step,
@@ -221,10 +227,10 @@ def has_steps(workdir: Path) -> bool:
 
 def leaf_checksums(state: PyTree) -> dict[str, int]:
     """Returns the CRC-32 of every leaf's bytes, by its path in the tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    # Leaf by leaf: where arrays are split over processes, one of them is whole at a time.
     return {
-        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf).tobytes())
-        for path, leaf in leaves
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(gathered(leaf)).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
@@ -236,6 +242,13 @@ def file_checksums(directory: Path) -> dict[str, int]:
         for path in files
         if path.name != MANIFEST
     }
+
+
+def _move_away(checkpoint: Path) -> None:
+    destination = checkpoint.parent.parent / DAMAGED_DIRECTORY / checkpoint.name
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.parent.mkdir(exist_ok=True)
+    shutil.move(checkpoint, destination)
 
 
 def _write_manifest(directory: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from ml_collections import ConfigDict
 
 from dfs_jax.training.checkpoint import has_steps
 from dfs_jax.training.optimizer import check_optimizer
+from dfs_jax.training.processes import by_writer, is_writer
 from dfs_jax.types import Config, UserError
 
 FILE = "config.json"
+SHARED_WITHIN = 30.0  # seconds until one process sees what another wrote
 # What may differ between a run and its continuation: where things lie, what is shown or measured,
 # on which devices it runs and what they keep.
 MAY_CHANGE = (
@@ -31,6 +35,9 @@ MAY_CHANGE = (
     "mesh.fsdp",
     "mesh.tensor",
 )
+# Sections that configs of earlier runs lack, as those runs were trained.
+_ADDED_LATER = {"combiner": {"name": "weighted_sum", "exits": None}, "mesh": {}}
+MAY_DIFFER = ("data.data_dir", "data.num_workers", "init_from")  # between the machines of a run
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
 
@@ -46,6 +53,15 @@ def check_config(config: Config) -> None:
     check_optimizer(config.optimizer)
 
 
+def completed(config: Config) -> Config:
+    """Returns the config with the sections that it lacks because they came after it.
+
+    >>> completed(ConfigDict({"seed": 0})).combiner.name
+    'weighted_sum'
+    """
+    return ConfigDict({**_ADDED_LATER, **config.to_dict()})
+
+
 def options(section: Config) -> dict[str, Any]:
     """Returns a component's options: every field of its section but the name."""
     return {key: value for key, value in section.items() if key != "name"}
@@ -55,18 +71,54 @@ def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the run's directory and records its config; compares the two where steps were saved.
 
     Raises:
-      UserError: the path is a file or cannot be written, or holds a run of another config.
+      UserError: the path is a file or cannot be written, or holds a run of another config, or is
+        not the same for all processes, or these have different configs.
     """
+    written = by_writer(_open_workdir, workdir, config)
+    if not is_writer():
+        _check_same_config(written, config)
+        _check_shared(workdir, written)
+
+
+def _open_workdir(workdir: Path, config: Config) -> str:
+    """Does it, and returns what the config's file holds."""
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _check_writable(workdir)
         if (workdir / FILE).exists() and has_steps(workdir):
             _check_same_run(workdir, read_config(workdir), config)
-        _write_atomically(workdir / FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        _write_atomically(workdir / FILE, text)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"workdir {workdir} is a file: name a directory") from error
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    return text
+
+
+def _check_same_config(written: str, config: Config) -> None:
+    """Raises UserError if this process was started with another config than the writer."""
+    theirs, own = dict(_flatten(json.loads(written))), dict(_flatten(config.to_dict()))
+    for field in sorted(theirs.keys() | own):
+        if field not in MAY_DIFFER and theirs.get(field) != own.get(field):
+            raise UserError(
+                f"the processes of this run have different configs: {field} is {own.get(field)!r} "
+                f"here and {theirs.get(field)!r} elsewhere; start all with the same command"
+            )
+
+
+def _check_shared(workdir: Path, written: str) -> None:
+    """Raises UserError unless what the writer wrote can be seen from here too."""
+    deadline = time.monotonic() + SHARED_WITHIN
+    while time.monotonic() < deadline:  # file systems over a network may take a while
+        with contextlib.suppress(OSError):
+            if (workdir / FILE).read_text(encoding="utf-8") == written:
+                return
+        time.sleep(0.1)
+    raise UserError(
+        f"workdir {workdir} is not the same directory for all processes: "
+        f"name one on a file system that they share"
+    )
 
 
 def read_config(workdir: Path) -> Config:
@@ -77,7 +129,7 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / FILE
     try:
-        return ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8"))))
+        return completed(ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8")))))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no run in {workdir}: {FILE} is missing") from error
     except ValueError as error:

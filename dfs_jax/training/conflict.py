@@ -25,6 +25,7 @@ from dfs_jax.training.sharding import (
     jit_for_mesh,
     put_batch,
     replicated,
+    rows_here,
 )
 from dfs_jax.training.state_sharding import constrain
 from dfs_jax.types import UserError
@@ -128,7 +129,7 @@ def _first_examples(experiment: Experiment, examples: int) -> Split:
             f"{examples} were asked for, the {experiment.score_split} split has "
             f"{split.num_examples}"
         )
-    return split.take(np.arange(count))
+    return split.take(rows_here(count, experiment.mesh))
 
 
 def _compiled(experiment: Experiment):

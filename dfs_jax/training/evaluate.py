@@ -18,7 +18,7 @@ from dfs_jax.training.experiment import (
     abstract_state,
     evaluation_step,
 )
-from dfs_jax.training.sharding import put_batch, round_up_to_devices
+from dfs_jax.training.sharding import gathered, put_batch, round_up_to_devices, rows_here
 from dfs_jax.types import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -46,10 +46,11 @@ def evaluate(
 ) -> ExitPredictions:
     """Returns every exit's answers on `split`, in its order, whatever the batch size."""
     parts, masks = [], []
-    for images, labels, mask in eval_batches(split, round_up_to_devices(batch_size, mesh)):
+    batch_size = round_up_to_devices(batch_size, mesh)
+    for images, labels, mask in eval_batches(split, batch_size, rows_here(batch_size, mesh)):
         parts.append(eval_step(variables, *put_batch((images, labels), mesh)))
-        masks.append(mask)
-    return concatenate_predictions(jax.device_get(parts), masks)
+        masks.append(put_batch(mask, mesh) if jax.process_count() > 1 else mask)
+    return concatenate_predictions(jax.device_get(parts), gathered(masks))
 
 
 def evaluate_run(

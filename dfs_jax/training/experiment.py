@@ -28,7 +28,8 @@ from dfs_jax.training.sharding import (
     create_mesh,
     jit_for_mesh,
     on_mesh,
-    replicated,
+    put_replicated,
+    put_where,
 )
 from dfs_jax.training.state import TrainState, create_state
 from dfs_jax.training.state_sharding import check_split, is_split, tree_shardings
@@ -137,15 +138,16 @@ def initial_state(experiment: Experiment) -> TrainState:
     e, shape = experiment, experiment.dataset.image_shape
     create = functools.partial(init_variables, e.model, image_shape=shape)
     finish = functools.partial(_as_state, e)
-    where = state_shardings(e)
+    where, split = state_shardings(e), variable_shardings(e)
     if where is not None:
-        variables = {"params": where.params, "batch_stats": where.batch_stats}
-        create = jit_for_mesh(create, e.mesh, out_shardings=variables)
+        create = jit_for_mesh(create, e.mesh, out_shardings=split)
         finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
         variables = load_trunk(Path(e.config.init_from), e.model, variables)
-    return jax.device_put(finish(variables), replicated(e.mesh) if where is None else where)
+        variables = variables if where is None else put_where(variables, split)
+    state = finish(variables)
+    return put_replicated(state, e.mesh) if where is None else put_where(state, where)
 
 
 def abstract_state(experiment: Experiment) -> Any:

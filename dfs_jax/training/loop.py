@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from dfs_jax.data import Dataset
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import check_config, open_workdir
@@ -28,12 +30,14 @@ from dfs_jax.training.experiment import (
 )
 from dfs_jax.training.metrics import (
     MetricsWriter,
+    NoMetrics,
     evaluation_line,
     mean_exit_accuracy,
     training_line,
 )
+from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
-from dfs_jax.training.sharding import put_batch, replicated
+from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import Config, UserError
 
@@ -46,23 +50,29 @@ class TrainResult(NamedTuple):
     stopped_by: int | None
 
 
-def train(config: Config, workdir: Path) -> TrainResult:
+def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> TrainResult:
     """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
 
     Started again with the same config, a run that was stopped at any moment ends with the same
     parameters and metrics, bit for bit, as one that never was (on the same machine and devices).
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      dataset: the config's own, where it is in memory already; None reads it.
 
     Raises:
       UserError: a mistake in the config or the directory, or a loss that became non-finite.
     """
     check_config(config)
     open_workdir(workdir, config)
-    experiment = build_experiment(config)
+    experiment = build_experiment(config, dataset)
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_latest(abstract_state(experiment))
     state, start = restored or (initial_state(experiment), 0)
     with StopSignals() as signals:
-        run = _Run(experiment, checkpoints, MetricsWriter(workdir, start), signals)
+        metrics = MetricsWriter(workdir, start) if is_writer() else NoMetrics()
+        run = _Run(experiment, checkpoints, metrics, signals)
         try:
             return run.steps(state, start)
         finally:
@@ -70,14 +80,26 @@ def train(config: Config, workdir: Path) -> TrainResult:
 
 
 class StopSignals:
-    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps."""
+    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps.
+
+    Of several processes one that is asked to stop is enough, and all stop after the same step. JAX
+    sees to that: SIGTERM is its notice of preemption, which must be left to it.
+    """
 
     def __init__(self):
-        self.received: int | None = None
+        self._received: int | None = None
+        self._is_alone = jax.process_count() == 1
 
     def __enter__(self) -> StopSignals:
-        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
+        self._before = {number: signal.signal(number, self._request) for number in caught}
         return self
+
+    def stop_after(self, step: int) -> int | None:
+        """Returns the signal that ends the run after this step; has to be asked after each one."""
+        if self._is_alone:
+            return self._received
+        return signal.SIGTERM if reached_preemption_sync_point(step) else None
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -85,10 +107,12 @@ class StopSignals:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:  # asked twice: the user will not wait
+        if self._received is not None:  # asked twice: the user will not wait
             signal.signal(number, self._before[signal.Signals(number)])
             signal.raise_signal(number)
-        self.received = number
+        self._received = number
+        if not self._is_alone:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class _Run:
@@ -98,7 +122,7 @@ class _Run:
         self,
         experiment: Experiment,
         checkpoints: Checkpoints,
-        metrics: MetricsWriter,
+        metrics: MetricsWriter | NoMetrics,
         signals: StopSignals,
     ):
         self._experiment = experiment
@@ -117,7 +141,11 @@ class _Run:
         experiment, total = self._experiment, self._experiment.total_steps
         self._progress.start(start)
         batches = train_batches(
-            experiment.dataset.train, experiment.sampler, start, stop_step=total
+            experiment.dataset.train,
+            experiment.sampler,
+            start,
+            stop_step=total,
+            rows=rows_here(self._config.batch_size, experiment.mesh),
         )
         self._clock.restart()
         for step in range(start + 1, total + 1):
@@ -130,9 +158,10 @@ class _Run:
                 state = self._end_epoch(state, step)
             elif self._is_checkpoint_due(step):
                 self._save(state, step, score=None)
-            if self._signals.received is not None and step < total:
+            stopped_by = self._signals.stop_after(step)
+            if stopped_by is not None and step < total:
                 self._save(state, step, score=None)
-                return TrainResult(experiment, step, self._signals.received)
+                return TrainResult(experiment, step, stopped_by)
         return TrainResult(experiment, total, None)
 
     def close(self) -> None:
@@ -214,7 +243,7 @@ class _Run:
 
     def _zero_totals(self) -> EpochTotals:
         totals = EpochTotals.zero(self._experiment.model.num_exits)
-        return jax.device_put(totals, replicated(self._experiment.mesh))
+        return put_replicated(totals, self._experiment.mesh)
 
 
 def _create_probe(experiment: Experiment) -> ConflictProbe | None:

@@ -57,6 +57,16 @@ class MetricsWriter:
         self._events.close()
 
 
+class NoMetrics:
+    """Stands for the writer in the processes that write nothing."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Returns the lines of `DIR/metrics.jsonl`, oldest first; a last line cut short is left out."""
     path = workdir / FILE

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dfs_jax.cpu_kernels import compiler_options
@@ -132,9 +133,75 @@ def batch_sharded(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, _batch_axes(mesh)))
 
 
+def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Returns which rows of a batch lie on this process's devices, rising, `[rows]`.
+
+    Processes whose devices lie beside each other along the tensor axis hold the same ones.
+    """
+    held = np.zeros(batch_size, bool)
+    places = batch_sharded(mesh).addressable_devices_indices_map((batch_size,))
+    for index in (places or {}).values():
+        held[index] = True
+    return np.flatnonzero(held)
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Copies host arrays `[batch, ...]` to the devices, each its own part."""
-    return jax.device_put(batch, batch_sharded(mesh))
+    """Copies this process's rows of a batch, host arrays `[rows, ...]`, to its devices.
+
+    Returns:
+      Arrays `[batch, ...]` over the devices of all processes.
+    """
+    where = batch_sharded(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda part: _put_rows(part, where, mesh), batch)
+
+
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies arrays that every process has to all devices, whole."""
+    return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
+
+
+def put_where(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Copies arrays that every process has, or moves those of all, to where they belong."""
+    return jax.tree.map(_put, tree, shardings)
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """Returns the arrays as host arrays, whole in every process; all of them must ask for it."""
+    return jax.tree.map(_gather, tree)
+
+
+def _put(leaf: Any, where: NamedSharding) -> jax.Array:
+    is_here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    if where.is_fully_addressable or not is_here:
+        return jax.device_put(leaf, where)
+    return jax.make_array_from_callback(leaf.shape, where, np.asarray(leaf).__getitem__)
+
+
+def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh) -> jax.Array:
+    parts = batch_parts(mesh)
+    shape = (len(part) * parts // len(rows_here(parts, mesh)), *part.shape[1:])
+    held = rows_here(shape[0], mesh)
+
+    def shard(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        first = np.searchsorted(held, start)
+        return part[first : first + stop - start]
+
+    return jax.make_array_from_callback(shape, where, shard)
+
+
+def _gather(leaf: Any) -> np.ndarray:
+    is_split = isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
+    if is_split and not leaf.is_fully_addressable:
+        where: Any = leaf.sharding
+        leaf = jax.jit(_same, out_shardings=replicated(where.mesh))(leaf)
+    return np.asarray(leaf)
+
+
+def _same(leaf: jax.Array) -> jax.Array:
+    return leaf
 
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:

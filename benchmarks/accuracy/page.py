@@ -1,0 +1,257 @@
+"""docs/results.md: text by hand around tables and figures that the results' files give.
+
+What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is written here; the rest is not
+touched. Cells that were not run stand in the tables as such.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy import suites
+from benchmarks.accuracy.cells import Suite
+from benchmarks.accuracy.published import PUBLISHED
+from benchmarks.accuracy.results import FAILED, Record, Results
+from benchmarks.accuracy.rows import Row, current, select
+from benchmarks.accuracy.tables import (
+    accuracy_table,
+    budget_table,
+    conflict_table,
+    difference_table,
+    published_table,
+    title,
+)
+from dfs_jax.files import write_whole
+from dfs_jax.types import UserError
+
+PAGE = "results.md"
+_BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+_NETWORK = "vgg7_w16"
+_PICTURES = {
+    "by_exit": "Accuracy by exit, and points above DSN with 95 % intervals over the paired seeds",
+    "budget": "Budgeted batch classification: accuracy against mean operations",
+    "beta": "Accuracy of every exit against beta; dashed: DSN",
+    "conflict": "Conflicting pairs of exits in the trunk over training",
+    "epochs": "Points above DSN against the length of training",
+}
+
+
+class Found:
+    """A suite and what its file holds.
+
+    Args:
+      suite: of `benchmarks.accuracy.suites`.
+      directory: of the results' files.
+    """
+
+    def __init__(self, suite: Suite, directory: Path):
+        self.suite = suite
+        self.records = Results(directory / f"{suite.name}.json", directory).read()
+
+    def rows(self, network: str, data: str, epochs: int, methods: Sequence[str]) -> list[Row]:
+        """Returns the rows of a table."""
+        return select(self.suite, self.records, network, data, epochs, methods)
+
+    def current(self) -> dict[str, Record]:
+        """Returns the finished cells of the suite as it is now."""
+        found = {c.name: current(self.suite, self.records, c) for c in self.suite.cells}
+        return {name: record for name, record in found.items() if record is not None}
+
+
+def render_page(docs: Path, directory: Path) -> list[Path]:
+    """Writes the page's tables and its figures; returns the paths.
+
+    Args:
+      docs: of the page.
+      directory: of the results' files; one that is missing has no cells yet.
+
+    Raises:
+      UserError: there is no page, or it lacks a block, or has one that is not known.
+    """
+    small, search, paper = (
+        Found(create(), directory) for create in (suites.small, suites.search, suites.paper)
+    )
+    blocks: dict[str, Callable[[], str]] = {
+        "status": lambda: "\n\n".join(_status(found) for found in (search, small, paper)),
+        "headline": lambda: _headline(small),
+        "budget": lambda: _titled(budget_table, _headline_rows(small)),
+        "conflict": lambda: _titled(conflict_table, _headline_rows(small)),
+        "epochs": lambda: _epochs(small),
+        "beta": lambda: _beta(small),
+        "width": lambda: accuracy_table(small.rows("vgg7_w32", *_ON_CIFAR, suites.PAIR)),
+        "recipes": lambda: accuracy_table(_with(small, suites.RECIPES)),
+        "published_recipe": lambda: _published_recipe(small),
+        "networks": lambda: _networks(small),
+        "search": lambda: _search(search),
+        "paper": lambda: _paper(paper),
+    }
+    path = docs / PAGE
+    if not path.exists():
+        raise UserError(f"there is no page {path}: restore it, its text is written by hand")
+    text = path.read_text(encoding="utf-8")
+    _check_blocks(path, text, blocks)
+    written = _draw(small, docs)
+    drawn = {picture.name for picture in written}
+    content = {name: create() for name, create in blocks.items()}
+    for name, caption in _PICTURES.items():
+        block, picture = "headline" if name == "by_exit" else name, f"results_{name}.png"
+        if picture in drawn:
+            content[block] += f"\n\n![{caption}]({picture})"
+    text = _BLOCK.sub(lambda m: f"{m[1]}{content[m[2]]}\n{m[3]}", text)
+    return [write_whole(path, text.encode()), *written]
+
+
+_ON_CIFAR = (suites.SETS[0], suites.SHORT)
+
+
+def _check_blocks(path: Path, text: str, blocks: Mapping[str, object]) -> None:
+    names = [name for _, name, _ in _BLOCK.findall(text)]
+    found, known = Counter(names), Counter(blocks.keys())
+    wrong = (found - known) + (known - found)
+    if wrong:
+        raise UserError(
+            f"{path} must have each of {', '.join(blocks)} between begin and end marks once; "
+            f"missing, unknown or twice: {', '.join(wrong)}"
+        )
+
+
+def _draw(small: Found, docs: Path) -> list[Path]:
+    from benchmarks.accuracy import figures
+
+    headline = _headline_rows(small)
+    if not any(row.runs for rows in headline.values() for row in rows):
+        return []
+    by_epochs = {
+        data: {
+            epochs: small.rows(_NETWORK, data, epochs, suites.PAIR)
+            for epochs in (suites.SHORT, suites.MEDIUM, suites.LONG)
+        }
+        for data in suites.SETS
+    }
+    (reference,) = _with(small, [])[:1]
+    draw_betas = functools.partial(figures.draw_betas, reference=reference)
+    drawings: dict[str, tuple[Callable[..., Path], object]] = {
+        "by_exit": (figures.draw_by_exit, headline),
+        "budget": (figures.draw_budget, headline),
+        "beta": (draw_betas, _beta_rows(small)),
+        "conflict": (figures.draw_conflict, headline),
+        "epochs": (figures.draw_epochs, by_epochs),
+    }
+    paths = []
+    for name, (draw, rows) in drawings.items():
+        try:
+            paths.append(draw(rows, docs / f"results_{name}.png"))
+        except ValueError:  # nothing to draw yet
+            continue
+    return paths
+
+
+def _headline_rows(small: Found) -> dict[str, list[Row]]:
+    methods = (*suites.HEADLINE, *suites.BEST)
+    return {data: small.rows(_NETWORK, data, suites.SHORT, methods) for data in suites.SETS}
+
+
+def _headline(small: Found) -> str:
+    return "\n\n".join(
+        f"**{data}**\n\n{accuracy_table(rows)}\n\n{difference_table(rows)}"
+        for data, rows in _headline_rows(small).items()
+    )
+
+
+def _titled(table: Callable[[Sequence[Row]], str], by_title: Mapping[str, Sequence[Row]]) -> str:
+    return "\n\n".join(f"**{name}**\n\n{table(rows)}" for name, rows in by_title.items())
+
+
+def _with(small: Found, methods: Sequence[str]) -> list[Row]:
+    """Rows beside the headline's, from the seed that both have."""
+    rows = small.rows(_NETWORK, *_ON_CIFAR, [*suites.PAIR, *methods])
+    return [Row(row.method, {s: r for s, r in row.runs.items() if s == 0}, 1) for row in rows]
+
+
+def _epochs(small: Found) -> str:
+    parts = []
+    for data in suites.SETS:
+        for epochs in (suites.MEDIUM, suites.LONG):
+            rows = small.rows(_NETWORK, data, epochs, suites.PAIR)
+            if any(row.asked for row in rows):
+                parts.append(f"**{data}, {epochs} epochs**\n\n{accuracy_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _beta_rows(small: Found) -> dict[str, dict[float, Row]]:
+    found: dict[str, dict[float, Row]] = {}
+    for name in ("dfs", "dfs_trunk_only"):
+        methods = [name if beta == 0.5 else f"{name}_beta{beta}" for beta in suites.BETAS]
+        rows = {b: _with(small, [m])[-1] for b, m in zip(suites.BETAS, methods, strict=True)}
+        found[title(name)] = {beta: row for beta, row in rows.items() if _is_asked(small, row)}
+    return found
+
+
+def _is_asked(small: Found, row: Row) -> bool:
+    return any(cell.method == row.method for cell in small.suite.cells)
+
+
+def _beta(small: Found) -> str:
+    by_name = _beta_rows(small)
+    (reference,) = _with(small, [])[:1]
+    swept = [row for by_beta in by_name.values() for row in by_beta.values()]
+    per_exit = _with(small, suites.PER_EXIT)[len(suites.PAIR) :]
+    return accuracy_table([reference, *swept, *per_exit])
+
+
+def _published_recipe(small: Found) -> str:
+    plain = small.rows(_NETWORK, suites.SETS[0], suites.LONG, suites.PAIR)
+    together = small.rows(_NETWORK, suites.SETS[0], suites.LONG, suites.PUBLISHED)
+    return accuracy_table([*plain, *together])
+
+
+def _networks(small: Found) -> str:
+    by_network = {
+        network: small.rows(network, suites.SETS[0], suites.OTHERS, methods)
+        for network, methods in suites.OTHER_NETWORKS.items()
+    }
+    return _titled(accuracy_table, by_network)
+
+
+def _search(search: Found) -> str:
+    tables = {
+        data: search.rows(_NETWORK, data, suites.SHORT, suites.CANDIDATES) for data in suites.SETS
+    }
+    return _titled(accuracy_table, tables)
+
+
+def _paper(paper: Found) -> str:
+    parts = []
+    for network, (methods, epochs, _) in suites.PUBLISHED_SETTINGS.items():
+        data = next(cell.data for cell in paper.suite.cells if cell.network == network)
+        rows = paper.rows(network, data, epochs, methods)
+        parts.append(f"**{network}**\n\n{published_table(rows, PUBLISHED[network])}")
+    return "\n\n".join(parts)
+
+
+def _status(found: Found) -> str:
+    """Says how much of a suite there is, what failed, and on what it ran for how long."""
+    suite, records = found.suite, found.current()
+    text = f"`{suite.name}`: {len(records)} of {len(suite.cells)} cells"
+    if records:
+        hours = sum(record["seconds"] for record in records.values()) / 3600
+        machines = sorted({_machine(record) for record in records.values()})
+        text += f", {hours:.1f} hours in all, on {'; '.join(machines)}"
+    failed = [
+        f"`{cell.name}` failed ({found.records[cell.name]['reason']})"
+        for cell in suite.cells
+        if found.records.get(cell.name, {}).get("status") == FAILED
+    ]
+    return ". ".join([text, *failed]) + "."
+
+
+def _machine(record: Record) -> str:
+    hardware, versions = record["hardware"], record["versions"]
+    return (
+        f"{hardware['cores']} core(s) of {hardware['processor']}, {hardware['devices']} "
+        f"{hardware['kind']} device(s), jax {versions['jax']}, dfs_jax {versions['dfs_jax']}"
+    )

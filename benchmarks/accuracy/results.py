@@ -1,0 +1,92 @@
+"""The results' file: one line a cell, whole or not there, shared by several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.cells import Cell
+from dfs_jax.files import write_whole
+from dfs_jax.types import UserError
+
+FINISHED, FAILED = "finished", "failed"
+DIRECTORY = Path(__file__).resolve().parent.parent / "results"
+
+Record = dict[str, Any]
+
+
+class Results:
+    """What a suite's cells gave.
+
+    Args:
+      path: of the JSON file; it need not exist.
+      locks: a directory for the locks of processes that work on the same suite.
+    """
+
+    def __init__(self, path: Path, locks: Path):
+        self.path, self._locks = path, locks
+
+    def read(self) -> dict[str, Record]:
+        """Returns what is recorded, by the cells' names.
+
+        Raises:
+          UserError: the file is no results' file.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))["cells"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is no results' file: restore or delete it") from error
+
+    def finished(self, cell: Cell, config_hash: str) -> Record | None:
+        """Returns the cell's record, or None where it did not finish, or not with this config."""
+        return finished_record(self.read(), cell, config_hash)
+
+    def failed_since(self, cell: Cell, moment: float) -> bool:
+        """Returns whether the cell failed after that moment, in seconds since the epoch."""
+        record = self.read().get(cell.name, {})
+        return record.get("status") == FAILED and record["at"] >= moment
+
+    def record(self, cell: Cell, config_hash: str, status: str, content: Record) -> None:
+        """Writes a cell's record in place of an older one."""
+        head = {"status": status, "config_hash": config_hash, "at": round(time.time(), 1)}
+        with _locked(self._locks / "results.lock", wait=True):
+            cells = {**self.read(), cell.name: {**head, **content}}
+            write_whole(self.path, _one_line_a_cell(cells).encode())
+
+    @contextlib.contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Yields whether this process has the cell for itself; a killed process gives it back."""
+        with _locked(self._locks / f"{cell.name.replace('/', '__')}.lock", wait=False) as mine:
+            yield mine
+
+
+def finished_record(records: dict[str, Record], cell: Cell, config_hash: str) -> Record | None:
+    """Returns the record of a cell that finished with this config, or None."""
+    record = records.get(cell.name, {})
+    current = record.get("status") == FINISHED and record.get("config_hash") == config_hash
+    return record if current else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _one_line_a_cell(cells: dict[str, Record]) -> str:
+    """Writes records so that a cell more is a line more to whoever compares two versions."""
+    lines = [f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in cells.items()]
+    return '{"cells": {\n' + ",\n".join(lines) + "\n}}\n"

@@ -1,0 +1,228 @@
+"""The suites: `small` for two cores, `search` for what is chosen before it, `paper` as published.
+
+`small` trains narrow networks on whole sets of 45,000 images of 32x32 pixels for a few epochs, all
+by one recipe: batches of 100, SGD with momentum 0.9, a cosine from 0.1 with half an epoch of
+warm-up, weight decay 5e-4, crop and flip. Nothing of it was tuned for any method. The headline was
+fixed beforehand: DFS symmetric at beta 0.5 against DSN, three paired seeds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from benchmarks.accuracy.cells import Cell, Suite, grid
+from configs import common
+from dfs_jax.types import Config, UserError
+
+SHORT, MEDIUM, LONG = 3, 8, 21  # epochs
+OTHERS = 2  # epochs, of networks that cost several times as much
+SETS = ("cifar10", "tiny_imagenet100")
+HEADLINE = ("dsn", "byot", "ge", "pcgrad", "cagrad", "dfs", "dfs_trunk_only", "dfs_none")
+PAIR = ("dsn", "dfs", "dfs_trunk_only")
+BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# What the search on validation data chose (at most two), as keys of `METHODS`; see `search`.
+BEST: tuple[str, ...] = ()
+SEARCH_SEED = 100  # and beyond: the table's seeds take no part in a choice
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "vgg7_w16": {"model.name": "vgg7", "model.width": 16},
+    "vgg7_w32": {"model.name": "vgg7", "model.width": 32},
+    "resnet18_w16": {"model.name": "resnet18", "model.width": 16, "model.stem": "cifar"},
+    "msdnet_g4": {
+        "model.name": "msdnet_cifar_anytime",
+        "model.num_exits": 5,
+        "model.growth": 4,
+        "model.initial_channels": 8,
+    },
+}
+
+# Betas by exit. Where beta is 1, trunk_only changes nothing: the trunk and the exit both train all.
+_FALLING, _RISING = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.6, 0.7, 0.8, 0.9)
+_EARLY, _FIRST = (0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0, 1.0)
+_TRUNK_ONLY = {"fork.referencing": "trunk_only"}
+_AUGMENTED = {"data.augmentation": "crop,flip,autoaugment,cutout"}
+# By name: what stands after a config's colon, and the fields that are changed.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dsn": ("dsn", {}),
+    "byot": ("byot", {}),
+    "ge": ("ge", {}),
+    "pcgrad": ("pcgrad", {}),
+    "cagrad": ("cagrad", {}),
+    "dfs": ("dfs", {"fork.referencing": "symmetric"}),
+    "dfs_trunk_only": ("dfs", _TRUNK_ONLY),
+    "dfs_none": ("dfs", {"fork.referencing": "none"}),
+    **{f"dfs_beta{b}": ("dfs", {"fork.partition_ratio": (b,)}) for b in BETAS if b != 0.5},
+    **{
+        f"dfs_trunk_only_beta{b}": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": (b,)})
+        for b in BETAS
+        if b != 0.5
+    },
+    "dfs_falling": ("dfs", {"fork.partition_ratio": _FALLING}),
+    "dfs_trunk_only_falling": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _FALLING}),
+    "dfs_trunk_only_rising": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _RISING}),
+    "dfs_trunk_only_early": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY}),
+    "dfs_trunk_only_first": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _FIRST}),
+    "dsn_augmented": ("dsn", _AUGMENTED),
+    "dfs_augmented": ("dfs", _AUGMENTED),
+    "dfs_trunk_only_augmented": ("dfs", {**_TRUNK_ONLY, **_AUGMENTED}),
+    "distillation": ("distillation", {}),
+    "dfs_distillation": ("dfs+distillation", {}),
+    "dfs_trunk_only_distillation": ("dfs+distillation", _TRUNK_ONLY),
+    "dfs_trunk_only_falling_distillation": (
+        "dfs+distillation",
+        {**_TRUNK_ONLY, "fork.partition_ratio": _FALLING},
+    ),
+    "dfs_trunk_only_early_distillation": (
+        "dfs+distillation",
+        {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY},
+    ),
+    # The published recipe of ResNet18: surgery, BYOT's losses and strong augmentation together.
+    "byot_augmented": ("byot", _AUGMENTED),
+    "dfs_byot_augmented": ("dfs+byot", _AUGMENTED),
+    "dfs_trunk_only_byot_augmented": ("dfs+byot", {**_TRUNK_ONLY, **_AUGMENTED}),
+    "dsn_smoothed": ("dsn", {"loss.label_smoothing": 0.1}),
+    "dsn_averaged": ("dsn", {"optimizer.ema_decay": 0.998}),
+}
+
+_IMAGES = 45_000
+# Busy seconds of one core for 1,000 training images, on an AMD EPYC with the other core busy too.
+SECONDS = {"vgg7_w16": 0.97, "vgg7_w32": 2.1, "resnet18_w16": 3.9, "msdnet_g4": 4.2}
+# Over deep supervision.
+_COSTS = {"byot": 1.05, "pcgrad": 2.1, "cagrad": 2.1}
+_SECONDS_A_CELL = 25  # tracing, compilation, the probe and the last evaluation
+_PROBES = 6  # of the exits' conflict, in a run
+
+
+def small(seeds: int | None = None) -> Suite:
+    """Returns the suite for two cores; the headline and the best recipes from so many seeds (3)."""
+    paired = range(3 if seeds is None else seeds)
+    longer = ("vgg7_w16",)
+    sweep = [f"dfs_beta{b}" for b in BETAS if b != 0.5]
+    ends = [f"dfs_trunk_only_beta{b}" for b in (0.1, 0.3, 0.7, 0.9)]
+    cells = (
+        *grid(["vgg7_w16"], SETS, HEADLINE, SHORT, paired),
+        *grid(["vgg7_w16"], SETS, BEST, SHORT, paired),
+        *grid(longer, SETS, PAIR, LONG, [0]),
+        *grid(longer, SETS[:1], [*sweep, *ends], SHORT, [0]),
+        *grid(longer, SETS[:1], PAIR, MEDIUM, [0]),
+        *grid(longer, SETS[:1], PER_EXIT, SHORT, [0]),
+        *grid(["vgg7_w32"], SETS[:1], PAIR, SHORT, [0]),
+        *grid(longer, SETS[:1], RECIPES, SHORT, [0]),
+        *(
+            cell
+            for network, methods in OTHER_NETWORKS.items()
+            for cell in grid([network], SETS[:1], methods, OTHERS, [0])
+        ),
+        *grid(longer, SETS[:1], PUBLISHED, LONG, [0]),
+    )
+    return Suite("small", cells, _small_config, _seconds)
+
+
+PER_EXIT = (
+    "dfs_falling",
+    "dfs_trunk_only_falling",
+    "dfs_trunk_only_rising",
+    "dfs_trunk_only_early",
+    "dfs_trunk_only_first",
+)
+RECIPES = (
+    "distillation",
+    "dfs_distillation",
+    "dfs_trunk_only_distillation",
+    "dsn_augmented",
+    "dfs_augmented",
+    "dfs_trunk_only_augmented",
+)
+# With the referencing that the published code has for each.
+OTHER_NETWORKS = {
+    "resnet18_w16": ("dsn", "byot", "dfs"),
+    "msdnet_g4": ("dsn", "byot", "dfs_trunk_only"),
+}
+PUBLISHED = ("byot_augmented", "dfs_byot_augmented")
+CANDIDATES = (
+    "dsn",
+    "dfs_trunk_only_early",
+    "distillation",
+    "dfs_trunk_only_first",
+    "dfs_trunk_only_falling",
+    "dfs_trunk_only_beta0.9",
+    "dfs_trunk_only_falling_distillation",
+    "dfs_trunk_only_early_distillation",
+    "dsn_smoothed",
+    "dsn_averaged",
+)
+
+
+def search(seeds: int | None = None) -> Suite:
+    """Returns the cells that recipes are chosen by: on validation data, from seeds of their own."""
+    numbers = range(SEARCH_SEED, SEARCH_SEED + (1 if seeds is None else seeds))
+    cells = grid(["vgg7_w16"], SETS, CANDIDATES, SHORT, numbers)
+    return Suite("search", cells, _small_config, _seconds, reported_split="validation")
+
+
+# By config: the methods of the published tables that the library has, and the epochs.
+PUBLISHED_SETTINGS: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "cifar100_vgg7": (("dsn", "byot", *(f"dfs_beta{b}" for b in (0.1, 0.5, 0.9))), 100, 3),
+    "cifar100_resnet18": (("dsn", "byot", "dfs"), 300, 3),
+    "cifar100_msdnet": (("dsn", "ge", "cagrad", "pcgrad", "nash_mtl", "dfs"), 300, 3),
+    "imagenet_msdnet": (("dsn", "ge", "cagrad", "pcgrad", "dfs"), 90, 1),
+}
+
+
+def paper(seeds: int | None = None) -> Suite:
+    """Returns the published settings, for whoever has the accelerator."""
+    cells: tuple[Cell, ...] = ()
+    for name, (methods, epochs, usual) in PUBLISHED_SETTINGS.items():
+        data = _published_config(name, "dfs").data.name
+        cells += grid([name], [data], methods, epochs, range(usual if seeds is None else seeds))
+    return Suite("paper", cells, _paper_config, lambda cell: None)
+
+
+SUITES = {"small": small, "search": search, "paper": paper}
+
+
+def create_suite(name: str, seeds: int | None = None) -> Suite:
+    """Returns a suite.
+
+    Raises:
+      UserError: there is none of that name, or fewer than one seed.
+    """
+    if name not in SUITES:
+        raise UserError(f"unknown suite {name!r}: choose one of {', '.join(SUITES)}")
+    if seeds is not None and seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    return SUITES[name](seeds)
+
+
+def _small_config(cell: Cell) -> Config:
+    method, changes = METHODS[cell.method]
+    config = common.get_config(method)
+    config.data.name = cell.data
+    config.batch_size = 100
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 5e-4
+    config.schedule.warmup_epochs = 0.5
+    config.eval_every_epochs = max(1, cell.epochs // 7)
+    config.update_from_flattened_dict({**NETWORKS[cell.network], **changes})
+    if cell.network == "vgg7_w16":
+        config.conflict_every_steps = cell.epochs * (_IMAGES // config.batch_size) // _PROBES
+    return config
+
+
+def _paper_config(cell: Cell) -> Config:
+    method, _, beta = cell.method.partition("_beta")
+    config = _published_config(cell.network, method)
+    if beta:
+        config.fork.partition_ratio = (float(beta),)
+    return config
+
+
+def _published_config(name: str, method: str) -> Config:
+    return importlib.import_module(f"configs.{name}").get_config(method)
+
+
+def _seconds(cell: Cell) -> float:
+    images = _IMAGES * cell.epochs / 1000
+    cost = _COSTS.get(cell.method, 1.0)
+    return _SECONDS_A_CELL + images * SECONDS[cell.network] * cost

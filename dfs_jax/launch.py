@@ -1,0 +1,141 @@
+"""Which of how many processes this one is: told by flags, by Slurm or by a Cloud TPU pod."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from dfs_jax.types import UserError
+
+_SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+# What JAX reads in a task of `srun`.
+_SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+_TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
+_TPU_ENDPOINTS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_METADATA_SECONDS = 5.0
+_ERRORS_ONLY = ("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+class Launch(NamedTuple):
+    """How this process finds the others; a field that is None is for JAX to ask the cluster.
+
+    Attributes:
+      coordinator: `HOST:PORT` of process 0.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def define_flags() -> Callable[[], Launch | None]:
+    """Defines the flags of a program that may run as several processes.
+
+    Returns:
+      What reads them once they are parsed, see `choose_launch`; before jax is imported, whose
+      runtime would warn of every signal.
+    """
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for all.")
+    count = flags.DEFINE_integer(
+        "num_processes", None, "Processes of this run; Slurm and Cloud TPU pods say it themselves."
+    )
+    index = flags.DEFINE_integer("process_id", None, "Which of them this is, counted from 0.")
+
+    def read() -> Launch | None:
+        launch = choose_launch(coordinator.value, count.value, index.value, os.environ)
+        if launch is not None:
+            os.environ.setdefault(*_ERRORS_ONLY)
+        return launch
+
+    return read
+
+
+def choose_launch(
+    coordinator: str | None, count: int | None, index: int | None, environment: Mapping[str, str]
+) -> Launch | None:
+    """Returns how this process joins others; None where it is alone.
+
+    Flags come first. Without them, a task of `srun` with more than one task, or a host of a Cloud
+    TPU pod with more than one host, joins the others; `--num_processes=1` keeps it alone.
+
+    Args:
+      coordinator: `--coordinator` or None, as the next.
+      count: `--num_processes`.
+      index: `--process_id`.
+      environment: variables by name.
+
+    Raises:
+      UserError: some flags without the others, or values that cannot be.
+
+    Example:
+      >>> choose_launch("node0:1234", 2, 1, {})
+      Launch(coordinator='node0:1234', num_processes=2, process_id=1)
+    """
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return Launch() if _is_slurm_task(environment) or _is_tpu_pod(environment) else None
+    if count is not None and count < 1:
+        raise UserError(f"--num_processes must be at least 1, got {count}")
+    if count == 1 and index in (None, 0):
+        return None
+    if missing:
+        raise UserError(
+            f"{', '.join(given)} belong together: {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing"
+        )
+    if index is not None and count is not None and not 0 <= index < count:
+        raise UserError(
+            f"--process_id must lie between 0 and {count - 1}, for --num_processes={count}, "
+            f"got {index}"
+        )
+    if not re.fullmatch(r"[^:\s]+:\d+|\[[^\]\s]+\]:\d+", coordinator or ""):
+        raise UserError(
+            f"--coordinator must be HOST:PORT, the same for all processes, got {coordinator!r}"
+        )
+    return Launch(coordinator, count, index)
+
+
+def _is_slurm_task(environment: Mapping[str, str]) -> bool:
+    counts = [int(environment[name]) for name in _SLURM_TASKS if name in environment]
+    return all(name in environment for name in _SLURM_TASK) and counts[:1] > [1]
+
+
+def _is_tpu_pod(environment: Mapping[str, str]) -> bool:
+    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
+        return False
+    if int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return True
+    for name in _TPU_HOSTS:
+        if name in environment:
+            return "," in environment[name]
+    if "TPU_SKIP_MDS_QUERY" in environment or not _is_tpu_machine():
+        return False
+    return "," in read_metadata(environment.get("GCE_METADATA_IP", "metadata.google.internal"))
+
+
+def _is_tpu_machine() -> bool:
+    devices = [path for pattern in _TPU_DEVICES for path in Path("/dev").glob(pattern)]
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def read_metadata(server: str) -> str:
+    """Returns the hosts of a TPU slice, with commas between; "" where nobody answers."""
+    request = urllib.request.Request(
+        f"http://{server}/{_TPU_ENDPOINTS}", headers={"Metadata-Flavor": "Google"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
