@@ -17,13 +17,16 @@ from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.interop import load_trunk
 from dfs_jax.losses import Loss, create_loss
+from dfs_jax.meta import Meta, Setup
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
 from dfs_jax.training.combiner_config import check_combiner, combiner_from_config
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
+from dfs_jax.training.meta_config import check_meta, meta_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.sharding import (
+    batch_parts,
     check_batch_size,
     create_mesh,
     jit_for_mesh,
@@ -36,7 +39,7 @@ from dfs_jax.training.step import TrainStep, make_eval_step, make_train_step
 from dfs_jax.types import Config, UserError, check_whole
 
 # One key a purpose, so that changing what one of them draws leaves the others alone.
-_INIT, _TRAIN = 0, 1
+_INIT, _TRAIN, _META = 0, 1, 2
 # `compute_dtype` and the model's `dtype`: None follows the parameters, which are float32.
 _DTYPES = {None: None, "float32": None, "bfloat16": "bfloat16"}
 
@@ -52,6 +55,7 @@ class Experiment(NamedTuple):
     fork: Fork
     loss: Loss
     combiner: Combiner
+    meta: Meta | None
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Augmentation
@@ -87,7 +91,8 @@ def build_experiment(
         check_batch_size(config.batch_size, mesh, accumulate_steps(config))
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
-    combiner = combiner_from_config(config.combiner)
+    meta = meta_from_config(config.get("meta"))
+    combiner = combiner_from_config(config.combiner, meta)
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     _configured(model_from_config(config.model, loss, num_classes=2), config)
@@ -102,9 +107,10 @@ def build_experiment(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
     optimizer = create_optimizer(config.optimizer, schedule)
-    return Experiment(
-        config, mesh, dataset, sampler, model, fork, loss, combiner, schedule, optimizer, augment
-    )
+    parts = fork, loss, combiner, meta, schedule, optimizer, augment
+    experiment = Experiment(config, mesh, dataset, sampler, model, *parts)
+    check_meta(meta, combiner, model, dataset.image_shape, _setup(experiment))
+    return experiment
 
 
 def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experiment:
@@ -197,6 +203,7 @@ def training_step(experiment: Experiment) -> TrainStep:
         mesh=e.mesh,
         ema_decay=e.config.optimizer.ema_decay,
         combiner=e.combiner,
+        meta=e.meta,
         exits=e.config.combiner.exits,
         accumulate_steps=accumulate_steps(e.config),
         state_shardings=state_shardings(e),
@@ -286,14 +293,30 @@ def _check_shapes(
         raise UserError(str(error)) from error
 
 
+def _setup(experiment: Experiment) -> Setup:
+    groups = experiment.config.get("batch_norm_groups")
+    return Setup(
+        loss=experiment.loss,
+        num_exits=experiment.model.num_exits,
+        total_steps=experiment.total_steps,
+        batch_size=experiment.config.batch_size,
+        batch_parts=batch_parts(experiment.mesh),
+        accumulate_steps=accumulate_steps(experiment.config),
+        batch_norm_groups=1 if groups is None else groups,
+    )
+
+
 def _as_state(experiment: Experiment, variables: dict[str, Any]) -> TrainState:
+    meta, key = experiment.meta, _key(experiment.config.seed, _META)
+    num_exits = experiment.model.num_exits
     return create_state(
         variables,
         experiment.optimizer,
         _key(experiment.config.seed, _TRAIN),
-        num_exits=experiment.model.num_exits,
+        num_exits=num_exits,
         keep_average=experiment.config.optimizer.ema_decay is not None,
         combiner=experiment.combiner,
+        meta_state=() if meta is None else meta.init(variables["params"], num_exits, key),
     )
 
 

@@ -44,6 +44,7 @@ class TrainState(struct.PyTreeNode):
       batch_stats: running statistics.
       opt_state: the optimizer's.
       combiner_state: the combiner's.
+      meta_state: the meta method's; () without one.
       averaged: exponential moving average of parameters and statistics, or None.
       totals: sums over the epoch so far.
       key_data: the run's random key, from which each step's keys are folded.
@@ -55,6 +56,7 @@ class TrainState(struct.PyTreeNode):
     batch_stats: PyTree
     opt_state: PyTree
     combiner_state: PyTree
+    meta_state: PyTree
     averaged: PyTree
     totals: EpochTotals
     key_data: jax.Array
@@ -74,6 +76,7 @@ def create_state(
     num_exits: int,
     keep_average: bool,
     combiner: Combiner | None = None,
+    meta_state: PyTree = (),
 ) -> TrainState:
     """Returns the state before the first step, from freshly initialised `variables`."""
     trunk, _ = split_trunk_and_heads(variables["params"])
@@ -83,6 +86,7 @@ def create_state(
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
         combiner_state=() if combiner is None else combiner.init(trunk),
+        meta_state=meta_state,
         averaged=jax.tree.map(jnp.copy, variables) if keep_average else None,
         totals=EpochTotals.zero(num_exits),
         key_data=jax.random.key_data(key),
