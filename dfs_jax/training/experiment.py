@@ -39,7 +39,7 @@ from dfs_jax.training.step import TrainStep, make_eval_step, make_train_step
 from dfs_jax.types import Config, UserError, check_whole
 
 # One key a purpose, so that changing what one of them draws leaves the others alone.
-_INIT, _TRAIN, _META = 0, 1, 2
+_INIT, _TRAIN = 0, 1
 # `compute_dtype` and the model's `dtype`: None follows the parameters, which are float32.
 _DTYPES = {None: None, "float32": None, "bfloat16": "bfloat16"}
 
@@ -307,16 +307,14 @@ def _setup(experiment: Experiment) -> Setup:
 
 
 def _as_state(experiment: Experiment, variables: dict[str, Any]) -> TrainState:
-    meta, key = experiment.meta, _key(experiment.config.seed, _META)
-    num_exits = experiment.model.num_exits
     return create_state(
         variables,
         experiment.optimizer,
         _key(experiment.config.seed, _TRAIN),
-        num_exits=num_exits,
+        num_exits=experiment.model.num_exits,
         keep_average=experiment.config.optimizer.ema_decay is not None,
         combiner=experiment.combiner,
-        meta_state=() if meta is None else meta.init(variables["params"], num_exits, key),
+        meta=experiment.meta,
     )
 
 

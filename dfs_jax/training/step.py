@@ -61,8 +61,7 @@ class StepUpdate(NamedTuple):
       loss: summed over the exits; the mean over micro batches.
       logits: `[exits, batch, classes]`.
       trained: parameters, running statistics and the optimizer's state after the step.
-      combiner_state: the combiner's after the step.
-      meta_state: the meta method's after the step.
+      combiner_state: the combiner's or the meta method's after the step.
       updates: what was added to the parameters.
     """
 
@@ -70,7 +69,6 @@ class StepUpdate(NamedTuple):
     logits: jax.Array
     trained: Trained
     combiner_state: PyTree
-    meta_state: PyTree
     updates: PyTree
 
 
@@ -136,7 +134,6 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
             combiner_state=found.combiner_state,
-            meta_state=found.meta_state,
             averaged=_average(state.averaged, variables, ema_decay),
             totals=_add_to_totals(state.totals, found.loss, found.logits, labels),
             first_bad_step=_first_bad_step(state, found.loss, found.updates),
@@ -177,8 +174,7 @@ def make_update_fn(
         found = gradients(state, images, labels, key)
         before = Trained(state.params, found.batch_stats, state.opt_state)
         trained, updates = parts.update(before, found.grads)
-        states = found.combiner_state, state.meta_state
-        return StepUpdate(found.loss, found.logits, trained, *states, updates)
+        return StepUpdate(found.loss, found.logits, trained, found.combiner_state, updates)
 
     return update
 
@@ -186,9 +182,8 @@ def make_update_fn(
 def _as_update(meta_step: MetaStep) -> UpdateFn:
     def update(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
         trained = Trained(state.params, state.batch_stats, state.opt_state)
-        found = meta_step(trained, state.meta_state, Batch(images, labels, key))
-        states = state.combiner_state, found.state
-        return StepUpdate(found.loss, found.logits, found.trained, *states, found.updates)
+        found = meta_step(trained, state.combiner_state, Batch(images, labels, key))
+        return StepUpdate(found.loss, found.logits, found.trained, found.state, found.updates)
 
     return update
 
