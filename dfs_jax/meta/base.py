@@ -109,7 +109,9 @@ class Meta(Protocol):
     """Makes a training step of a step's parts, and learns something of its own by it.
 
     A method that takes gradients of single exits sets `takes_exit_gradients = True`. One that
-    cannot train just anything has `check(setup)`, which raises UserError.
+    cannot train just anything has `check(setup)`, which raises UserError; one whose published
+    program does other work `published_loop(num_exits)`, which says how often that goes through its
+    data.
     """
 
     def init(self, params: PyTree, num_exits: int, key: jax.Array) -> PyTree:
@@ -124,10 +126,6 @@ class Meta(Protocol):
 
     def wrap(self, parts: StepParts) -> MetaStep:
         """Returns the step, `(trained, state, batch) -> Outcome`."""
-        ...
-
-    def published_loop(self, num_exits: int) -> str:
-        """Returns how often the published program goes through its data in an epoch."""
         ...
 
 
