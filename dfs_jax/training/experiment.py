@@ -86,8 +86,10 @@ def build_experiment(
         missing data set, a mesh that the devices cannot make, a batch that they cannot divide or
         that the data cannot fill.
     """
+    parts = 1  # where nothing trains, batches need not be divided
     if mesh is None:
         mesh = create_mesh(config.get("mesh"))
+        parts = batch_parts(mesh)
         check_batch_size(config.batch_size, mesh, accumulate_steps(config))
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
@@ -107,9 +109,9 @@ def build_experiment(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
     optimizer = create_optimizer(config.optimizer, schedule)
-    parts = fork, loss, combiner, meta, schedule, optimizer, augment
-    experiment = Experiment(config, mesh, dataset, sampler, model, *parts)
-    check_meta(meta, combiner, model, dataset.image_shape, _setup(experiment))
+    components = fork, loss, combiner, meta, schedule, optimizer, augment
+    experiment = Experiment(config, mesh, dataset, sampler, model, *components)
+    check_meta(meta, combiner, model, dataset.image_shape, _setup(experiment, parts))
     return experiment
 
 
@@ -293,14 +295,14 @@ def _check_shapes(
         raise UserError(str(error)) from error
 
 
-def _setup(experiment: Experiment) -> Setup:
+def _setup(experiment: Experiment, parts: int) -> Setup:
     groups = experiment.config.get("batch_norm_groups")
     return Setup(
         loss=experiment.loss,
         num_exits=experiment.model.num_exits,
         total_steps=experiment.total_steps,
         batch_size=experiment.config.batch_size,
-        batch_parts=batch_parts(experiment.mesh),
+        batch_parts=parts,
         accumulate_steps=accumulate_steps(experiment.config),
         batch_norm_groups=1 if groups is None else groups,
     )
