@@ -161,7 +161,12 @@ def look_ahead(
 
 def exits_weighted(loss: Loss, weights: jax.Array) -> Loss:
     """Returns the loss times weights of the exits, `[exits]`."""
-    return lambda outputs, labels: weights * loss(outputs, labels)
+
+    def weighted(outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
+        losses = loss(outputs, labels)
+        return weights.astype(losses.dtype) * losses
+
+    return weighted
 
 
 def examples_weighted(loss: Any, weigh: Callable[[jax.Array, ExitOutputs], jax.Array]) -> Loss:

@@ -89,11 +89,12 @@ class WPN:
       strength: e in [0, 1), how far weights can lie from 1.
       centre: what the mean of r is taken over: "all" exits and examples, as published; "examples",
         at each exit; or "exits", of each example.
-      p: of q; below 1 most examples leave early. Published for ImageNet, where no option is
-        given it is 1.
+      p: of q; below 1 most examples leave early. The published program takes 0.75 for ImageNet
+        and 1 unless told.
       exchange: whether each half takes its turn to be tried, as published: theta learns twice a
         step.
-      interval: steps from one trial to the next; published 100 for ImageNet, else 1.
+      interval: steps from one trial to the next. The published program takes 100 for ImageNet
+        and 1 unless told.
 
     Raises:
       ValueError: an argument outside its range.
