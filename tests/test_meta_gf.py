@@ -64,6 +64,20 @@ def test_the_trial_is_the_optimizers_own():
     np.testing.assert_allclose(adams_mean(found.state.opt_state)["block1"][0], slope, rtol=1e-5)
 
 
+def test_adams_root_without_a_gradient_leaves_no_hole():
+    """A coordinate that no exit moves has no slope in Adam's root, and takes nothing with it."""
+    optimizer, at = optax.adam(RATE), {"block1": jnp.zeros(3)}
+
+    def flat(params, images):
+        return shared({"block1": params["block1"][:2]}, images)
+
+    method = MetaGF()
+    step = method.wrap(step_parts(flat, optimizer))
+    found = step(start(at, optimizer), method.init(at, 2, KEY), BATCH)
+    learned = [*jax.tree.leaves(found.state.logits), *jax.tree.leaves(found.trained.params)]
+    assert all(np.isfinite(leaf).all() for leaf in learned)
+
+
 def test_weights_that_learn_lower_the_losses_more_than_equal_ones():
     def losses(method, steps=40):
         parts, state = step_parts(shared), method.init(ORIGIN, 2, KEY)

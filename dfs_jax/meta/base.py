@@ -19,6 +19,9 @@ import optax
 from dfs_jax.losses import Loss
 from dfs_jax.types import BatchGradients, ExitOutputs, PyTree
 
+# Times the smallest number of a type: what is left of it in an average over 1,000 steps is not 0.
+_VANISHING = 1e4
+
 
 class Trained(NamedTuple):
     """What every step changes, whatever the method."""
@@ -157,6 +160,20 @@ def look_ahead(
     params, pull, ahead = jax.vjp(params_of, weights, has_aux=True)
     found = gradients(ahead._replace(params=params))
     return pull(found.grads)[0], found
+
+
+def tried(parts: StepParts, trained: Trained, grads: PyTree) -> Trained:
+    """Returns what a step on `grads` leads to, for `look_ahead` to differentiate.
+
+    Gradients whose squares vanish are taken for constants: the root in Adam's update has no finite
+    slope there.
+    """
+
+    def one(leaf: jax.Array) -> jax.Array:
+        vanishes = leaf * leaf < _VANISHING * jnp.finfo(leaf.dtype).tiny
+        return jnp.where(vanishes, jax.lax.stop_gradient(leaf), leaf)
+
+    return parts.update(trained, jax.tree.map(one, grads))[0]
 
 
 def exits_weighted(loss: Loss, weights: jax.Array) -> Loss:

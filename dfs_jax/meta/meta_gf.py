@@ -19,6 +19,7 @@ from dfs_jax.meta.base import (
     exits_weighted,
     learn,
     look_ahead,
+    tried,
 )
 from dfs_jax.models.contract import split_trunk_and_heads
 from dfs_jax.types import PyTree, TrunkAndHeads, UserError, check_whole
@@ -180,7 +181,7 @@ class MetaGF:
             found = parts.exit_gradients(trained, batch)
 
             def trial(logits: PyTree) -> Trained:
-                return parts.update(trained, self.fused(found.grads, logits))[0]
+                return tried(parts, trained, self.fused(found.grads, logits))
 
             again = batch._replace(key=jax.random.fold_in(batch.key, 1))
             grads, _ = look_ahead(

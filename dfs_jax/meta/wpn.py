@@ -24,6 +24,7 @@ from dfs_jax.meta.base import (
     examples_weighted,
     learn,
     look_ahead,
+    tried,
 )
 from dfs_jax.types import ExitOutputs, PyTree, UserError, check_whole
 
@@ -198,20 +199,20 @@ class WPN:
     ) -> Prediction:
         """Returns what a trial on the first half teaches; and one on the second, if exchanged."""
         first, second = parts.divide(batch, 2)
-        for tried, other in ((first, second), (second, first))[: 1 + self.exchange]:
-            grads = self._look_ahead(parts, trained, state.params, tried, other)
+        for half, other in ((first, second), (second, first))[: 1 + self.exchange]:
+            grads = self._look_ahead(parts, trained, state.params, half, other)
             theta, opt_state = learn(self._optimizer, grads, state.opt_state, state.params)
             state = Prediction(theta, opt_state, state.steps)
         return state
 
     def _look_ahead(
-        self, parts: StepParts, trained: Trained, theta: PyTree, tried: Batch, other: Batch
+        self, parts: StepParts, trained: Trained, theta: PyTree, half: Batch, other: Batch
     ) -> PyTree:
         """Returns the gradient of the other half's losses after a trial step on one half."""
 
         def trial(theta: PyTree) -> Trained:
             loss = examples_weighted(parts.loss, lambda losses, _: self.weigh(theta, losses))
-            return parts.update(trained, parts.gradients(trained, tried, loss).grads)[0]
+            return tried(parts, trained, parts.gradients(trained, half, loss).grads)
 
         ahead = leaving(parts.loss, self.p)
         return look_ahead(trial, theta, lambda at: parts.gradients(at, other, ahead))[0]
