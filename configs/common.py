@@ -21,6 +21,8 @@ METHODS = {
     "cagrad": {"combiner": "cagrad"},
     "nash_mtl": {"combiner": "nash_mtl"},
     "upgrad": {"combiner": "upgrad"},
+    "meta_gf": {"meta": "meta_gf"},
+    "wpn": {"meta": "wpn"},
 }
 
 
@@ -31,7 +33,7 @@ def set_method(
     referencing: str | None = None,
     dfs_loss: str = "deep_supervision",
 ) -> Any:
-    """Sets the fork, the loss and the combiner of a method: what stands after the file's colon.
+    """Sets the fork, loss, combiner and meta method: what stands after the file's colon.
 
         dfs            fork dfs, `referencing` as the published code of this network has it, and
                        `dfs_loss`
@@ -40,8 +42,11 @@ def set_method(
         distillation   exits also learn from the last one's probabilities
         ge             gradient equilibrium: the fork scales gradients
         pcgrad, cagrad, nash_mtl, upgrad   deep supervision, gradients merged by that combiner
+        meta_gf        deep supervision, gradients fused by weights that look one step ahead
+        wpn            deep supervision, examples weighed by a network that looks one step ahead
 
-    A plus joins methods that change different parts: `dfs+pcgrad`, `ge+distillation+cagrad`.
+    A plus joins methods that change different parts: `dfs+pcgrad`, `ge+distillation+cagrad`. Those
+    that look ahead merge gradients themselves: `dfs+wpn`, but no combiner.
     """
     chosen: dict[str, str] = {}
     for name in method.split("+"):
@@ -59,6 +64,7 @@ def set_method(
     config.fork.referencing = referencing if is_dfs else None
     config.loss.name = chosen.get("loss", dfs_loss if is_dfs else "deep_supervision")
     config.combiner.name = chosen.get("combiner", "weighted_sum")
+    config.meta.name = chosen.get("meta")
     return config
 
 
@@ -147,6 +153,25 @@ def get_config(method: str = "dfs") -> Any:
     config.combiner.max_norm = placeholder(float)  # nash_mtl
     # The way through the exits, "vmap", "unroll" or "scan": time against memory, equal results.
     config.combiner.exits = placeholder(str)
+
+    # Methods that take a trial step and learn from what it did, in place of a combiner.
+    config.meta = ml_collections.ConfigDict()
+    config.meta.name = placeholder(str)  # "meta_gf" or "wpn"; None: nothing looks ahead
+    config.meta.learning_rate = placeholder(float)  # of what the method learns
+    config.meta.granularity = placeholder(str)  # meta_gf: weights for each "tensor" or "channel"
+    config.meta.normalisation = placeholder(str)  # meta_gf: "softmax" or "sigmoid"
+    config.meta.scaling = placeholder(str)  # meta_gf: "sum" or "mean"
+    config.meta.window = placeholder(int)  # meta_gf: steps that each exit trains alone; None: fuse
+    config.meta.auxiliary = placeholder(float)  # meta_gf with a window: the other exits meanwhile
+    config.meta.memory = placeholder(float)  # meta_gf with a window: of weights, over rounds
+    config.meta.weight_decay = placeholder(float)  # wpn, as all of the following
+    config.meta.hidden_size = placeholder(int)
+    config.meta.hidden_layers = placeholder(int)
+    config.meta.strength = placeholder(float)  # how far weights can lie from 1
+    config.meta.centre = placeholder(str)  # mean 1 over "all", "examples" or "exits"
+    config.meta.p = placeholder(float)  # of the exit distribution that examples leave by
+    config.meta.exchange = placeholder(bool)  # both halves of the batch are tried
+    config.meta.interval = placeholder(int)  # steps from one trial to the next
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "cifar10"  # any TFDS image-classification set, "folder" or "digits"

@@ -47,3 +47,26 @@ class ExitOutputs(NamedTuple):
 
     logits: jax.Array
     features: tuple[jax.Array, ...]
+
+
+class BatchGradients(NamedTuple):
+    """What the passes forward and backward of one batch give.
+
+    Attributes:
+      loss: summed over the exits.
+      logits: `[exits, batch, classes]`.
+      grads: a pytree; whose, depends on the passes.
+      batch_stats: the running statistics afterwards.
+    """
+
+    loss: jax.Array
+    logits: jax.Array
+    grads: PyTree
+    batch_stats: PyTree
+
+
+class TrunkAndHeads(NamedTuple):
+    """Gradients of the trunk, by exit as in `exit_gradients`, and of the heads."""
+
+    trunk: PyTree
+    heads: PyTree

@@ -79,6 +79,11 @@ METHODS = {
     "byot": {"loss.name": "byot", "optimizer.ema_decay": 0.9},
     "pcgrad": {"combiner.name": "pcgrad", "combiner.exits": "vmap"},
     "remembering": {"combiner.name": "tests.helpers:Remembering"},
+    "meta_gf": {"meta.name": "meta_gf", "combiner.exits": "vmap"},
+    "channels": {"meta.name": "meta_gf", "meta.granularity": "channel"},
+    "rounds": {"meta.name": "meta_gf", "meta.window": 1, "epochs": 12},
+    "wpn": {"meta.name": "wpn", "meta.learning_rate": 0.01},
+    "exchanged": {"meta.name": "wpn", "meta.interval": 2, "meta.exchange": True},
 }
 
 
@@ -103,8 +108,9 @@ class Case:
                 **TRAINING,
                 **options,
                 **switches,
+                **METHODS[self.method],
+                **dict(self.changes),
             },
-            **{**METHODS[self.method], **dict(self.changes)},
         )
 
 
@@ -122,6 +128,14 @@ CASES = {
     "grouped": Case("vgg7", "byot", "fsdp", changes=GROUPED),
     "grouped-accumulated": Case("vgg7", "byot", "data", changes=(*GROUPED, *ACCUMULATED)),
     "combiner-state": Case("small_vgg", "remembering", "fsdp"),
+    "meta_gf-data": Case("small_vgg", "meta_gf", "data"),
+    "meta_gf-fsdp": Case("resnet18", "meta_gf", "fsdp"),
+    "meta_gf-accumulated": Case("small_vit", "meta_gf", "tensor", changes=ACCUMULATED),
+    "meta_gf-channels": Case("small_vit", "channels", "tensor"),
+    "meta_gf-rounds": Case("small_vgg", "rounds", "fsdp"),
+    "wpn-data": Case("small_vgg", "wpn", "data", changes=(("batch_norm_groups", 2),)),
+    "wpn-fsdp": Case("resnet18", "wpn", "fsdp"),
+    "wpn-exchanged": Case("small_vit", "exchanged", "tensor"),
 }
 
 

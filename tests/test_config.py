@@ -16,10 +16,12 @@ from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.losses.deep_supervision import DeepSupervision
 from dfs_jax.losses.distillation import BYOT
+from dfs_jax.meta import METAS
 from dfs_jax.models import create_model
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.training.combiner_config import combiner_from_config
 from dfs_jax.training.config import check_config, open_workdir, options, read_config
+from dfs_jax.training.meta_config import meta_from_config
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
@@ -49,6 +51,7 @@ def test_every_config_has_every_method_by_one_word(name, method):
     loss = create_loss(config.loss.name, **options(config.loss))
     combiner = combiner_from_config(config.combiner)
     assert isinstance(combiner, WeightedSum) == (method not in COMBINERS.table)
+    assert (meta_from_config(config.meta) is not None) == (method in METAS.table)
     assert isinstance(fork, FeatureSurgery) == (method == "dfs")
     assert isinstance(loss, BYOT) or method != "byot"
     labels_alone = isinstance(loss, DeepSupervision)
@@ -73,9 +76,15 @@ def test_a_plus_joins_methods_that_change_different_parts():
     assert cifar100_resnet18.get_config("dfs+distillation").loss.name == "distillation"
     assert cifar100_msdnet.get_config("dfs+upgrad").fork.referencing == "trunk_only"
     assert cifar100_msdnet.get_config("ge+upgrad").fork.referencing is None
+    joined = common.get_config("meta_gf+dfs")
+    assert (joined.meta.name, *parts(joined)) == (
+        "meta_gf",
+        *("dfs", "deep_supervision", "weighted_sum"),
+    )
     for method, message in [
         ("dfs+ge", "two forks, dfs and gradient_equilibrium"),
         ("pcgrad+pcgrad", "two combiners, pcgrad and pcgrad"),
+        ("wpn+meta_gf", "two metas, wpn and meta_gf"),
         ("dfs+", "unknown method ''"),
     ]:
         with pytest.raises(KeyError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,9 +209,9 @@ def test_operations_are_those_of_each_row(compiled):
 
 
 def test_combiners_have_rows_of_ours_alone(compiled, capsys):
-    methods = ["dsn", "ge", "pcgrad", "pcgrad_scan", "dfs_pcgrad"]
+    methods = ["dsn", "ge", "pcgrad", "pcgrad_scan", "dfs_pcgrad", "meta_gf", "dfs_wpn"]
     rows = measure_training_cost(
-        tiny_config(**{"combiner.name": "cagrad", "combiner.radius": 0.2}),
+        tiny_config(**{"combiner.name": "cagrad", "combiner.radius": 0.2, "batch_size": 4}),
         methods=methods,
         partition_ratios=[0.4],
         peer=FAKE_PEER,
@@ -219,11 +220,17 @@ def test_combiners_have_rows_of_ours_alone(compiled, capsys):
     assert [row["method"] for row in ours] == methods
     assert {row["method"] for row in rows if row["framework"] == "fake"} == {"dsn", "ge"}
     combiners = [experiment.config.combiner for experiment in compiled]
-    assert [section.name for section in combiners] == ["weighted_sum"] * 2 + ["pcgrad"] * 3
-    assert [section.exits for section in combiners] == [None] * 3 + ["scan", None]
-    assert [row["macs"] is None for row in ours] == [False] * 2 + [True] * 3
-    assert [row["partition_ratio"] for row in ours] == [None] * 4 + [0.4]
-    assert "pcgrad_scan" in capsys.readouterr().out
+    names = ["weighted_sum"] * 2 + ["pcgrad"] * 3 + ["weighted_sum"] * 2
+    assert [section.name for section in combiners] == names
+    assert [section.exits for section in combiners] == [None] * 3 + ["scan"] + [None] * 3
+    metas = [experiment.config.meta.name for experiment in compiled]
+    assert metas == [None] * 5 + ["meta_gf", "wpn"]
+    assert [row["macs"] is None for row in ours] == [False] * 2 + [True] * 5
+    assert [row["partition_ratio"] for row in ours] == [None] * 4 + [0.4, None, 0.4]
+    printed = capsys.readouterr().out
+    assert "pcgrad_scan" in printed
+    assert re.search(r"meta_gf: \d\.\d\d steps of dsn a step; published: 7 passes", printed)
+    assert re.search(r"dfs_wpn: \d\.\d\d steps of dsn a step; published: 3 passes", printed)
 
 
 def test_a_peer_runs_the_same_without_augmentation(compiled, capsys):

@@ -23,7 +23,18 @@ def cost_table(rows: Sequence[CostRow]) -> str:
     cells = [_TITLES, *(_cells(row, rows) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
-    return "\n".join([*lines, *_LEGEND])
+    return "\n".join([*lines, *_LEGEND, *_published_loops(rows)])
+
+
+def _published_loops(rows: Sequence[CostRow]) -> list[str]:
+    """Returns, of each method that looks ahead, its cost beside that of its published program."""
+    lines = []
+    for row in rows:
+        if row.get("published_loop") is not None:
+            ratio = against_dsn(row, rows)
+            ours = "" if ratio is None else f" {1 / ratio:.2f} steps of dsn a step;"
+            lines.append(f"{row['method']}:{ours} published: {row['published_loop']}.")
+    return lines
 
 
 def against_dsn(row: CostRow, rows: Sequence[CostRow]) -> float | None:

@@ -44,6 +44,7 @@ class Method(NamedTuple):
 
     Attributes:
       fork, loss, combiner: their names in a config.
+      meta: the name of the method that looks ahead in the combiner's place, or None.
       exits: the combiner's way through the exits; None for its own choice.
       model: options of the model, besides those of the config.
       plain_jit: compiled without this package's options.
@@ -55,6 +56,7 @@ class Method(NamedTuple):
     plain_jit: bool = False
     combiner: str = "weighted_sum"
     exits: str | None = None
+    meta: str | None = None
 
     @property
     def is_variant(self) -> bool:
@@ -64,7 +66,7 @@ class Method(NamedTuple):
     @property
     def adds_gradients(self) -> bool:
         """Whether the exits' gradients are added up, in one backward pass; peers know no other."""
-        return self.combiner == "weighted_sum"
+        return self.combiner == "weighted_sum" and self.meta is None
 
 
 _NAIVE = {"partitioned_backward": False}
@@ -83,6 +85,10 @@ METHODS = {
     "cagrad": Method("plain", "deep_supervision", combiner="cagrad"),
     "nash_mtl": Method("plain", "deep_supervision", combiner="nash_mtl"),
     "upgrad": Method("plain", "deep_supervision", combiner="upgrad"),
+    "meta_gf": Method("plain", "deep_supervision", meta="meta_gf"),
+    "wpn": Method("plain", "deep_supervision", meta="wpn"),
+    "dfs_meta_gf": Method("dfs", "deep_supervision", meta="meta_gf"),
+    "dfs_wpn": Method("dfs", "deep_supervision", meta="wpn"),
     "dfs_pcgrad": Method("dfs", "deep_supervision", combiner="pcgrad"),
     # Ways through the exits that a CPU does not take by itself.
     "pcgrad_vmap": Method("plain", "deep_supervision", combiner="pcgrad", exits="vmap"),
@@ -149,7 +155,8 @@ def measure_training_cost(
       `images_per_second`, of the step alone; `compile_s`, `peak_mib` (see `StepPrograms`); `macs`
       and `macs_theory`, multiply-adds for one image of the step as it runs, and of one without the
       gradients of inputs that train nothing, None where single exits' gradients are computed;
-      `fork`, `loss`, names in the config.
+      `fork`, `loss`, names in the config; `published_loop`, how a published program that looks
+      ahead goes through its data, or None.
 
     Raises:
       UserError: an unknown name or a value out of range, told before anything is compiled.
@@ -222,7 +229,12 @@ def _ratios_of(method: Method, ratios: Sequence[float]) -> Sequence[float | None
 def _config_of(config: Config, method: Method, ratio: float | None) -> Config:
     """Returns the config of a method; options of a fork or a loss stay where it is the same one."""
     fields: dict[str, Any] = {f"model.{key}": value for key, value in method.model.items()}
-    parts = {"fork": method.fork, "loss": method.loss, "combiner": method.combiner}
+    parts = {
+        "fork": method.fork,
+        "loss": method.loss,
+        "combiner": method.combiner,
+        "meta": method.meta,
+    }
     for section, name in parts.items():
         if config[section].name != name:
             fields |= {f"{section}.{key}": None for key in config[section]}
@@ -313,7 +325,13 @@ def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
         "peak_mib": programs.peak_mib,
         "fork": config.fork.name,
         "loss": config.loss.name,
+        "published_loop": _published_loop(case.experiment),
     }
+
+
+def _published_loop(experiment: Experiment) -> str | None:
+    says = getattr(experiment.meta, "published_loop", None)
+    return None if says is None else says(experiment.model.num_exits)
 
 
 def _headline(experiment: Experiment, rival: Peer | None, repeats: int) -> str:

@@ -25,7 +25,7 @@ from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
 from dfs_jax.training.sharding import jit_for_mesh, put_batch, replicated
 from dfs_jax.training.state import TrainState
-from dfs_jax.training.step import make_gradient_fn, step_keys
+from dfs_jax.training.step import make_gradient_fn, make_update_fn, step_keys
 from dfs_jax.types import ExitOutputs, PyTree
 
 Program = Callable[[], Any]
@@ -41,7 +41,8 @@ class StepPrograms(NamedTuple):
 
     Attributes:
       forward: normalises the images and computes the summed losses in training mode.
-      forward_backward: and their gradient, the exits' own ones combined where a method does so.
+      forward_backward: and their gradient, the exits' own ones combined where a method does so;
+        of a method that looks ahead, its trials and the optimizer's updates too.
       step: and the optimizer's update and the sums of accuracies: the whole step.
       data: makes the next batch and puts it on the device.
       compile_s: seconds to trace and compile the step, nothing of it kept from earlier; None for
@@ -168,7 +169,10 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
 def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
     """Returns the losses, and the losses with their gradient, of the training step."""
     e = experiment
-    gradients = make_gradient_fn(e.model, e.fork, e.loss, e.combiner, e.config.combiner.exits)
+    exits = e.config.combiner.exits
+    backward: Callable = make_gradient_fn(e.model, e.fork, e.loss, e.combiner, exits)
+    if e.meta is not None:
+        backward = make_update_fn(e.model, e.fork, e.loss, e.optimizer, e.combiner, e.meta, exits)
 
     def prepare(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         augment_key, dropout_key = step_keys(state)
@@ -190,7 +194,7 @@ def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
 
     def forward_backward(state: TrainState, images: jax.Array, labels: jax.Array):
         pixels, dropout_key = prepare(state, images)
-        return gradients(state, pixels, labels, dropout_key)
+        return backward(state, pixels, labels, dropout_key)
 
     return forward, forward_backward
 

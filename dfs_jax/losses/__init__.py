@@ -24,7 +24,9 @@ class Loss(Protocol):
 
     A loss that compares features across exits sets `adapts_features = True`: early heads then get
     an adaptation layer. One whose value for an exit sends gradient to that exit's outputs alone
-    sets `couples_exits = False`: single exits' gradients are then cheaper.
+    sets `couples_exits = False`: single exits' gradients are then cheaper. One that is a mean over
+    the examples may say of what: `example_losses(outputs, labels)`, `[exits, batch]`, for methods
+    that weigh examples.
     """
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array: ...

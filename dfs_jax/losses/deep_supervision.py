@@ -91,7 +91,11 @@ class DeepSupervision:
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
         """Returns the exits' losses, `[exits]`."""
-        losses = exit_cross_entropies(outputs.logits, labels, self.label_smoothing).mean(axis=1)
+        return self.example_losses(outputs, labels).mean(axis=1)
+
+    def example_losses(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
+        """Returns each exit's loss for each example, `[exits, batch]`."""
+        losses = exit_cross_entropies(outputs.logits, labels, self.label_smoothing)
         weights = (
             linear_weights(len(losses)) if self.exit_weights == "linear" else self.exit_weights
         )
@@ -99,4 +103,4 @@ class DeepSupervision:
             return losses
         if len(weights) != len(losses):
             raise ValueError(f"{len(losses)} exits take {len(losses)} exit_weights, got {weights}")
-        return losses * jnp.asarray(weights, losses.dtype)
+        return losses * jnp.asarray(weights, losses.dtype)[:, None]

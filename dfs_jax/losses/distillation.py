@@ -68,15 +68,28 @@ class BYOT:
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
         """Returns the exits' losses, `[exits]`."""
-        entropies = exit_cross_entropies(outputs.logits, labels, self.label_smoothing).mean(axis=1)
-        early = (1 - self.kd_weight) * entropies[:-1] + self.kd_weight * self._kd(outputs.logits)
-        if self.feature_weight:
-            early = early + self.feature_weight * self._fd(outputs.features)
-        return jnp.append(early, entropies[-1])
+        losses = self._label_losses(outputs.logits, labels).mean(axis=1)
+        return losses + self._feature_losses(outputs.features, losses.dtype)
 
-    def _kd(self, logits: jax.Array) -> jax.Array:
+    def example_losses(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
+        """Returns each exit's loss for each example, `[exits, batch]`.
+
+        FD, one number for the whole batch, counts in full for each example.
+        """
+        losses = self._label_losses(outputs.logits, labels)
+        return losses + self._feature_losses(outputs.features, losses.dtype)[:, None]
+
+    def _label_losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        entropies = exit_cross_entropies(logits, labels, self.label_smoothing)
         teacher = jax.nn.softmax(jax.lax.stop_gradient(logits[-1]) / self.temperature)
-        return _soft_cross_entropies(logits[:-1], teacher, self.temperature)
+        kd = _soft_cross_entropies(logits[:-1], teacher, self.temperature)
+        early = (1 - self.kd_weight) * entropies[:-1] + self.kd_weight * kd
+        return jnp.concatenate([early, entropies[-1:]])
+
+    def _feature_losses(self, features: tuple[jax.Array, ...], dtype: jnp.dtype) -> jax.Array:
+        if not self.feature_weight:
+            return jnp.zeros(len(features), dtype)
+        return self.feature_weight * jnp.append(self._fd(features), 0).astype(dtype)
 
     def _fd(self, features: tuple[jax.Array, ...]) -> jax.Array:
         teacher = jax.lax.stop_gradient(features[-1])
@@ -134,12 +147,17 @@ class MultiExitDistillation:
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
         """Returns the exits' losses, `[exits]`."""
-        entropies = exit_cross_entropies(outputs.logits, labels, self.label_smoothing).mean(axis=1)
+        return self.example_losses(outputs, labels).mean(axis=1)
+
+    def example_losses(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
+        """Returns each exit's loss for each example, `[exits, batch]`."""
+        entropies = exit_cross_entropies(outputs.logits, labels, self.label_smoothing)
         soft = jax.nn.softmax(jax.lax.stop_gradient(outputs.logits) / self.temperature)
         kd = _soft_cross_entropies(outputs.logits[:-1], self._teachers(soft), self.temperature)
         weight = self.kd_weight * self.temperature**2
-        return self.scale * (1 - self.kd_weight) * entropies + self.scale * weight * jnp.append(
-            kd, 0
+        no_kd = jnp.zeros_like(entropies[-1:])
+        return self.scale * (
+            (1 - self.kd_weight) * entropies + weight * jnp.concatenate([kd, no_kd])
         )
 
     def _teachers(self, soft: jax.Array) -> jax.Array:
@@ -152,9 +170,9 @@ class MultiExitDistillation:
 
 
 def _soft_cross_entropies(logits: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
-    """Returns each exit's mean cross-entropy with the teacher's probabilities, `[exits]`."""
+    """Returns each exit's cross-entropy with the teacher's probabilities, `[exits, batch]`."""
     student = jax.nn.log_softmax(logits / temperature)
-    return -jnp.sum(teacher * student, axis=-1).mean(axis=1)
+    return -jnp.sum(teacher * student, axis=-1)
 
 
 def _check_kd(kd_weight: float, temperature: float) -> None:

@@ -8,13 +8,18 @@ import jax
 
 from dfs_jax.combiners import Combiner, create_combiner
 from dfs_jax.combiners.exit_gradients import check_exits, check_names
+from dfs_jax.meta import Meta
 from dfs_jax.models.contract import MultiExitModel, init_variables, split_trunk_and_heads
 from dfs_jax.training.config import options
 from dfs_jax.types import Config, PyTree, UserError
 
 
-def combiner_from_config(section: Config) -> Combiner:
+def combiner_from_config(section: Config, meta: Meta | None = None) -> Combiner:
     """Returns the combiner that a config's section `combiner` describes.
+
+    Args:
+      section: of the config.
+      meta: method that may take the gradients of single exits in the combiner's place.
 
     Raises:
       UserError: an unknown name, an option that the combiner lacks, a value out of range, or a way
@@ -23,7 +28,8 @@ def combiner_from_config(section: Config) -> Combiner:
     others = {key: value for key, value in options(section).items() if key != "exits"}
     combiner = create_combiner(section.name, **others)
     check_exits(section.exits)
-    if section.exits is not None and getattr(combiner, "is_plain_sum", False):
+    takes_exits = getattr(meta, "takes_exit_gradients", False)
+    if section.exits is not None and getattr(combiner, "is_plain_sum", False) and not takes_exits:
         raise UserError(
             f"combiner.exits={section.exits!r} has no effect with a plain sum of the exits' "
             f"gradients, which is one backward pass: leave it unset, or choose a combiner"

@@ -17,13 +17,16 @@ from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.interop import load_trunk
 from dfs_jax.losses import Loss, create_loss
+from dfs_jax.meta import Meta, Setup
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
 from dfs_jax.training.combiner_config import check_combiner, combiner_from_config
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
+from dfs_jax.training.meta_config import check_meta, meta_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.sharding import (
+    batch_parts,
     check_batch_size,
     create_mesh,
     jit_for_mesh,
@@ -53,6 +56,7 @@ class Experiment(NamedTuple):
     fork: Fork
     loss: Loss
     combiner: Combiner
+    meta: Meta | None
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Augmentation
@@ -83,12 +87,15 @@ def build_experiment(
         missing data set, a mesh that the devices cannot make, a batch that they cannot divide or
         that the data cannot fill.
     """
+    parts = 1  # where nothing trains, batches need not be divided
     if mesh is None:
         mesh = create_mesh(config.get("mesh"))
+        parts = batch_parts(mesh)
         check_batch_size(config.batch_size, mesh, accumulate_steps(config))
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
-    combiner = combiner_from_config(config.combiner)
+    meta = meta_from_config(config.get("meta"))
+    combiner = combiner_from_config(config.combiner, meta)
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     _configured(model_from_config(config.model, loss, num_classes=2), config)
@@ -103,9 +110,10 @@ def build_experiment(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
     optimizer = create_optimizer(config.optimizer, schedule)
-    return Experiment(
-        config, mesh, dataset, sampler, model, fork, loss, combiner, schedule, optimizer, augment
-    )
+    components = fork, loss, combiner, meta, schedule, optimizer, augment
+    experiment = Experiment(config, mesh, dataset, sampler, model, *components)
+    check_meta(meta, combiner, model, dataset.image_shape, _setup(experiment, parts))
+    return experiment
 
 
 def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experiment:
@@ -199,6 +207,7 @@ def training_step(experiment: Experiment) -> TrainStep:
         mesh=e.mesh,
         ema_decay=e.config.optimizer.ema_decay,
         combiner=e.combiner,
+        meta=e.meta,
         exits=e.config.combiner.exits,
         accumulate_steps=accumulate_steps(e.config),
         state_shardings=state_shardings(e),
@@ -288,6 +297,19 @@ def _check_shapes(
         raise UserError(str(error)) from error
 
 
+def _setup(experiment: Experiment, parts: int) -> Setup:
+    groups = experiment.config.get("batch_norm_groups")
+    return Setup(
+        loss=experiment.loss,
+        num_exits=experiment.model.num_exits,
+        total_steps=experiment.total_steps,
+        batch_size=experiment.config.batch_size,
+        batch_parts=parts,
+        accumulate_steps=accumulate_steps(experiment.config),
+        batch_norm_groups=1 if groups is None else groups,
+    )
+
+
 def _as_state(experiment: Experiment, variables: dict[str, Any]) -> TrainState:
     return create_state(
         variables,
@@ -296,6 +318,7 @@ def _as_state(experiment: Experiment, variables: dict[str, Any]) -> TrainState:
         num_exits=experiment.model.num_exits,
         keep_average=experiment.config.optimizer.ema_decay is not None,
         combiner=experiment.combiner,
+        meta=experiment.meta,
     )
 
 

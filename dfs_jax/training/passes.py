@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +16,7 @@ from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.sharding import batch_sharded
 from dfs_jax.training.state_sharding import scatter
-from dfs_jax.types import PyTree
-
-
-class BatchGradients(NamedTuple):
-    """What the passes of one batch give.
-
-    Attributes:
-      loss: summed over the exits.
-      logits: `[exits, batch, classes]`.
-      grads: a pytree; whose, depends on the passes.
-      batch_stats: the running statistics afterwards.
-    """
-
-    loss: jax.Array
-    logits: jax.Array
-    grads: PyTree
-    batch_stats: PyTree
-
-
-class TrunkAndHeads(NamedTuple):
-    """Gradients of the trunk, by exit as in `exit_gradients`, and of the heads."""
-
-    trunk: PyTree
-    heads: PyTree
-
+from dfs_jax.types import BatchGradients, PyTree, TrunkAndHeads
 
 # Of `{"params": ..., "batch_stats": ...}`, images, labels and the key for dropout.
 Passes = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array], BatchGradients]
@@ -114,12 +90,6 @@ def accumulated(passes: Passes, steps: int, mesh: Mesh | None = None) -> Passes:
     if steps == 1:
         return passes
 
-    def deal(batch: jax.Array) -> jax.Array:
-        micro = batch.reshape(-1, steps, *batch.shape[1:]).swapaxes(0, 1)
-        if mesh is None:
-            return micro
-        return lax.with_sharding_constraint(micro, batch_sharded(mesh, axis=1))
-
     def run(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
         def step(carry: tuple[PyTree, PyTree], micro: tuple[jax.Array, ...]):
             stats, sums = carry
@@ -133,7 +103,7 @@ def accumulated(passes: Passes, steps: int, mesh: Mesh | None = None) -> Passes:
             sums = jax.tree.map(jnp.add, sums, (found.loss, found.grads))
             return (found.batch_stats, sums), found.logits
 
-        dealt = deal(images), deal(labels)
+        dealt = deal(images, steps, mesh), deal(labels, steps, mesh)
         shapes = jax.eval_shape(passes, variables, *(x[0] for x in dealt), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes.loss, shapes.grads))
         (stats, sums), logits = lax.scan(
@@ -143,6 +113,20 @@ def accumulated(passes: Passes, steps: int, mesh: Mesh | None = None) -> Passes:
         return BatchGradients(loss, _in_order(logits), grads, stats)
 
     return run
+
+
+def deal(batch: jax.Array, count: int, mesh: Mesh | None = None) -> jax.Array:
+    """Returns `count` equal parts of a batch, `[count, batch / count, ...]`.
+
+    Part k holds examples k, k + count, k + 2 count, ... so that each device goes on with its own.
+
+    >>> deal(jnp.arange(6), 2).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
+    parts = batch.reshape(-1, count, *batch.shape[1:]).swapaxes(0, 1)
+    if mesh is None:
+        return parts
+    return lax.with_sharding_constraint(parts, batch_sharded(mesh, axis=1))
 
 
 def _in_order(logits: jax.Array) -> jax.Array:

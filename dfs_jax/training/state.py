@@ -10,10 +10,13 @@ import optax
 from flax import struct
 
 from dfs_jax.combiners import Combiner
+from dfs_jax.meta import Meta
 from dfs_jax.models.contract import split_trunk_and_heads
 from dfs_jax.types import PyTree
 
 NO_BAD_STEP = -1
+# Folded into the run's key for what is drawn before the first step; steps fold in their numbers.
+_NO_STEP = 2**32 - 1
 
 
 class EpochTotals(struct.PyTreeNode):
@@ -43,7 +46,7 @@ class TrainState(struct.PyTreeNode):
       params: trained parameters, under `block1`.. and `head1`..
       batch_stats: running statistics.
       opt_state: the optimizer's.
-      combiner_state: the combiner's.
+      combiner_state: the combiner's, or that of the meta method in its place.
       averaged: exponential moving average of parameters and statistics, or None.
       totals: sums over the epoch so far.
       key_data: the run's random key, from which each step's keys are folded.
@@ -74,17 +77,40 @@ def create_state(
     num_exits: int,
     keep_average: bool,
     combiner: Combiner | None = None,
+    meta: Meta | None = None,
 ) -> TrainState:
-    """Returns the state before the first step, from freshly initialised `variables`."""
-    trunk, _ = split_trunk_and_heads(variables["params"])
+    """Returns the state before the first step, from freshly initialised `variables`.
+
+    Args:
+      variables: `{"params": ..., "batch_stats": ...}`.
+      optimizer: of the run.
+      key: the run's, from which each step's keys are folded.
+      num_exits: of the model.
+      keep_average: of parameters and statistics.
+      combiner: of the exits' gradients.
+      meta: method in the combiner's place.
+    """
     return TrainState(
         step=jnp.int32(0),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
-        combiner_state=() if combiner is None else combiner.init(trunk),
+        combiner_state=_merging_state(variables["params"], num_exits, combiner, meta, key),
         averaged=jax.tree.map(jnp.copy, variables) if keep_average else None,
         totals=EpochTotals.zero(num_exits),
         key_data=jax.random.key_data(key),
         first_bad_step=jnp.int32(NO_BAD_STEP),
     )
+
+
+def _merging_state(
+    params: PyTree,
+    num_exits: int,
+    combiner: Combiner | None,
+    meta: Meta | None,
+    key: jax.Array,
+) -> PyTree:
+    if meta is not None:
+        return meta.init(params, num_exits, jax.random.fold_in(key, _NO_STEP))
+    trunk, _ = split_trunk_and_heads(params)
+    return () if combiner is None else combiner.init(trunk)

@@ -16,9 +16,10 @@ from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.losses import Loss
+from dfs_jax.meta import Batch, Meta, MetaStep, Trained
 from dfs_jax.models.contract import MultiExitModel, split_trunk_and_heads
+from dfs_jax.training.meta_step import make_step_parts
 from dfs_jax.training.passes import (
-    TrunkAndHeads,
     accumulated,
     prepared,
     single_exit_passes,
@@ -27,7 +28,7 @@ from dfs_jax.training.passes import (
 from dfs_jax.training.sharding import batch_sharded, jit_for_mesh, replicated
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.training.state_sharding import constrain
-from dfs_jax.types import PyTree
+from dfs_jax.types import PyTree, TrunkAndHeads
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array], TrainState]
 
@@ -53,6 +54,27 @@ class StepGradients(NamedTuple):
 GradientFn = Callable[[TrainState, jax.Array, jax.Array, jax.Array], StepGradients]
 
 
+class StepUpdate(NamedTuple):
+    """What a step makes of a batch.
+
+    Attributes:
+      loss: summed over the exits; the mean over micro batches.
+      logits: `[exits, batch, classes]`.
+      trained: parameters, running statistics and the optimizer's state after the step.
+      combiner_state: the combiner's or the meta method's after the step.
+      updates: what was added to the parameters.
+    """
+
+    loss: jax.Array
+    logits: jax.Array
+    trained: Trained
+    combiner_state: PyTree
+    updates: PyTree
+
+
+UpdateFn = Callable[[TrainState, jax.Array, jax.Array, jax.Array], StepUpdate]
+
+
 def make_train_step(
     model: MultiExitModel,
     fork: Fork,
@@ -65,6 +87,7 @@ def make_train_step(
     mesh: Mesh,
     ema_decay: float | None = None,
     combiner: Combiner | None = None,
+    meta: Meta | None = None,
     exits: str | None = None,
     accumulate_steps: int = 1,
     state_shardings: PyTree = None,
@@ -76,6 +99,7 @@ def make_train_step(
       mean: of each channel, in 0..1, for normalisation; `std` likewise.
       ema_decay: weight of the old average; None keeps none.
       combiner: of the exits' gradients; None adds them up.
+      meta: method that looks ahead and says how gradients merge, instead of the combiner; or None.
       exits: how single exits' gradients are computed, see `exit_gradients`.
       accumulate_steps: micro batches that the batch passes in, see `accumulated`.
       state_shardings: where the state's arrays lie; None: whole on every device.
@@ -86,11 +110,13 @@ def make_train_step(
       state.
     """
     prepare = _preparation(model, mean, std)
-    gradients = make_gradient_fn(
+    update = make_update_fn(
         model,
         fork,
         loss,
+        optimizer,
         combiner,
+        meta,
         exits,
         accumulate_steps=accumulate_steps,
         prepare=prepare,
@@ -99,19 +125,18 @@ def make_train_step(
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
         augment_key, dropout_key = step_keys(state)
-        found = gradients(state, augment(images, augment_key), labels, dropout_key)
-        updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        trained = {"params": params, "batch_stats": found.batch_stats}
+        found = update(state, augment(images, augment_key), labels, dropout_key)
+        params, batch_stats, opt_state = found.trained
+        variables = {"params": params, "batch_stats": batch_stats}
         return state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=found.batch_stats,
+            batch_stats=batch_stats,
             opt_state=opt_state,
             combiner_state=found.combiner_state,
-            averaged=_average(state.averaged, trained, ema_decay),
+            averaged=_average(state.averaged, variables, ema_decay),
             totals=_add_to_totals(state.totals, found.loss, found.logits, labels),
-            first_bad_step=_first_bad_step(state, found.loss, updates),
+            first_bad_step=_first_bad_step(state, found.loss, found.updates),
         )
 
     split = batch_sharded(mesh)
@@ -123,6 +148,44 @@ def make_train_step(
         out_shardings=where,
         donate_argnums=0,
     )
+
+
+def make_update_fn(
+    model: MultiExitModel,
+    fork: Fork,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    combiner: Combiner | None = None,
+    meta: Meta | None = None,
+    exits: str | None = None,
+    *,
+    accumulate_steps: int = 1,
+    prepare: Callable[[jax.Array], jax.Array] | None = None,
+    mesh: Mesh | None = None,
+) -> UpdateFn:
+    """Returns `update(state, images, labels, dropout_key) -> StepUpdate`; see `make_train_step`."""
+    how: Any = {"accumulate_steps": accumulate_steps, "prepare": prepare, "mesh": mesh}
+    parts = make_step_parts(model, fork, loss, optimizer, exits, **how)
+    if meta is not None:
+        return _as_update(meta.wrap(parts))
+    gradients = make_gradient_fn(model, fork, loss, combiner, exits, **how)
+
+    def update(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+        found = gradients(state, images, labels, key)
+        before = Trained(state.params, found.batch_stats, state.opt_state)
+        trained, updates = parts.update(before, found.grads)
+        return StepUpdate(found.loss, found.logits, trained, found.combiner_state, updates)
+
+    return update
+
+
+def _as_update(meta_step: MetaStep) -> UpdateFn:
+    def update(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+        trained = Trained(state.params, state.batch_stats, state.opt_state)
+        found = meta_step(trained, state.combiner_state, Batch(images, labels, key))
+        return StepUpdate(found.loss, found.logits, found.trained, found.state, found.updates)
+
+    return update
 
 
 def make_gradient_fn(
