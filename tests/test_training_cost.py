@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -127,13 +126,6 @@ def test_the_measured_compilation_leaves_the_cache_alone(tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         step_timing.compilation_cache.reset_cache()
-
-
-def test_memory_counts_donated_buffers_once():
-    sizes = {"argument": 5, "output": 4, "alias": 3, "temp": 7}
-    analysis = SimpleNamespace(**{f"{k}_size_in_bytes": v * 2**20 for k, v in sizes.items()})
-    compiled = SimpleNamespace(memory_analysis=lambda: analysis)
-    assert step_timing._peak_mib(compiled) == 13
 
 
 def no_programs(experiment, layout=None):

@@ -55,7 +55,7 @@ class Results:
 
     def record(self, cell: Cell, config_hash: str, status: str, content: Record) -> None:
         """Writes a cell's record in place of an older one."""
-        head = {"status": status, "config_hash": config_hash, "at": round(time.time(), 1)}
+        head = {"status": status, "config_hash": config_hash, "at": time.time()}
         with _locked(self._locks / "results.lock", wait=True):
             cells = {**self.read(), cell.name: {**head, **content}}
             write_whole(self.path, _one_line_a_cell(cells).encode())
