@@ -176,6 +176,14 @@ def test_a_failure_is_recorded_and_the_others_go_on(results, tmp_path, filled):
     assert len(asked) == 6
 
 
+def test_steps_are_not_timed_where_the_machine_is_shared(results, tmp_path, filled):
+    run(results, tmp_path, timed=False)
+    untimed = {record["step_ms"] for record in results.read().values()}
+    results.path.unlink()
+    run(results, tmp_path)
+    assert (untimed, {record["step_ms"] for record in results.read().values()}) == ({None}, {100.0})
+
+
 def test_another_config_is_run_again(results, tmp_path, filled):
     run(results, tmp_path)
     other = SUITE._replace(config_of=lambda cell: tiny_config(batch_size=3))

@@ -15,8 +15,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -38,6 +39,7 @@ def main() -> None:
     data_dir = flags.DEFINE_string("data_dir", None, "Where TFDS sets lie; TFDS's own place.")
     minutes = flags.DEFINE_float("minutes", None, "Begin no cell that would end later.")
     workers = flags.DEFINE_integer("workers", 1, "Processes that divide the cores among them.")
+    timed = flags.DEFINE_bool("timed", True, "Record steps' times: on a machine with nothing else.")
     listed = flags.DEFINE_bool("list", False, "Show the cells, and do nothing.")
     render = flags.DEFINE_bool("render", False, "Write the page from what there is, and no more.")
     page = flags.DEFINE_bool("page", True, "Write the page at the end.")
@@ -55,7 +57,8 @@ def main() -> None:
         if workers.value > 1:
             status = share_cores(sys.argv[1:], workers.value)
         else:
-            status = _fill(chosen, cells, results, data_dir.value, minutes.value)
+            options = {"data_dir": data_dir.value, "minutes": minutes.value, "timed": timed.value}
+            status = _fill(chosen, cells, results, options)
         if page.value:
             _render()
         return status
@@ -157,15 +160,12 @@ def _fill(
     suite: Suite,
     cells: Sequence[Cell],
     results: Results,
-    data_dir: str | None,
-    minutes: float | None,
+    options: Mapping[str, Any],
 ) -> int:
     program.use_compilation_cache()
     from benchmarks.accuracy.runner import run_cells  # jax starts on the cores that are left to it
 
-    outcome = run_cells(
-        suite, cells, results, runs_of(suite.name), data_dir=data_dir, minutes=minutes
-    )
+    outcome = run_cells(suite, cells, results, runs_of(suite.name), **options)
     program.say(f"{outcome.finished} cells finished, {outcome.failed} failed")
     if outcome.stopped:
         program.say(f"stopped ({outcome.stopped}): the same command continues")

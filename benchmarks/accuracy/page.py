@@ -127,8 +127,8 @@ def _draw(small: Found, docs: Path) -> list[Path]:
         return []
     by_epochs = {
         data: {
-            epochs: small.rows(_NETWORK, data, epochs, suites.PAIR)
-            for epochs in (suites.SHORT, suites.MEDIUM, suites.LONG)
+            epochs: small.rows(_NETWORK, data, epochs, (*suites.PAIR, *suites.BEST))
+            for epochs in (suites.SHORT, suites.LONG)
         }
         for data in suites.SETS
     }
@@ -175,10 +175,8 @@ def _with(small: Found, methods: Sequence[str]) -> list[Row]:
 def _epochs(small: Found) -> str:
     parts = []
     for data in suites.SETS:
-        for epochs in (suites.MEDIUM, suites.LONG):
-            rows = small.rows(_NETWORK, data, epochs, suites.PAIR)
-            if any(row.asked for row in rows):
-                parts.append(f"**{data}, {epochs} epochs**\n\n{accuracy_table(rows)}")
+        rows = small.rows(_NETWORK, data, suites.LONG, (*suites.PAIR, *suites.BEST))
+        parts.append(f"**{data}, {suites.LONG} epochs**\n\n{accuracy_table(rows)}")
     return "\n\n".join(parts)
 
 
@@ -211,7 +209,7 @@ def _published_recipe(small: Found) -> str:
 
 def _networks(small: Found) -> str:
     by_network = {
-        network: small.rows(network, suites.SETS[0], suites.OTHERS, methods)
+        network: small.rows(network, *_ON_CIFAR, methods)
         for network, methods in suites.OTHER_NETWORKS.items()
     }
     return _titled(accuracy_table, by_network)

@@ -71,6 +71,7 @@ def run_cells(
     *,
     data_dir: str | None = None,
     minutes: float | None = None,
+    timed: bool = True,
 ) -> Outcome:
     """Trains and evaluates every cell that is not finished and that no other process has.
 
@@ -84,6 +85,7 @@ def run_cells(
       runs: directory of the runs under way; that of a finished one is removed.
       data_dir: for the configs; None leaves theirs.
       minutes: no cell begins that would end after as many; None: no limit.
+      timed: whether steps' times are recorded; not where the machine does something else meanwhile.
     """
     began, finished, failed, datasets = time.time(), 0, 0, Datasets()
     for cell in cells:
@@ -108,6 +110,8 @@ def run_cells(
                 jax.clear_caches()  # what one cell compiled is of no use to the next
             if record is None:
                 return Outcome(finished, failed, "stopped by a signal")
+            if not timed:
+                record["step_ms"] = None
             results.record(cell, known_as, FINISHED, record)
             shutil.rmtree(run, ignore_errors=True)
             finished += 1
@@ -126,7 +130,7 @@ def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record
         budget            [[mean operations, accuracy]], thresholds from validation data
         macs, params      [exit], up to and including each
         training_macs     of a step's forward and backward pass; null where exits have their own
-        step_ms           median over the epochs but the first
+        step_ms           median over the epochs but the first, if there are more; null: not timed
         history           [[epoch, [exit]]], on validation data
         conflict          [{"step", "pairs": {"trunk", "block1", ...}, "norms": [exit], "cosines":
                           [pair]}]; pairs are shares of conflicting ones, cosines those of exits 1
@@ -200,7 +204,7 @@ def _accuracies(evaluation: RunEvaluation) -> Record:
 def _costs(experiment: Experiment, lines: Sequence[dict[str, Any]]) -> Record:
     speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
     e = experiment
-    sums = getattr(e.combiner, "is_plain_sum", False)
+    sums = e.meta is None and getattr(e.combiner, "is_plain_sum", False)
     cost = traced_step_cost(e.model, e.fork, e.loss, e.dataset.image_shape) if sums else None
     return {
         "training_macs": None if cost is None else cost.total,

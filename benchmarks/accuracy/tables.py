@@ -29,6 +29,8 @@ _TITLES = {
     "ge": "GE",
     "pcgrad": "PCGrad",
     "cagrad": "CAGrad",
+    "meta_gf": "Meta-GF",
+    "wpn": "WPN",
     "nash_mtl": "Nash-MTL",
     "distillation": "distillation",
 }
