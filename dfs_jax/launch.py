@@ -21,6 +21,7 @@ _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
 _TPU_ENDPOINTS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _METADATA_SECONDS = 5.0
+_LAST_PORT = 65535
 _ERRORS_ONLY = ("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
@@ -99,9 +100,11 @@ def choose_launch(
             f"--process_id must lie between 0 and {count - 1}, for --num_processes={count}, "
             f"got {index}"
         )
-    if not re.fullmatch(r"[^:\s]+:\d+|\[[^\]\s]+\]:\d+", coordinator or ""):
+    address = re.fullmatch(r"(?:[^:\s]+|\[[^\]\s]+\]):(\d+)", coordinator or "")
+    if address is None or not 0 < int(address[1]) <= _LAST_PORT:
         raise UserError(
-            f"--coordinator must be HOST:PORT, the same for all processes, got {coordinator!r}"
+            f"--coordinator must be HOST:PORT with a port from 1 to {_LAST_PORT}, the same for all "
+            f"processes, got {coordinator!r}"
         )
     return Launch(coordinator, count, index)
 

@@ -52,7 +52,9 @@ def test_clusters_are_found(environment, expected):
         (("a:1", 0, 0), "--num_processes must be at least 1, got 0"),
         (("a:1", 2, 2), "between 0 and 1, for --num_processes=2, got 2"),
         (("a:1", 2, -1), "got -1"),
-        (("a", 2, 1), "HOST:PORT, the same for all processes, got 'a'"),
+        (("a", 2, 1), "HOST:PORT with a port from 1 to 65535, the same for all processes, got 'a'"),
+        (("a:65536", 2, 1), "from 1 to 65535"),
+        (("a:0", 2, 1), "from 1 to 65535"),
         (("http://a:1", 2, 1), "HOST:PORT"),
     ],
 )
