@@ -240,6 +240,15 @@ def test_what_makes_no_sense_is_told_before_training(changes, message):
         build_experiment(tiny_config(**{**TINY, **changes}))
 
 
+def test_what_looks_ahead_is_more_than_one_pass():
+    def adds_gradients(**changes):
+        return build_experiment(tiny_config(**changes)).adds_gradients
+
+    assert adds_gradients()
+    assert not adds_gradients(**{"meta.name": "wpn"})
+    assert not adds_gradients(**{"combiner.name": "pcgrad"})
+
+
 def test_a_config_of_a_time_without_the_section():
     assert meta_from_config(None) is None
     config = tiny_config(**TINY)

@@ -204,10 +204,11 @@ def _accuracies(evaluation: RunEvaluation) -> Record:
 def _costs(experiment: Experiment, lines: Sequence[dict[str, Any]]) -> Record:
     speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
     e = experiment
-    sums = e.meta is None and getattr(e.combiner, "is_plain_sum", False)
-    cost = traced_step_cost(e.model, e.fork, e.loss, e.dataset.image_shape) if sums else None
+    macs = None
+    if e.adds_gradients:
+        macs = traced_step_cost(e.model, e.fork, e.loss, e.dataset.image_shape).total
     return {
-        "training_macs": None if cost is None else cost.total,
+        "training_macs": macs,
         "step_ms": round(1e3 * e.config.batch_size / median(speeds[1:] or speeds), 2),
         "batch_size": e.config.batch_size,
     }

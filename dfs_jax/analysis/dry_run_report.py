@@ -16,7 +16,8 @@ class DryRun(NamedTuple):
     """What one device does in one training step.
 
     Attributes:
-      model, fork, loss, combiner: their names in the config.
+      model, fork, loss: their names in the config.
+      combiner: its name, or that of the meta method in its place.
       device_kind: what the step was compiled for.
       mesh: how many devices lie along each axis.
       devices_per_chip: a TPU v4 has two in each chip.
@@ -25,7 +26,7 @@ class DryRun(NamedTuple):
       memory: that the compiler plans.
       operations: of the compiled module.
       counted_flops: of the convolutions and matrix products as `traced_step_cost` counts them,
-        twice their multiply-adds; None where a combiner takes the exits' gradients one by one.
+        twice their multiply-adds; None where a step is more than one pass of the exits' sum.
       collectives: what devices exchange.
     """
 

@@ -71,6 +71,11 @@ class Experiment(NamedTuple):
         """The split on which choices are made: validation, or train where nothing is held out."""
         return "train" if self.dataset.validation is None else "validation"
 
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether a step is one forward and one backward pass of the exits' summed losses."""
+        return self.meta is None and getattr(self.combiner, "is_plain_sum", False)
+
 
 def build_experiment(
     config: Config, dataset: Dataset | None = None, *, mesh: Mesh | None = None
