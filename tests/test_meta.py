@@ -242,7 +242,7 @@ def test_what_makes_no_sense_is_told_before_training(changes, message):
 
 def test_what_looks_ahead_is_more_than_one_pass():
     def adds_gradients(**changes):
-        return build_experiment(tiny_config(**changes)).adds_gradients
+        return build_experiment(tiny_config(**TINY, **changes)).adds_gradients
 
     assert adds_gradients()
     assert not adds_gradients(**{"meta.name": "wpn"})
