@@ -41,6 +41,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 _FALLING, _RISING = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.6, 0.7, 0.8, 0.9)
 _EARLY, _FIRST = (0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0, 1.0)
 _TRUNK_ONLY = {"fork.referencing": "trunk_only"}
+# As many operations in twice the steps; by the rule that a rate goes with the batch.
+_BATCH50 = {"batch_size": 50, "optimizer.learning_rate": 0.05}
+_FLIP = {"data.augmentation": "flip"}
 _AUGMENTED = {"data.augmentation": "crop,flip,autoaugment,cutout"}
 # By name: what stands after a config's colon, and the fields that are changed.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,6 +81,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, betas in (("falling", _FALLING), ("early", _EARLY), ("first", _FIRST))
     },
+    "dsn_batch50": ("dsn", _BATCH50),
+    "dsn_batch50_flip": ("dsn", {**_BATCH50, **_FLIP}),
+    "dfs_trunk_only_early_batch50": (
+        "dfs",
+        {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY, **_BATCH50},
+    ),
+    "dfs_trunk_only_early_batch50_flip": (
+        "dfs",
+        {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY, **_BATCH50, **_FLIP},
+    ),
     # The published recipe of ResNet18: surgery, BYOT's losses and strong augmentation together.
     "byot_augmented": ("byot", _AUGMENTED),
     "dfs_byot_augmented": ("dfs+byot", _AUGMENTED),
@@ -148,6 +161,11 @@ CANDIDATES = (
     "dfs_trunk_only_falling_distillation",
     "dfs_trunk_only_early_distillation",
     "dfs_trunk_only_first_distillation",
+    # The second attempt, after the first nine were seen: a run this short lacks steps.
+    "dsn_batch50",
+    "dsn_batch50_flip",
+    "dfs_trunk_only_early_batch50",
+    "dfs_trunk_only_early_batch50_flip",
 )
 
 
