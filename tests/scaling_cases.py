@@ -27,6 +27,9 @@ SHARE = 2
 # What is exchanged besides, in bytes and in collectives: flags (is an update finite, does any image
 # of the batch get an operation) and BYOT's distances of features, which are norms over the batch.
 SPARE_BYTES, SPARE_COUNT = 160, 12
+# Shares of products that some processors' compilers do otherwise than they are defined: depthwise
+# convolutions' weight gradients, and maps of 2x2 pixels, whose kernel and image change places.
+SPARE_FLOPS = {"resnet18": 0.02, "msdnet": 0.002}
 
 
 class Case(NamedTuple):
@@ -87,7 +90,8 @@ def run_case(case: Case, devices: list[Any]) -> None:
     assert not nothing
     assert flops == flops_alone, (flops, flops_alone)
     if "autoaugment" not in case.augmentation:  # which multiplies matrices, too
-        assert flops == predicted.product_flops, (flops, predicted)
+        spare = SPARE_FLOPS.get(case.model, 0) * predicted.product_flops
+        assert abs(flops - predicted.product_flops) <= spare, (flops, predicted)
 
 
 def costs(experiment: Experiment) -> tuple[int, list]:
