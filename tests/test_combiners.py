@@ -164,7 +164,7 @@ def test_bfloat16_gradients_are_summed_in_float32(name):
 
 def test_long_sums_of_bfloat16_do_not_stop_growing():
     grads = {"block1": jnp.full((2, 100, 1000), 0.01, jnp.bfloat16)}
-    np.testing.assert_allclose(gram_matrix(grads), 1e5 * float(jnp.bfloat16(0.01)) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(gram_matrix(grads), 1e5 * float(jnp.bfloat16(0.01)) ** 2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
