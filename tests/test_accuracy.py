@@ -205,6 +205,17 @@ def test_two_processes_do_not_take_the_same_cell(results, tmp_path, filled):
     assert run(results, tmp_path).finished == 1
 
 
+def test_the_recipe_that_was_chosen_is_a_config():
+    from configs import cifar10_vgg7_best
+
+    for method, ours in zip(suites.BEST, ("dfs", "dsn"), strict=True):
+        (cell,) = choose(create_suite("small").cells, f"vgg7_w16/cifar10/1ep/{method}/seed0", [])
+        theirs = cell_config(create_suite("small"), cell)
+        theirs.seed = cifar10_vgg7_best.get_config().seed
+        theirs.conflict_every_steps = 0
+        assert config_hash(theirs) == config_hash(cifar10_vgg7_best.get_config(ours))
+
+
 def test_more_workers_than_cores_are_refused():
     with pytest.raises(UserError, match="workers need"):
         share_cores([], 10**6)
