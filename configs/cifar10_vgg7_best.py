@@ -9,7 +9,7 @@ channels; `trunk_only` lets those exits read and train the others'. docs/results
 chosen, and compares it with other methods.
 
 Hardware and time: 2 minutes on one core of an AMD EPYC. Validation accuracy (%) of exits 1 to 6,
-seed 100, and that of the same recipe without surgery, and of DSN by the recipe of all other methods:
+seed 100; that of the same recipe without surgery; that of DSN by the recipe of all other methods:
 
     34.1 45.9 53.9 58.2 62.0 62.8
     32.8 45.3 53.7 58.1 61.3 62.8

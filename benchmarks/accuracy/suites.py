@@ -112,8 +112,7 @@ def small(seeds: int | None = None) -> Suite:
     sweep = [f"dfs_beta{b}" for b in BETAS if b != 0.5]
     ends = [f"dfs_trunk_only_beta{b}" for b in (0.1, 0.3, 0.7, 0.9)]
     cells = (
-        *grid(["vgg7_w16"], SETS, HEADLINE, SHORT, paired),
-        *grid(["vgg7_w16"], SETS, BEST, SHORT, paired),
+        *grid(["vgg7_w16"], SETS, (*HEADLINE, *BEST), SHORT, paired),
         *grid(longer, SETS, PAIR, LONG, [0]),
         *grid(longer, SETS, BEST, LONG, [0]),
         *grid(longer, SETS[:1], [*sweep, *ends], SHORT, [0]),
