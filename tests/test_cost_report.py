@@ -62,6 +62,8 @@ def test_table(report):
     theory = report["training_step"]["forked"]["theory"]
     assert ["dfs,", "theory", *(f"{count / 1e6:.3f}" for count in theory.values())] in lines
     assert f"theory {report['training_step']['speedup']['theory']:.3f}".split() == lines[-1][-2:]
+    plain = {**report, "training_step": {**report["training_step"], "fork": "plain"}}
+    assert table_for_terminal(plain).splitlines()[-1].split()[:2] == ["plain,", "theory"]
 
 
 def test_other_data_sets_are_read_for_their_size_and_the_loss_gets_its_layers():

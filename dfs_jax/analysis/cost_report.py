@@ -86,12 +86,14 @@ def table_for_terminal(report: CostReport) -> str:
     counts = ("params", "macs", "macs_without_earlier_heads", "literature_flops")
     parts = ("forward", "weight_gradients", "input_gradients", "total")
     exits = [(cost["exit"], *(cost[count] for count in counts)) for cost in report["exits"]]
+    is_plain = step["fork"] == "plain"
     steps = [
         (f"{name}, {how}", *(step[key][how][part] for part in parts))
-        for key, name in (("plain", "plain"), ("forked", step["fork"]))
+        for key, name in (("plain", "plain"), ("forked", step["fork"]))[: 1 if is_plain else 2]
         for how in ("traced", "theory")
     ]
-    speedup = ", ".join(f"{how} {ratio:.3f}" for how, ratio in step["speedup"].items())
+    ratios = ", ".join(f"{how} {ratio:.3f}" for how, ratio in step["speedup"].items())
+    speedup = "" if is_plain else f"\nplain / {step['fork']}: {ratios}"
     return f"""\
 One image, up to and including each exit, in millions. MACs are multiply-adds (1 MAC = 2 FLOPs);
 alone: without the heads of earlier exits; literature: what published tables call FLOPs.
@@ -99,8 +101,7 @@ alone: without the heads of earlier exits; literature: what published tables cal
 
 One training step on one image, in millions of MACs. Traced: as JAX differentiates the network;
 theory: without the gradients of inputs that train nothing.
-{_table(("", "forward", "weight gradients", "input gradients", "total"), steps)}
-plain / {step["fork"]}: {speedup}"""
+{_table(("", "forward", "weight gradients", "input gradients", "total"), steps)}{speedup}"""
 
 
 def _print_and_write(config: Config, output: str | None) -> None:
