@@ -118,9 +118,11 @@ def _styles(names: Sequence[str], emphasised: Sequence[str], ordered: bool) -> d
     others = [name for name in names if name not in emphasised]
     places = np.linspace(0.2, 1, max(len(others), 1))
     colors = matplotlib.colormaps["viridis_r"](places) if ordered else _distinct(len(others))
+    looks = zip(others, colors, _MARKERS * len(others), strict=False)
     styles: dict[str, Any] = {
-        name: {"color": color, "marker": marker, "linewidth": 1.4}
-        for name, color, marker in zip(others, colors, _MARKERS * len(others), strict=False)
+        # Colors that come again are told by their lines.
+        name: {"color": color, "marker": marker, "linewidth": 1.4, "linestyle": ("-", "-.")[i > 9]}
+        for i, (name, color, marker) in enumerate(looks)
     }
     for name in emphasised:
         styles[name] = {"color": "black", "marker": "", "linewidth": 2.6, "zorder": 5}
