@@ -113,17 +113,19 @@ def small(seeds: int | None = None) -> Suite:
     ends = [f"dfs_trunk_only_beta{b}" for b in (0.1, 0.3, 0.7, 0.9)]
     cells = (
         *grid(["vgg7_w16"], SETS, (*HEADLINE, *BEST), SHORT, paired),
-        *grid(longer, SETS, PAIR, LONG, [0]),
-        *grid(longer, SETS, BEST, LONG, [0]),
-        *grid(longer, SETS[:1], [*sweep, *ends], SHORT, [0]),
-        *grid(longer, SETS[:1], PER_EXIT, SHORT, [0]),
+        *grid(longer, SETS[:1], ("dsn", "dfs_trunk_only"), LONG, [0]),
+        *grid(longer, SETS[:1], sweep, SHORT, [0]),
         *grid(["vgg7_w32"], SETS[:1], PAIR, SHORT, [0]),
-        *grid(longer, SETS[:1], RECIPES, SHORT, [0]),
         *(
             cell
             for network, methods in OTHER_NETWORKS.items()
             for cell in grid([network], SETS[:1], methods, SHORT, [0])
         ),
+        *grid(longer, SETS[:1], ends, SHORT, [0]),
+        *grid(longer, SETS[:1], PER_EXIT, SHORT, [0]),
+        *grid(longer, SETS[:1], RECIPES, SHORT, [0]),
+        *grid(longer, SETS[:1], ("dfs", *BEST), LONG, [0]),
+        *grid(longer, SETS[1:], (*PAIR, *BEST), LONG, [0]),
         *grid(longer, SETS[:1], PUBLISHED, LONG, [0]),
     )
     return Suite("small", cells, _small_config, _seconds)
