@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from scipy import stats
 
-from benchmarks.accuracy import page, runner, suites
+from benchmarks.accuracy import page, runner, suites, times
 from benchmarks.accuracy.__main__ import REPOSITORY, listing, share_cores
 from benchmarks.accuracy.cells import Suite, cell_config, choose, config_hash, grid
 from benchmarks.accuracy.published import PUBLISHED
@@ -51,6 +51,7 @@ def made_up(cell, exits=6):
         "macs": macs,
         "training_macs": 3 * macs[-1],
         "step_ms": 100.0,
+        "batch_size": 100,
         "conflict": [{"step": step, "pairs": places} for step in (9, 18)],
         "seconds": 90.0,
         "versions": {"jax": "1", "dfs_jax": "2"},
@@ -174,12 +175,37 @@ def test_a_failure_is_recorded_and_the_others_go_on(results, tmp_path, filled):
     assert len(asked) == 6
 
 
-def test_steps_are_not_timed_where_the_machine_is_shared(results, tmp_path, filled):
-    run(results, tmp_path, timed=False)
-    untimed = {record["step_ms"] for record in results.read().values()}
-    results.path.unlink()
-    run(results, tmp_path)
-    assert (untimed, {record["step_ms"] for record in results.read().values()}) == ({None}, {100.0})
+def test_methods_are_timed_in_turn_and_all_their_seeds_get_it(
+    results, tmp_path, filled, monkeypatch
+):
+    asked, rounds_of = [], []
+
+    def stub(experiment):
+        asked.append((experiment.config.model.name, experiment.config.seed))
+        return lambda: len(asked)
+
+    def seconds(programs, rounds):
+        rounds_of.append(rounds)
+        return [0.002 * (i + 1) for i in range(len(programs))]
+
+    monkeypatch.setattr(times, "compile_whole_step", stub)
+    monkeypatch.setattr(times, "median_seconds", seconds)
+    assert times.time_cells(SUITE, CELLS, results) == 0
+    run(results, tmp_path, SUITE._replace(cells=CELLS[:3]))  # dfs of seed 1 is not there
+    assert times.time_cells(SUITE, CELLS, results, rounds=3) == 3
+    assert (asked, rounds_of) == ([("vgg7", 0)] * 2, [3])
+    found = {name: record["step_ms"] for name, record in results.read().items()}
+    assert [found[cell.name] for cell in CELLS[:3]] == [2.0, 4.0, 2.0]
+    table = accuracy_table(select(SUITE, results.read(), "vgg7", "tiny", 1, ["dsn", "dfs"]))
+    assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["1.00 |", "2.00 |"]
+
+
+def test_time_is_of_an_image(results):
+    for cell in CELLS[:2]:
+        made = {**made_up(cell), "batch_size": 50 if cell.method == "dfs" else 100}
+        results.record(cell, config_hash(cell_config(SUITE, cell)), FINISHED, made)
+    table = accuracy_table(select(SUITE, results.read(), "vgg7", "tiny", 1, ["dsn", "dfs"]))
+    assert table.splitlines()[-1].endswith(" | 1.00 | 2.00 |")
 
 
 def test_another_config_is_run_again(results, tmp_path, filled):
@@ -239,7 +265,7 @@ def test_a_real_cell(tmp_path):
     assert (len(probe["norms"]), len(probe["cosines"])) == (2, 1)
     assert {point[0] for point in record["budget"]} <= set(range(record["macs"][-1] + 1))
     assert record["training_macs"] > record["macs"][-1]
-    assert record["step_ms"] > 0
+    assert record["step_ms"] is None
     assert record["steps"] == 12
     best = max(record["history"], key=lambda line: (statistics.fmean(line[1]), line[0]))
     assert record["validation"] == best[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from dfs_jax.analysis import step_timing
 from dfs_jax.analysis.step_timing import (
     StepPrograms,
     compile_step,
+    compile_whole_step,
     median_seconds,
     time_steps,
 )
@@ -74,6 +76,15 @@ def test_the_parts_are_those_of_the_training_step(tiny):
     assert int(programs.step().step) == 2
     assert float(programs.forward()[0]) == float(loss)
     programs.data()
+
+
+def test_a_whole_step_is_the_same_and_goes_on(tiny):
+    experiment, _ = tiny
+    whole, parts = compile_whole_step(experiment), compile_step(experiment)
+    for number in (1, 2):
+        ours, other = whole(), parts.step()
+        assert int(ours.step) == number
+        chex.assert_trees_all_equal(ours.params, other.params)
 
 
 def test_a_plain_step_is_compiled_without_options(tiny, monkeypatch):

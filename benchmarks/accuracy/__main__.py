@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy --suite=small --workers=2 --data_dir=DIR
     python -m benchmarks.accuracy --suite=small --list           cells, minutes, what is done
+    python -m benchmarks.accuracy --suite=small --times --data_dir=DIR    steps, on a quiet machine
     python -m benchmarks.accuracy --render                       docs/results.md from what there is
 
 Each finished cell is written at once to benchmarks/results/SUITE.json; the same command goes on
@@ -39,7 +40,7 @@ def main() -> None:
     data_dir = flags.DEFINE_string("data_dir", None, "Where TFDS sets lie; TFDS's own place.")
     minutes = flags.DEFINE_float("minutes", None, "Begin no cell that would end later.")
     workers = flags.DEFINE_integer("workers", 1, "Processes that divide the cores among them.")
-    timed = flags.DEFINE_bool("timed", True, "Record steps' times: on a machine with nothing else.")
+    times = flags.DEFINE_bool("times", False, "Time the steps of finished cells, and no more.")
     listed = flags.DEFINE_bool("list", False, "Show the cells, and do nothing.")
     render = flags.DEFINE_bool("render", False, "Write the page from what there is, and no more.")
     page = flags.DEFINE_bool("page", True, "Write the page at the end.")
@@ -54,10 +55,12 @@ def main() -> None:
             program.say(listing(chosen, cells, results.read()))
             return None
         check_whole("workers", workers.value)
-        if workers.value > 1:
+        if times.value:
+            status = _time(chosen, cells, results, data_dir.value)
+        elif workers.value > 1:
             status = share_cores(sys.argv[1:], workers.value)
         else:
-            options = {"data_dir": data_dir.value, "minutes": minutes.value, "timed": timed.value}
+            options = {"data_dir": data_dir.value, "minutes": minutes.value}
             status = _fill(chosen, cells, results, options)
         if page.value:
             _render()
@@ -170,6 +173,14 @@ def _fill(
     if outcome.stopped:
         program.say(f"stopped ({outcome.stopped}): the same command continues")
     return 1 if outcome.failed else 0
+
+
+def _time(suite: Suite, cells: Sequence[Cell], results: Results, data_dir: str | None) -> None:
+    program.use_compilation_cache()
+    from benchmarks.accuracy.times import time_cells
+
+    count = time_cells(suite, cells, results, data_dir=data_dir)
+    program.say(f"{count} cells timed" if count else "no cell is finished: there is none to time")
 
 
 def _render() -> None:

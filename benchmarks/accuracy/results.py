@@ -60,6 +60,13 @@ class Results:
             cells = {**self.read(), cell.name: {**head, **content}}
             write_whole(self.path, _one_line_a_cell(cells).encode())
 
+    def add(self, cell: Cell, content: Record) -> None:
+        """Writes more, or other values, into a cell's record."""
+        with _locked(self._locks / "results.lock", wait=True):
+            cells = self.read()
+            cells[cell.name] |= content
+            write_whole(self.path, _one_line_a_cell(cells).encode())
+
     @contextlib.contextmanager
     def claim(self, cell: Cell) -> Iterator[bool]:
         """Yields whether this process has the cell for itself; a killed process gives it back."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +70,6 @@ def run_cells(
     *,
     data_dir: str | None = None,
     minutes: float | None = None,
-    timed: bool = True,
 ) -> Outcome:
     """Trains and evaluates every cell that is not finished and that no other process has.
 
@@ -85,7 +83,6 @@ def run_cells(
       runs: directory of the runs under way; that of a finished one is removed.
       data_dir: for the configs; None leaves theirs.
       minutes: no cell begins that would end after as many; None: no limit.
-      timed: whether steps' times are recorded; not where the machine does something else meanwhile.
     """
     began, finished, failed, datasets = time.time(), 0, 0, Datasets()
     for cell in cells:
@@ -110,8 +107,6 @@ def run_cells(
                 jax.clear_caches()  # what one cell compiled is of no use to the next
             if record is None:
                 return Outcome(finished, failed, "stopped by a signal")
-            if not timed:
-                record["step_ms"] = None
             results.record(cell, known_as, FINISHED, record)
             shutil.rmtree(run, ignore_errors=True)
             finished += 1
@@ -130,7 +125,7 @@ def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record
         budget            [[mean operations, accuracy]], thresholds from validation data
         macs, params      [exit], up to and including each
         training_macs     of a step's forward and backward pass; null where exits have their own
-        step_ms           median over the epochs but the first, if there are more; null: not timed
+        step_ms           null until `time_cells` has measured it
         history           [[epoch, [exit]]], on validation data
         conflict          [{"step", "pairs": {"trunk", "block1", ...}, "norms": [exit], "cosines":
                           [pair]}]; pairs are shares of conflicting ones, cosines those of exits 1
@@ -145,7 +140,7 @@ def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record
     return {
         "split": split,
         **_accuracies(evaluation),
-        **_costs(result.experiment, lines),
+        **_costs(result.experiment),
         "history": _history(lines),
         "conflict": _conflict(lines),
         "step": evaluation.step,
@@ -201,17 +196,12 @@ def _accuracies(evaluation: RunEvaluation) -> Record:
     }
 
 
-def _costs(experiment: Experiment, lines: Sequence[dict[str, Any]]) -> Record:
-    speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
+def _costs(experiment: Experiment) -> Record:
     e = experiment
     macs = None
     if e.adds_gradients:
         macs = traced_step_cost(e.model, e.fork, e.loss, e.dataset.image_shape).total
-    return {
-        "training_macs": macs,
-        "step_ms": round(1e3 * e.config.batch_size / median(speeds[1:] or speeds), 2),
-        "batch_size": e.config.batch_size,
-    }
+    return {"training_macs": macs, "step_ms": None, "batch_size": e.config.batch_size}
 
 
 def _history(lines: Sequence[dict[str, Any]]) -> list[list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.accuracy.published import Published
 from benchmarks.accuracy.rows import (
@@ -64,7 +64,7 @@ def accuracy_table(rows: Sequence[Row], reference: Row | None = None) -> str:
         "ensemble",
         "mean less DSN's",
         "operations",
-        "ms a step",
+        "time",
     ]
     lines = []
     for row in rows:
@@ -77,8 +77,8 @@ def accuracy_table(rows: Sequence[Row], reference: Row | None = None) -> str:
                 _seeds(row),
                 *(f"{100 * mean(row, value):.2f}" for value in _columns(exits)),
                 _points(difference(row, reference, mean_accuracy)) if row != reference else "",
-                _ratio(row, reference, "training_macs"),
-                _ratio(row, reference, "step_ms"),
+                _ratio(row, reference, _training_macs),
+                _ratio(row, reference, _image_ms),
             ]
         )
     return markdown(["method", "seeds", *header], lines)
@@ -193,10 +193,18 @@ def _with_difference(row: Row, reference: Row, value: Value) -> str:
     return shown if row == reference else f"{shown} ({_points(difference(row, reference, value))})"
 
 
-def _ratio(row: Row, reference: Row, field: str) -> str:
+def _training_macs(record: dict) -> float | None:
+    return record["training_macs"]
+
+
+def _image_ms(record: dict) -> float | None:
+    return None if record["step_ms"] is None else record["step_ms"] / record["batch_size"]
+
+
+def _ratio(row: Row, reference: Row, cost: Callable[[dict], float | None]) -> str:
     """Returns a cost over the reference's, of the seeds that both have."""
     common = row.runs.keys() & reference.runs
-    pairs = [(row.runs[seed][field], reference.runs[seed][field]) for seed in common]
-    if not pairs or any(None in pair for pair in pairs):
+    ours, theirs = ([cost(r.runs[seed]) for seed in common] for r in (row, reference))
+    if not common or None in (*ours, *theirs):
         return ""
-    return f"{sum(a for a, _ in pairs) / sum(b for _, b in pairs):.2f}"
+    return f"{sum(ours) / sum(theirs):.2f}"

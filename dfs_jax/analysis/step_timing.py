@@ -146,12 +146,7 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
         .compile()
         for function in _loss_functions(experiment)
     )
-    # The step takes its state over and leaves the next one; the others read one of their own.
-    kept, running = jax.tree.map(jnp.copy, state), [state]
-
-    def run_step() -> TrainState:
-        running[0] = jax.block_until_ready(step(running[0], images, labels))
-        return running[0]
+    kept = jax.tree.map(jnp.copy, state)  # for those that leave no next state
 
     def make_batch() -> None:
         jax.block_until_ready(put_batch(next(batches), experiment.mesh))
@@ -159,11 +154,34 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
     return StepPrograms(
         forward=lambda: jax.block_until_ready(forward(kept, images, labels)),
         forward_backward=lambda: jax.block_until_ready(forward_backward(kept, images, labels)),
-        step=run_step,
+        step=_stepping(step, state, images, labels),
         data=make_batch,
         compile_s=seconds,
         peak_mib=memory(step).total / _MIB,
     )
+
+
+def compile_whole_step(experiment: Experiment) -> Program:
+    """Compiles an experiment's own training step, or takes it from the cache, ready to run.
+
+    It takes one batch again and again, and returns the state after it.
+    """
+    images, labels = put_batch(
+        next(train_batches(experiment.dataset.train, experiment.sampler)), experiment.mesh
+    )
+    state = initial_state(experiment)
+    step = training_step(experiment).lower(state, images, labels).compile()
+    return _stepping(step, state, images, labels)
+
+
+def _stepping(step: Any, state: TrainState, images: jax.Array, labels: jax.Array) -> Program:
+    running = [state]  # the step takes it over and leaves the next one
+
+    def run() -> TrainState:
+        running[0] = jax.block_until_ready(step(running[0], images, labels))
+        return running[0]
+
+    return run
 
 
 def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:

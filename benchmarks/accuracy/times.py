@@ -1,0 +1,60 @@
+"""What a step takes, for the cells of a suite: all methods of a network and data set in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from benchmarks.accuracy.cells import Cell, Suite, cell_config
+from benchmarks.accuracy.results import Results
+from benchmarks.accuracy.rows import current
+from benchmarks.accuracy.runner import Datasets
+from dfs_jax.analysis.step_timing import compile_whole_step, median_seconds
+from dfs_jax.program import say
+from dfs_jax.training.experiment import build_experiment
+
+ROUNDS = 15
+
+
+def time_cells(
+    suite: Suite,
+    cells: Sequence[Cell],
+    results: Results,
+    *,
+    data_dir: str | None = None,
+    rounds: int = ROUNDS,
+) -> int:
+    """Adds `step_ms`, medians over rounds, to the records of finished cells; returns how many.
+
+    Seeds and epochs do not change what a step does: every method is timed once on a network and a
+    data set. Programs of one batch run round after round, so that their ratios hold on a machine
+    where their times do not.
+
+    Args:
+      suite: that the cells are of.
+      cells: of which those that are finished are timed.
+      results: with their records.
+      data_dir: for the configs; None leaves theirs.
+      rounds: that medians are taken of.
+    """
+    records, datasets = results.read(), Datasets()
+    finished = [cell for cell in cells if current(suite, records, cell) is not None]
+    for place, group in groupby(sorted(finished, key=_place), key=_place):
+        alike: dict[str, list[Cell]] = {}
+        for cell in group:
+            alike.setdefault(cell.method, []).append(cell)
+        programs = []
+        for method, (cell, *_) in alike.items():
+            say(f"preparing {'/'.join(place)}/{method}")
+            config = cell_config(suite, cell, data_dir)
+            programs.append(compile_whole_step(build_experiment(config, datasets.of(config))))
+        seconds = median_seconds(programs, rounds)
+        for (method, same), taken in zip(alike.items(), seconds, strict=True):
+            say(f"{'/'.join(place)}/{method}: {1e3 * taken:.1f} ms a step")
+            for cell in same:
+                results.add(cell, {"step_ms": round(1e3 * taken, 2)})
+    return len(finished)
+
+
+def _place(cell: Cell) -> tuple[str, str]:
+    return cell.network, cell.data
