@@ -30,7 +30,7 @@ from benchmarks.accuracy.rows import (
 )
 from benchmarks.accuracy.runner import Datasets, fill, run_cells
 from benchmarks.accuracy.suites import METHODS, create_suite
-from benchmarks.accuracy.tables import accuracy_table, difference_table
+from benchmarks.accuracy.tables import accuracy_table, conflict_table, difference_table
 from dfs_jax.training.config import check_config
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
@@ -52,7 +52,9 @@ def made_up(cell, exits=6):
         "training_macs": 3 * macs[-1],
         "step_ms": 100.0,
         "batch_size": 100,
-        "conflict": [{"step": step, "pairs": places} for step in (9, 18)],
+        "conflict": [
+            {"step": step, "pairs": places, "cosines": [0.5, None, 0.1]} for step in (9, 18)
+        ],
         "seconds": 90.0,
         "versions": {"jax": "1", "dfs_jax": "2"},
         "hardware": {"devices": 1, "kind": "cpu", "processor": "a chip", "cores": 1},
@@ -309,6 +311,21 @@ def test_accuracy_at_a_share_of_the_operations():
     record = made_up(CELLS[0])
     assert budget_accuracy(0.5)(record) == pytest.approx(0.1 + 3e6 / 1e7)
     assert budget_accuracy(0.25)(record) == pytest.approx(0.1 + 1.5e6 / 1e7)
+
+
+def test_conflict_is_a_mean_over_probes_and_seeds():
+    def record(share, *cosines):
+        return {"pairs": {"trunk": share, "block1": None}, "cosines": cosines}
+
+    runs = {
+        0: {"conflict": [record(0.1, 0.5, None), record(0.2, 0.1, 0.2)]},
+        1: {"conflict": [record(0.3, -0.4, 0.0), record(0.6, 0.2, 0.2)]},
+    }
+    table = conflict_table([Row("dsn", runs, 2), Row("ge", {}, 2)])
+    head, _, dsn, ge = table.splitlines()
+    assert head == "| method | seeds | trunk | block1 | mean cosine |"
+    assert dsn == "| DSN | 2 | 30.0 % | 0.0 % | 0.10 |"
+    assert ge == "| GE | 0 of 2 | not run yet |  |  |"
 
 
 def test_cells_that_were_not_run_stand_in_the_tables(results):

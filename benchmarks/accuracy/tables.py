@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from benchmarks.accuracy.published import Published
 from benchmarks.accuracy.rows import (
@@ -111,16 +112,20 @@ def budget_table(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75
 
 
 def conflict_table(rows: Sequence[Row]) -> str:
-    """Returns shares of conflicting pairs of exits, means over a run's probes and over seeds."""
+    """Returns shares of conflicting pairs of exits, and the mean cosine of the pairs in the trunk.
+
+    Means over a run's probes and over seeds.
+    """
     runs = [record for row in rows for record in row.runs.values()]
     places = list(runs[0]["conflict"][0]["pairs"]) if runs else ["trunk"]
     lines = []
     for row in rows:
-        cells = [NOT_RUN, *[""] * (len(places) - 1)]
+        cells = [NOT_RUN, *[""] * len(places)]
         if row.runs:
             cells = [f"{100 * mean(row, _conflict_at(place)):.1f} %" for place in places]
+            cells.append(f"{mean(row, _mean_cosine):.2f}")
         lines.append([title(row.method), _seeds(row), *cells])
-    return markdown(["method", "seeds", *places], lines)
+    return markdown(["method", "seeds", *places, "mean cosine"], lines)
 
 
 def published_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
@@ -173,6 +178,11 @@ def _conflict_at(place: str) -> Value:
         return sum(shares) / len(shares)
 
     return value
+
+
+def _mean_cosine(record: dict) -> float:
+    """Returns that of all probes and pairs; exits that share no trained parameter have cosine 0."""
+    return fmean(cosine or 0.0 for probe in record["conflict"] for cosine in probe["cosines"])
 
 
 def _seeds(row: Row) -> str:
