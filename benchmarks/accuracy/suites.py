@@ -41,8 +41,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 _FALLING, _RISING = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.6, 0.7, 0.8, 0.9)
 _EARLY, _FIRST = (0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0, 1.0)
 _TRUNK_ONLY = {"fork.referencing": "trunk_only"}
-# As many operations in twice the steps; by the rule that a rate goes with the batch.
+# As many operations in more steps; by the rule that a rate goes with the batch.
 _BATCH50 = {"batch_size": 50, "optimizer.learning_rate": 0.05}
+_BATCH25 = {"batch_size": 25, "optimizer.learning_rate": 0.025}
 _FLIP = {"data.augmentation": "flip"}
 _AUGMENTED = {"data.augmentation": "crop,flip,autoaugment,cutout"}
 # By name: what stands after a config's colon, and the fields that are changed.
@@ -91,6 +92,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "dfs",
         {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY, **_BATCH50, **_FLIP},
     ),
+    "dsn_batch25_flip": ("dsn", {**_BATCH25, **_FLIP}),
+    **{
+        f"dfs_trunk_only_{name}_batch25_flip": (
+            "dfs",
+            {**_TRUNK_ONLY, "fork.partition_ratio": betas, **_BATCH25, **_FLIP},
+        )
+        for name, betas in (("early", _EARLY), ("first", _FIRST))
+    },
     # The published recipe of ResNet18: surgery, BYOT's losses and strong augmentation together.
     "byot_augmented": ("byot", _AUGMENTED),
     "dfs_byot_augmented": ("dfs+byot", _AUGMENTED),
@@ -167,6 +176,10 @@ CANDIDATES = (
     "dsn_batch50_flip",
     "dfs_trunk_only_early_batch50",
     "dfs_trunk_only_early_batch50_flip",
+    # The third, after the headline was complete: still more steps.
+    "dsn_batch25_flip",
+    "dfs_trunk_only_early_batch25_flip",
+    "dfs_trunk_only_first_batch25_flip",
 )
 
 
