@@ -216,9 +216,14 @@ def _networks(small: Found) -> str:
 
 
 def _search(search: Found) -> str:
-    tables = {
-        data: search.rows(_NETWORK, data, suites.SHORT, suites.CANDIDATES) for data in suites.SETS
-    }
+    tables = {}
+    for epochs, methods in (
+        (suites.SHORT, suites.CANDIDATES),
+        (suites.LONG, suites.LONG_CANDIDATES),
+    ):
+        for data in suites.SETS:
+            name = data if epochs == suites.SHORT else f"{data}, {epochs} epochs"
+            tables[name] = search.rows(_NETWORK, data, epochs, methods)
     return _titled(accuracy_table, tables)
 
 

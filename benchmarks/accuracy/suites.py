@@ -40,6 +40,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 # Betas by exit. Where beta is 1, trunk_only changes nothing: the trunk and the exit both train all.
 _FALLING, _RISING = (0.9, 0.8, 0.7, 0.6, 0.5), (0.5, 0.6, 0.7, 0.8, 0.9)
 _EARLY, _FIRST = (0.8, 0.9, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0, 1.0)
+_TWO = (0.5, 0.5, 1.0, 1.0, 1.0)
 _TRUNK_ONLY = {"fork.referencing": "trunk_only"}
 # As many operations in more steps; by the rule that a rate goes with the batch.
 _BATCH50 = {"batch_size": 50, "optimizer.learning_rate": 0.05}
@@ -69,6 +70,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dfs_trunk_only_rising": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _RISING}),
     "dfs_trunk_only_early": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _EARLY}),
     "dfs_trunk_only_first": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _FIRST}),
+    "dfs_trunk_only_two": ("dfs", {**_TRUNK_ONLY, "fork.partition_ratio": _TWO}),
     "dsn_augmented": ("dsn", _AUGMENTED),
     "dfs_augmented": ("dfs", _AUGMENTED),
     "dfs_trunk_only_augmented": ("dfs", {**_TRUNK_ONLY, **_AUGMENTED}),
@@ -176,17 +178,22 @@ CANDIDATES = (
     "dsn_batch50_flip",
     "dfs_trunk_only_early_batch50",
     "dfs_trunk_only_early_batch50_flip",
-    # The third, after the headline was complete: still more steps.
+    # The third, after the headline and the first long runs were seen: still more steps; and longer
+    # runs, where surgery at every fork had gained at exits 1 and 2 and lost at the others.
     "dsn_batch25_flip",
     "dfs_trunk_only_early_batch25_flip",
     "dfs_trunk_only_first_batch25_flip",
 )
+LONG_CANDIDATES = ("dsn", "dfs_trunk_only_early", "dfs_trunk_only_two")
 
 
 def search(seeds: int | None = None) -> Suite:
     """Returns the cells that recipes are chosen by: on validation data, from seeds of their own."""
     numbers = range(SEARCH_SEED, SEARCH_SEED + (1 if seeds is None else seeds))
-    cells = grid(["vgg7_w16"], SETS, CANDIDATES, SHORT, numbers)
+    cells = (
+        *grid(["vgg7_w16"], SETS, CANDIDATES, SHORT, numbers),
+        *grid(["vgg7_w16"], SETS, LONG_CANDIDATES, LONG, numbers),
+    )
     return Suite("search", cells, _small_config, _seconds, reported_split="validation")
 
 
