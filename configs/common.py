@@ -106,6 +106,8 @@ def get_config(method: str = "dfs") -> Any:
     config.model.partitioned_backward = placeholder(bool)
     config.model.cpu_kernels = placeholder(bool)
     config.model.width = placeholder(int)  # resnet, vgg, vit
+    # vgg: the convolutions that have an exit, counted from 1, the last one among them; None: all
+    config.model.exits = placeholder(tuple)
     config.model.stem = placeholder(str)  # resnet, msdnet: "cifar" or "imagenet"
     config.model.num_exits = placeholder(int)  # msdnet, as all of the following
     config.model.base = placeholder(int)  # layers of the first block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,3 +217,76 @@ def test_stages_are_arguments():
     assert model.num_exits == 4
     kernels = [params[f"block{i}"]["conv"]["kernel"].shape for i in range(1, 5)]
     assert kernels == [(3, 3, 3, 6), (3, 3, 6, 10), (3, 3, 10, 10), (3, 3, 10, 10)]
+
+
+def test_convolutions_between_exits_are_one_block():
+    params = variable_shapes(create_model("vgg7", num_classes=CLASSES, width=3, exits=(1, 4, 6)))
+    params, stats = params["params"], params["batch_stats"]
+    assert sorted(params) == ["block1", "block2", "block3", "head1", "head2", "head3"]
+    assert sorted(params["block1"]) == ["conv", "norm"]
+    shapes = [
+        params[block][layer]["conv"]["kernel"].shape
+        for block, layers in (("block2", 3), ("block3", 2))
+        for layer in (f"layer{k}" for k in range(1, layers + 1))
+    ]
+    assert shapes == [(3, 3, a, b) for a, b in ((3, 3), (3, 6), (6, 6), (6, 12), (12, 12))]
+    heads = [params[f"head{i}"]["classifier"]["kernel"].shape[0] for i in (1, 2, 3)]
+    assert heads == [3, 6, 12]
+    assert count(stats) == 2 * (3 + 3 + 6 + 6 + 12 + 12)
+
+
+def test_with_fewer_exits_the_others_say_the_same():
+    whole, chosen = (
+        create_model("vgg7", num_classes=CLASSES, width=3, exits=exits) for exits in (None, (2, 6))
+    )
+    images = jax.random.normal(jax.random.key(3), (BATCH, *IMAGE_SHAPE))
+    variables = init_variables(whole, jax.random.key(5), IMAGE_SHAPE)
+    flat = {
+        kind: {
+            "block1": {"layer1": tree["block1"], "layer2": tree["block2"]},
+            "block2": {f"layer{k}": tree[f"block{k + 2}"] for k in range(1, 5)},
+            **({"head1": tree["head2"], "head2": tree["head6"]} if kind == "params" else {}),
+        }
+        for kind, tree in variables.items()
+    }
+    expected = whole.apply(variables, images).logits
+    logits = chosen.apply(flat, images).logits
+    np.testing.assert_allclose(logits[0], expected[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits[1], expected[5], rtol=1e-5, atol=1e-6)
+
+
+def test_every_convolution_in_exits_is_the_plain_network():
+    shapes = (
+        variable_shapes(create_model("vgg7", num_classes=CLASSES, width=3, exits=exits))
+        for exits in (None, (1, 2, 3, 4, 5, 6))
+    )
+    chex.assert_trees_all_equal_shapes(*shapes)
+
+
+def test_a_deeper_exit_trains_none_of_what_a_wide_block_leaves_to_an_early_one():
+    model = create_model("vgg7", num_classes=CLASSES, width=4, exits=(2, 6))
+    variables = init_variables(model, jax.random.key(5), IMAGE_SHAPE)
+    images = jax.random.normal(jax.random.key(3), (BATCH, *IMAGE_SHAPE))
+    fork = FeatureSurgery(partition_ratio=0.5, referencing="trunk_only")
+
+    def last(params):
+        outputs, _ = model.apply(
+            {**variables, "params": params}, images, fork, train=True, mutable=["batch_stats"]
+        )
+        return outputs.logits[-1].sum()
+
+    kernel = jax.grad(last)(variables["params"])["block1"]["layer2"]["conv"]["kernel"]
+    assert jnp.any(kernel[..., :2] != 0)
+    np.testing.assert_array_equal(kernel[..., 2:], 0)
+
+
+@pytest.mark.parametrize("exits", [(), (1, 5), (6, 1), (1, 1, 6), (0, 6), (1, 7), 6, (1.5, 6)])
+def test_exits_that_are_no_convolutions_up_to_the_last_are_refused(exits):
+    with pytest.raises(UserError, match=r"last one, 6, among them, such as \(1, 6\); got"):
+        create_model("vgg7", num_classes=CLASSES, exits=exits)
+
+
+def test_published_weights_need_an_exit_after_every_convolution():
+    model = create_model("vgg7", num_classes=CLASSES, width=3, exits=(1, 6))
+    with pytest.raises(UserError, match=r"exit after every convolution, and exits are \(1, 6\)"):
+        from_torch_state_dict(model, {})

@@ -81,10 +81,12 @@ def render_page(docs: Path, directory: Path) -> list[Path]:
         "budget": lambda: _titled(budget_table, _headline_rows(small)),
         "conflict": lambda: _titled(conflict_table, _headline_rows(small)),
         "epochs": lambda: _epochs(small),
+        "confirmed": lambda: _confirmed(small),
         "beta": lambda: _beta(small),
         "width": lambda: accuracy_table(small.rows("vgg7_w32", *_ON_CIFAR, suites.PAIR)),
         "recipes": lambda: accuracy_table(_with(small, suites.RECIPES)),
         "published_recipe": lambda: _published_recipe(small),
+        "exits": lambda: _exits(small),
         "networks": lambda: _networks(small),
         "search": lambda: _search(search),
         "paper": lambda: _paper(paper),
@@ -106,6 +108,10 @@ def render_page(docs: Path, directory: Path) -> list[Path]:
 
 
 _ON_CIFAR = (suites.SETS[0], suites.SHORT)
+# What is drawn against the length of training.
+_LENGTHENED = (*suites.PAIR, *suites.BEST)
+# As shares of the last exit's operations; the first exit of VGG7 costs 0.07.
+_SMALL_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
 def _check_blocks(path: Path, text: str, blocks: Mapping[str, object]) -> None:
@@ -127,7 +133,7 @@ def _draw(small: Found, docs: Path) -> list[Path]:
         return []
     by_epochs = {
         data: {
-            epochs: small.rows(_NETWORK, data, epochs, (*suites.PAIR, *suites.BEST))
+            epochs: _seed0(small.rows(_NETWORK, data, epochs, _LENGTHENED))
             for epochs in (suites.SHORT, suites.LONG)
         }
         for data in suites.SETS
@@ -168,15 +174,33 @@ def _titled(table: Callable[[Sequence[Row]], str], by_title: Mapping[str, Sequen
 
 def _with(small: Found, methods: Sequence[str]) -> list[Row]:
     """Rows beside the headline's, from the seed that both have."""
-    rows = small.rows(_NETWORK, *_ON_CIFAR, [*suites.PAIR, *methods])
-    return [Row(row.method, {s: r for s, r in row.runs.items() if s == 0}, 1) for row in rows]
+    return _seed0(small.rows(_NETWORK, *_ON_CIFAR, [*suites.PAIR, *methods]))
+
+
+def _seed0(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows with one seed each, so that they compare, without those of no cell."""
+    return [
+        Row(row.method, {s: r for s, r in row.runs.items() if s == 0}, 1)
+        for row in rows
+        if row.asked
+    ]
 
 
 def _epochs(small: Found) -> str:
+    methods = (*suites.PAIR, *suites.CONFIRMED[1:], *suites.BEST)
+    by_title = {
+        f"{data}, {suites.LONG} epochs": _seed0(small.rows(_NETWORK, data, suites.LONG, methods))
+        for data in suites.SETS
+    }
+    return _titled(accuracy_table, by_title)
+
+
+def _confirmed(small: Found) -> str:
     parts = []
     for data in suites.SETS:
-        rows = small.rows(_NETWORK, data, suites.LONG, (*suites.PAIR, *suites.BEST))
-        parts.append(f"**{data}, {suites.LONG} epochs**\n\n{accuracy_table(rows)}")
+        rows = small.rows(_NETWORK, data, suites.LONG, suites.CONFIRMED)
+        tables = (accuracy_table(rows), difference_table(rows), budget_table(rows, _SMALL_BUDGETS))
+        parts += [f"**{data}, {suites.LONG} epochs**", *tables]
     return "\n\n".join(parts)
 
 
@@ -205,6 +229,14 @@ def _published_recipe(small: Found) -> str:
     plain = small.rows(_NETWORK, suites.SETS[0], suites.LONG, suites.PAIR)
     together = small.rows(_NETWORK, suites.SETS[0], suites.LONG, suites.PUBLISHED)
     return accuracy_table([*plain, *together])
+
+
+def _exits(small: Found) -> str:
+    parts = []
+    for network in (_NETWORK, *suites.FEWER_EXITS):
+        rows = _seed0(small.rows(network, *_ON_CIFAR, suites.PAIR))
+        parts += [f"**{network}**", accuracy_table(rows), conflict_table(rows)]
+    return "\n\n".join(parts)
 
 
 def _networks(small: Found) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dfs_jax.interop.entries import Entry, Family, batch_norm, conv, linear
 from dfs_jax.models.vgg import VGG
+from dfs_jax.types import UserError
 
 
 def vgg_entries(model: VGG) -> list[Entry]:
@@ -12,7 +13,15 @@ def vgg_entries(model: VGG) -> list[Entry]:
     Every convolution but the first, and every classifier, is published in two halves, `_p` reading
     the shared channels and `_s` the exit-specific ones, in the plain network and at the last exit
     too. VGG has no published adaptation layers; those it gets here are named as ResNet's are.
+
+    Raises:
+      UserError: not every convolution has an exit.
     """
+    if model.num_exits < sum(model.stage_sizes):
+        raise UserError(
+            f"published VGGs have an exit after every convolution, and exits are {model.exits}: "
+            f"leave exits out"
+        )
     entries = [
         *conv("feature_extractors.0.0", "block1/conv", bias=True),
         *batch_norm("feature_extractors.0.2", "block1/norm"),

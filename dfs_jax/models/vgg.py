@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 from flax import linen as nn
@@ -44,6 +45,31 @@ class ConvBlock(nn.Module):
         return self.execution.max_pool_2x2(x) if self.pool else x
 
 
+class ConvBlocks(nn.Module):
+    """Several `ConvBlock`s, with an exit after the last of them alone.
+
+    Attributes:
+      features: output channels of each.
+      use_bias: whether the first convolution has a bias.
+      pools: after which of them the map is halved.
+      execution: how the layers run.
+    """
+
+    features: tuple[int, ...]
+    use_bias: bool
+    pools: tuple[bool, ...]
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', features[-1]]`."""
+        for k, (features, pool) in enumerate(zip(self.features, self.pools, strict=True)):
+            use_bias = self.use_bias and k == 0
+            block = ConvBlock(features, use_bias, pool, self.execution, name=f"layer{k + 1}")
+            x = block(x, None if k else live, train=train)
+        return x
+
+
 class VGG(ConvolutionalModel):
     """VGG: stages of 3x3 convolutions, each followed by an exit; a stage ends in a max-pool.
 
@@ -53,6 +79,12 @@ class VGG(ConvolutionalModel):
       width: channels of the first stage.
       stage_sizes: convolutions in each stage.
       stage_multipliers: channels of each stage, in multiples of `width`.
+      exits: the convolutions, counted from 1, that have an exit, the last one among them; None for
+        all. Those between two exits are one block.
+
+    Example:
+      >>> VGG(num_classes=10, exits=(1, 6)).num_exits
+      2
 
     Reference: Simonyan and Zisserman, ICLR 2015; exits as in Gong et al., ECCV 2024.
     """
@@ -60,21 +92,30 @@ class VGG(ConvolutionalModel):
     width: int = 64
     stage_sizes: tuple[int, ...] = (2, 2, 2)
     stage_multipliers: tuple[int, ...] = (1, 2, 4)
+    exits: tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_whole("width", self.width)
+        if self.exits is not None:
+            _check_exits(self.exits, sum(self.stage_sizes))
         super().__post_init__()
 
     @property
     def num_exits(self) -> int:
-        return sum(self.stage_sizes)
+        return len(self._ends_of_blocks())
 
     def setup(self):
-        widths = self._block_widths()
-        ends = {sum(self.stage_sizes[: s + 1]) - 1 for s in range(len(self.stage_sizes))}
-        for i, width in enumerate(widths):
-            block = ConvBlock(width, i == 0, i in ends, self.execution)
-            adapted = widths[-1] if self.adapt_features and i < len(widths) - 1 else None
+        widths = self._conv_widths()
+        pools = [k in itertools.accumulate(self.stage_sizes) for k in range(1, len(widths) + 1)]
+        start = 0
+        for i, end in enumerate(self._ends_of_blocks()):
+            block: nn.Module
+            if end == start + 1:
+                block = ConvBlock(widths[start], i == 0, pools[start], self.execution)
+            else:
+                features, halved = tuple(widths[start:end]), tuple(pools[start:end])
+                block = ConvBlocks(features, i == 0, halved, self.execution)
+            adapted = widths[-1] if self.adapt_features and end < len(widths) else None
             head = PooledLinearHead(
                 self.num_classes,
                 use_bias=False,
@@ -83,6 +124,7 @@ class VGG(ConvolutionalModel):
             )
             setattr(self, f"block{i + 1}", block)
             setattr(self, f"head{i + 1}", head)
+            start = end
 
     def block(
         self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
@@ -95,7 +137,10 @@ class VGG(ConvolutionalModel):
         del train  # neither statistics nor dropout here
         return getattr(self, f"head{i + 1}")(x, live)
 
-    def _block_widths(self) -> list[int]:
+    def _ends_of_blocks(self) -> tuple[int, ...]:
+        return self.exits or tuple(range(1, sum(self.stage_sizes) + 1))
+
+    def _conv_widths(self) -> list[int]:
         stages = zip(self.stage_sizes, self.stage_multipliers, strict=True)
         return [multiplier * self.width for size, multiplier in stages for _ in range(size)]
 
@@ -106,6 +151,16 @@ class VGG(ConvolutionalModel):
                 f"images of {shape[1]}x{shape[2]} are too small for {len(self.stage_sizes)} "
                 f"max-pools: each side needs at least {smallest} pixels"
             )
+
+
+def _check_exits(exits: tuple[int, ...], convolutions: int) -> None:
+    known = range(1, convolutions + 1)
+    chosen = isinstance(exits, tuple) and tuple(k for k in known if k in exits)
+    if not chosen or chosen != exits or chosen[-1] != convolutions:
+        raise UserError(
+            f"exits must be a tuple of convolutions in rising order, the last one, {convolutions}, "
+            f"among them, such as (1, {convolutions}); got {exits!r}"
+        )
 
 
 # CIFAR: six convolutions and exits of 1, 1, 2, 2, 4, 4 times `width` channels.
