@@ -36,6 +36,7 @@ from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
 CELLS = grid(["vgg7"], ["tiny"], ["dsn", "dfs"], 1, [0, 1])
+BLOCK = re.compile(r"(<!-- begin (\w+) -->\n)(.*?)<!-- end \2 -->", re.DOTALL)
 SUITE = Suite("tiny", CELLS, lambda cell: tiny_config(), lambda cell: 60.0)
 
 
@@ -372,6 +373,17 @@ def test_the_page_is_rendered_around_its_text(rendered):
     assert set(re.findall(r"\]\((results_\w+\.png)\)", text)) == names - {"results.md"}
     outside = [page._BLOCK.sub(r"\1\3", content) for content in (text, ours)]
     assert outside[0] == outside[1]
+
+
+def test_rows_of_one_table_have_the_same_seeds(rendered):
+    text = (rendered[0] / "results.md").read_text()
+    blocks = {name: content for _, name, content in BLOCK.findall(text)}
+    row = re.compile(r"^\| (?:DSN|DFS)[^|]*\| ([^|]+) \|", re.MULTILINE)
+    for name, seeds in (("confirmed", {"3"}), ("epochs", {"1"}), ("beta", {"0 of 1", "1"})):
+        tables = re.sub(r"(?ms)^\| less DSN's.*?\n\n", "", blocks[name])
+        assert set(row.findall(tables)) <= seeds, name
+    assert "| DFS trunk_only, two | 3 | " in blocks["confirmed"]
+    assert "| DFS trunk_only, two | 1 | " in blocks["epochs"]
 
 
 @pytest.mark.parametrize(
