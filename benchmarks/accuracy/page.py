@@ -249,13 +249,14 @@ def _networks(small: Found) -> str:
 
 def _search(search: Found) -> str:
     tables = {}
-    for epochs, methods in (
-        (suites.SHORT, suites.CANDIDATES),
-        (suites.LONG, suites.LONG_CANDIDATES),
+    for network, epochs, methods in (
+        (_NETWORK, suites.SHORT, suites.CANDIDATES),
+        (_NETWORK, suites.LONG, suites.LONG_CANDIDATES),
+        ("vgg7_w16_2exits", suites.LONG, suites.LONG_OF_TWO_EXITS),
     ):
         for data in suites.SETS:
-            name = data if epochs == suites.SHORT else f"{data}, {epochs} epochs"
-            tables[name] = search.rows(_NETWORK, data, epochs, methods)
+            name = f"{network}, {data}, {epochs} epoch" + "s" * (epochs > 1)
+            tables[name] = search.rows(network, data, epochs, methods)
     return _titled(accuracy_table, tables)
 
 

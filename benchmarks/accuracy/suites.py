@@ -192,6 +192,7 @@ CANDIDATES = (
     "dfs_trunk_only_first_batch25_flip",
 )
 LONG_CANDIDATES = ("dsn", "dfs_trunk_only_early", "dfs_trunk_only_two")
+LONG_OF_TWO_EXITS = ("dsn", "dfs_trunk_only")  # whose gradients agree least
 
 
 def search(seeds: int | None = None) -> Suite:
@@ -200,6 +201,7 @@ def search(seeds: int | None = None) -> Suite:
     cells = (
         *grid(["vgg7_w16"], SETS, CANDIDATES, SHORT, numbers),
         *grid(["vgg7_w16"], SETS, LONG_CANDIDATES, LONG, numbers),
+        *grid(["vgg7_w16_2exits"], SETS, LONG_OF_TWO_EXITS, LONG, numbers),
     )
     return Suite("search", cells, _small_config, _seconds, reported_split="validation")
 
