@@ -382,6 +382,9 @@ def test_rows_of_one_table_have_the_same_seeds(rendered):
     for name, seeds in (("confirmed", {"3"}), ("epochs", {"1"}), ("beta", {"0 of 1", "1"})):
         tables = re.sub(r"(?ms)^\| less DSN's.*?\n\n", "", blocks[name])
         assert set(row.findall(tables)) <= seeds, name
+    betas = re.findall(r"^\| (DFS trunk_only(?:, beta \S+)?) \|", blocks["beta"], re.MULTILINE)
+    swept = ["", *(f", beta {beta}" for beta in (0.1, 0.3, 0.7, 0.9))]
+    assert sorted(betas) == [f"DFS trunk_only{beta}" for beta in swept]
     assert "| DFS trunk_only, two | 3 | " in blocks["confirmed"]
     assert "| DFS trunk_only, two | 1 | " in blocks["epochs"]
 

@@ -178,20 +178,19 @@ def _with(small: Found, methods: Sequence[str]) -> list[Row]:
 
 
 def _seed0(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows with one seed each, so that they compare, without those of no cell."""
+    """Returns the rows with one seed each, so that they compare."""
     return [
-        Row(row.method, {s: r for s, r in row.runs.items() if s == 0}, 1)
+        Row(row.method, {s: r for s, r in row.runs.items() if s == 0}, min(row.asked, 1))
         for row in rows
-        if row.asked
     ]
 
 
 def _epochs(small: Found) -> str:
     methods = (*suites.PAIR, *suites.CONFIRMED[1:], *suites.BEST)
-    by_title = {
-        f"{data}, {suites.LONG} epochs": _seed0(small.rows(_NETWORK, data, suites.LONG, methods))
-        for data in suites.SETS
-    }
+    by_title = {}
+    for data in suites.SETS:
+        rows = _seed0(small.rows(_NETWORK, data, suites.LONG, methods))
+        by_title[f"{data}, {suites.LONG} epochs"] = [row for row in rows if row.asked]
     return _titled(accuracy_table, by_title)
 
 
@@ -209,12 +208,8 @@ def _beta_rows(small: Found) -> dict[str, dict[float, Row]]:
     for name in ("dfs", "dfs_trunk_only"):
         methods = [name if beta == 0.5 else f"{name}_beta{beta}" for beta in suites.BETAS]
         rows = {b: _with(small, [m])[-1] for b, m in zip(suites.BETAS, methods, strict=True)}
-        found[title(name)] = {beta: row for beta, row in rows.items() if _is_asked(small, row)}
+        found[title(name)] = {beta: row for beta, row in rows.items() if row.asked}
     return found
-
-
-def _is_asked(small: Found, row: Row) -> bool:
-    return any(cell.method == row.method for cell in small.suite.cells)
 
 
 def _beta(small: Found) -> str:
@@ -257,7 +252,8 @@ def _search(search: Found) -> str:
         for data in suites.SETS:
             name = f"{network}, {data}, {epochs} epoch" + "s" * (epochs > 1)
             tables[name] = search.rows(network, data, epochs, methods)
-    return _titled(accuracy_table, tables)
+    asked = {name: rows for name, rows in tables.items() if any(row.asked for row in rows)}
+    return _titled(accuracy_table, asked)
 
 
 def _paper(paper: Found) -> str:
