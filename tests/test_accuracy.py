@@ -379,7 +379,12 @@ def test_rows_of_one_table_have_the_same_seeds(rendered):
     text = (rendered[0] / "results.md").read_text()
     blocks = {name: content for _, name, content in BLOCK.findall(text)}
     row = re.compile(r"^\| (?:DSN|DFS)[^|]*\| ([^|]+) \|", re.MULTILINE)
-    for name, seeds in (("confirmed", {"3"}), ("epochs", {"1"}), ("beta", {"0 of 1", "1"})):
+    for name, seeds in (
+        ("confirmed", {"3"}),
+        ("epochs", {"1"}),
+        ("published_recipe", {"1"}),
+        ("beta", {"0 of 1", "1"}),
+    ):
         tables = re.sub(r"(?ms)^\| less DSN's.*?\n\n", "", blocks[name])
         assert set(row.findall(tables)) <= seeds, name
     betas = re.findall(r"^\| (DFS trunk_only(?:, beta \S+)?) \|", blocks["beta"], re.MULTILINE)
