@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import statistics
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from scipy import stats
 
-from benchmarks.accuracy import page, runner, suites, times
+from benchmarks.accuracy import runner, suites, times
 from benchmarks.accuracy.__main__ import REPOSITORY, listing, share_cores
 from benchmarks.accuracy.cells import Suite, cell_config, choose, config_hash, grid
 from benchmarks.accuracy.published import PUBLISHED
@@ -33,33 +30,10 @@ from benchmarks.accuracy.suites import METHODS, create_suite
 from benchmarks.accuracy.tables import accuracy_table, conflict_table, difference_table
 from dfs_jax.training.config import check_config
 from dfs_jax.types import UserError
-from tests.helpers import tiny_config
+from tests.helpers import made_up_record, tiny_config
 
 CELLS = grid(["vgg7"], ["tiny"], ["dsn", "dfs"], 1, [0, 1])
-BLOCK = re.compile(r"(<!-- begin (\w+) -->\n)(.*?)<!-- end \2 -->", re.DOTALL)
 SUITE = Suite("tiny", CELLS, lambda cell: tiny_config(), lambda cell: 60.0)
-
-
-def made_up(cell, exits=6):
-    """A record as a run would leave it, from random numbers of the cell's own."""
-    draw = np.random.default_rng(sum(map(ord, cell.name)))
-    macs = [10**6 * (i + 1) for i in range(exits)]
-    places = {"trunk": 0.2, "block1": 0.3}
-    return {
-        "exits": [round(float(draw.uniform(0.3, 0.4) + 0.05 * i), 5) for i in range(exits)],
-        "ensemble": 0.7,
-        "budget": [[m, 0.1 + m / 1e7] for m in macs[::-1]],
-        "macs": macs,
-        "training_macs": 3 * macs[-1],
-        "step_ms": 100.0,
-        "batch_size": 100,
-        "conflict": [
-            {"step": step, "pairs": places, "cosines": [0.5, None, 0.1]} for step in (9, 18)
-        ],
-        "seconds": 90.0,
-        "versions": {"jax": "1", "dfs_jax": "2"},
-        "hardware": {"devices": 1, "kind": "cpu", "processor": "a chip", "cores": 1},
-    }
 
 
 @pytest.fixture
@@ -75,7 +49,7 @@ def filled(monkeypatch):
 
     def stub(config, run, datasets, *, split):
         asked.append((config.seed, split))
-        answer = answers.get(config.seed, made_up(CELLS[0]))
+        answer = answers.get(config.seed, made_up_record(CELLS[0]))
         if isinstance(answer, Exception):
             raise answer
         run.mkdir(parents=True, exist_ok=True)
@@ -205,7 +179,7 @@ def test_methods_are_timed_in_turn_and_all_their_seeds_get_it(
 
 def test_time_is_of_an_image(results):
     for cell in CELLS[:2]:
-        made = {**made_up(cell), "batch_size": 50 if cell.method == "dfs" else 100}
+        made = {**made_up_record(cell), "batch_size": 50 if cell.method == "dfs" else 100}
         results.record(cell, config_hash(cell_config(SUITE, cell)), FINISHED, made)
     table = accuracy_table(select(SUITE, results.read(), "vgg7", "tiny", 1, ["dsn", "dfs"]))
     assert table.splitlines()[-1].endswith(" | 1.00 | 2.00 |")
@@ -309,7 +283,7 @@ def test_one_seed_has_no_interval_and_none_no_difference():
 
 
 def test_accuracy_at_a_share_of_the_operations():
-    record = made_up(CELLS[0])
+    record = made_up_record(CELLS[0])
     assert budget_accuracy(0.5)(record) == pytest.approx(0.1 + 3e6 / 1e7)
     assert budget_accuracy(0.25)(record) == pytest.approx(0.1 + 1.5e6 / 1e7)
 
@@ -333,7 +307,7 @@ def test_cells_that_were_not_run_stand_in_the_tables(results):
     for cell in CELLS:
         if cell.method == "dsn" and cell.seed == 0:
             known_as = config_hash(cell_config(SUITE, cell))
-            results.record(cell, known_as, FINISHED, made_up(cell))
+            results.record(cell, known_as, FINISHED, made_up_record(cell))
     rows = select(SUITE, results.read(), "vgg7", "tiny", 1, ["dsn", "dfs"])
     dsn, dfs = accuracy_table(rows).splitlines()[2:]
     assert dsn.startswith("| DSN | 1 of 2 | ")
@@ -341,69 +315,6 @@ def test_cells_that_were_not_run_stand_in_the_tables(results):
     assert dfs.startswith("| DFS symmetric | 0 of 2 | not run yet |")
     assert len({line.count("|") for line in accuracy_table(rows).splitlines()}) == 1
     assert difference_table(rows).splitlines()[-1].replace(" ", "") == "|DFSsymmetric|||||||||"
-
-
-@pytest.fixture(scope="module")
-def rendered(tmp_path_factory):
-    """The page from made-up results of the whole suite but one cell."""
-    docs, directory = (tmp_path_factory.mktemp(name) for name in ("docs", "results"))
-    shutil.copy(REPOSITORY / "docs" / "results.md", docs)
-    suite = create_suite("small")
-    cells = {
-        cell.name: {
-            "status": FINISHED,
-            "config_hash": config_hash(cell_config(suite, cell)),
-            "at": 0.0,
-            **made_up(cell),
-        }
-        for cell in suite.cells[1:]
-    }
-    (directory / "small.json").write_text(json.dumps({"cells": cells}))
-    return docs, page.render_page(docs, directory)
-
-
-def test_the_page_is_rendered_around_its_text(rendered):
-    docs, written = rendered
-    names = {path.name for path in written}
-    assert names == {"results.md", *(f"results_{name}.png" for name in page._PICTURES)}
-    text, ours = (docs / "results.md").read_text(), (REPOSITORY / "docs" / "results.md").read_text()
-    total = len(create_suite("small").cells)
-    assert f"`small`: {total - 1} of {total} cells" in text
-    assert "| DSN | 2 of 3 | " in text
-    assert set(re.findall(r"\]\((results_\w+\.png)\)", text)) == names - {"results.md"}
-    outside = [page._BLOCK.sub(r"\1\3", content) for content in (text, ours)]
-    assert outside[0] == outside[1]
-
-
-def test_rows_of_one_table_have_the_same_seeds(rendered):
-    text = (rendered[0] / "results.md").read_text()
-    blocks = {name: content for _, name, content in BLOCK.findall(text)}
-    row = re.compile(r"^\| (?:DSN|DFS)[^|]*\| ([^|]+) \|", re.MULTILINE)
-    for name, seeds in (
-        ("confirmed", {"3"}),
-        ("epochs", {"1"}),
-        ("published_recipe", {"1"}),
-        ("beta", {"0 of 1", "1"}),
-    ):
-        tables = re.sub(r"(?ms)^\| less DSN's.*?\n\n", "", blocks[name])
-        assert set(row.findall(tables)) <= seeds, name
-    betas = re.findall(r"^\| (DFS trunk_only(?:, beta \S+)?) \|", blocks["beta"], re.MULTILINE)
-    swept = ["", *(f", beta {beta}" for beta in (0.1, 0.3, 0.7, 0.9))]
-    assert sorted(betas) == [f"DFS trunk_only{beta}" for beta in swept]
-    assert "| DFS trunk_only, two | 3 | " in blocks["confirmed"]
-    assert "| DFS trunk_only, two | 1 | " in blocks["epochs"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "named"),
-    [("begin beta", "begin gamma", "beta"), ("end width", "end widths", "width")],
-)
-def test_a_page_with_other_blocks_is_refused(rendered, tmp_path, old, new, named):
-    shutil.copy(rendered[0] / "results.md", tmp_path)
-    path = tmp_path / "results.md"
-    path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(UserError, match=rf"missing, unknown or twice: .*{named}"):
-        page.render_page(tmp_path, tmp_path)
 
 
 def test_the_program_lists_and_answers_mistakes_in_a_sentence():

@@ -186,7 +186,7 @@ def _seed0(rows: Sequence[Row]) -> list[Row]:
 
 
 def _epochs(small: Found) -> str:
-    methods = (*suites.PAIR, *suites.CONFIRMED[1:], *suites.BEST)
+    methods = (*_LENGTHENED, *suites.CONFIRMED[1:])
     by_title = {}
     for data in suites.SETS:
         rows = _seed0(small.rows(_NETWORK, data, suites.LONG, methods))
@@ -247,7 +247,7 @@ def _search(search: Found) -> str:
     for network, epochs, methods in (
         (_NETWORK, suites.SHORT, suites.CANDIDATES),
         (_NETWORK, suites.LONG, suites.LONG_CANDIDATES),
-        ("vgg7_w16_2exits", suites.LONG, suites.LONG_OF_TWO_EXITS),
+        (suites.TWO_EXITS, suites.LONG, suites.LONG_OF_TWO_EXITS),
     ):
         for data in suites.SETS:
             name = f"{network}, {data}, {epochs} epoch" + "s" * (epochs > 1)

@@ -1,4 +1,4 @@
-"""VGG with an exit after every convolution."""
+"""VGG with exits after all or some of its convolutions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ConvBlocks(nn.Module):
 
 
 class VGG(ConvolutionalModel):
-    """VGG: stages of 3x3 convolutions, each followed by an exit; a stage ends in a max-pool.
+    """VGG: stages of 3x3 convolutions, all or some with an exit; a stage ends in a max-pool.
 
     Only the first convolution has a bias; heads pool globally and have none.
 
