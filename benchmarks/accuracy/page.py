@@ -85,6 +85,7 @@ def render_page(docs: Path, directory: Path) -> list[Path]:
         "beta": lambda: _beta(small),
         "width": lambda: accuracy_table(small.rows("vgg7_w32", *_ON_CIFAR, suites.PAIR)),
         "recipes": lambda: accuracy_table(_with(small, suites.RECIPES)),
+        "byot": lambda: _byot(small),
         "published_recipe": lambda: _published_recipe(small),
         "exits": lambda: _exits(small),
         "networks": lambda: _networks(small),
@@ -220,10 +221,20 @@ def _beta(small: Found) -> str:
     return accuracy_table([reference, *swept, *per_exit])
 
 
+def _byot(small: Found) -> str:
+    parts = []
+    for data in suites.SETS:
+        dsn, *rows = small.rows(_NETWORK, data, suites.SHORT, ("dsn", *suites.WITH_BYOT))
+        tables = (accuracy_table([dsn, *rows]), difference_table(rows, rows[0]))
+        parts += [f"**{data}**", *tables, conflict_table([dsn, *rows])]
+    return "\n\n".join(parts)
+
+
 def _published_recipe(small: Found) -> str:
-    plain = small.rows(_NETWORK, suites.SETS[0], suites.LONG, suites.PAIR)
-    together = small.rows(_NETWORK, suites.SETS[0], suites.LONG, suites.PUBLISHED)
-    return accuracy_table(_seed0([*plain, *together]))
+    methods = ("dsn", *suites.PUBLISHED)
+    dsn, *rows = small.rows(_NETWORK, suites.SETS[0], suites.LONG, methods)
+    tables = (accuracy_table([dsn, *rows]), difference_table(rows, rows[0]))
+    return "\n\n".join([*tables, conflict_table([dsn, *rows])])
 
 
 def _exits(small: Found) -> str:

@@ -108,6 +108,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, betas in (("early", _EARLY), ("first", _FIRST))
     },
+    "dfs_byot": ("dfs+byot", {}),
     # The published recipe of ResNet18: surgery, BYOT's losses and strong augmentation together.
     "byot_augmented": ("byot", _AUGMENTED),
     "dfs_byot_augmented": ("dfs+byot", _AUGMENTED),
@@ -149,7 +150,8 @@ def small(seeds: int | None = None) -> Suite:
         *grid(longer, SETS[:1], PER_EXIT, SHORT, [0]),
         *grid(longer, SETS[:1], RECIPES, SHORT, [0]),
         *grid(longer, SETS[1:], ("dfs", "dfs_trunk_only"), LONG, [0]),
-        *grid(longer, SETS[:1], PUBLISHED, LONG, [0]),
+        *grid(longer, SETS, WITH_BYOT[1:], SHORT, paired),
+        *grid(longer, SETS[:1], PUBLISHED, LONG, paired),
     )
     return Suite("small", cells, _small_config, _seconds)
 
@@ -174,6 +176,7 @@ OTHER_NETWORKS = {
     "resnet18_w16": ("dsn", "byot", "dfs"),
     "msdnet_g4": ("dsn", "byot", "dfs_trunk_only"),
 }
+WITH_BYOT = ("byot", "dfs_byot")
 PUBLISHED = ("byot_augmented", "dfs_byot_augmented")
 CANDIDATES = (
     "dsn",

@@ -85,18 +85,22 @@ def accuracy_table(rows: Sequence[Row], reference: Row | None = None) -> str:
     return markdown(["method", "seeds", *header], lines)
 
 
-def difference_table(rows: Sequence[Row]) -> str:
-    """Returns points above DSN with 95 % intervals over paired seeds, exit by exit.
+def difference_table(rows: Sequence[Row], reference: Row | None = None) -> str:
+    """Returns points above a reference with 95 % intervals over paired seeds, exit by exit.
 
     Bold: the interval leaves 0 out.
+
+    Args:
+      rows: of one network.
+      reference: one of them; the row of DSN where it is not given.
     """
-    reference, exits = _reference(rows), num_exits(rows)
+    reference, exits = reference or _reference(rows), num_exits(rows)
     lines = [
         [title(row.method), *(_points(difference(row, reference, v)) for v in _columns(exits))]
         for row in rows
         if row != reference
     ]
-    return markdown(["less DSN's", *_exit_titles(exits), "mean", "ensemble"], lines)
+    return markdown([f"less {title(reference.method)}'s", *_exit_titles(exits), "mean", "ensemble"], lines)
 
 
 def budget_table(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> str:
