@@ -274,6 +274,18 @@ def test_differences_are_paired_by_seed():
     assert found.is_clear == (test.pvalue < 0.05)
 
 
+def test_differences_from_another_row_than_deep_supervision():
+    shown = [("byot", {0: 0.5, 1: 0.7}), ("dfs_byot", {0: 0.52, 1: 0.72})]
+    rows = [
+        Row(m, {s: {"exits": [v], "ensemble": 0.9} for s, v in runs.items()}, 2)
+        for m, runs in shown
+    ]
+    head, _, line = difference_table(rows, rows[0]).splitlines()
+    assert head == "| less BYOT's | exit 1 | mean | ensemble |"
+    points = "**+2.00 ± 0.00**"
+    assert line == f"| DFS symmetric, byot | {points} | {points} | +0.00 ± 0.00 |"
+
+
 def test_one_seed_has_no_interval_and_none_no_difference():
     dsn, dfs, none = rows_of({"dsn": {0: 0.5, 1: 0.7}, "dfs": {0: 0.6}, "ge": {}})
     found = difference(dfs, dsn, exit_accuracy(0))

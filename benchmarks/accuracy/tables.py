@@ -100,7 +100,8 @@ def difference_table(rows: Sequence[Row], reference: Row | None = None) -> str:
         for row in rows
         if row != reference
     ]
-    return markdown([f"less {title(reference.method)}'s", *_exit_titles(exits), "mean", "ensemble"], lines)
+    header = [f"less {title(reference.method)}'s", *_exit_titles(exits), "mean", "ensemble"]
+    return markdown(header, lines)
 
 
 def budget_table(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> str:
