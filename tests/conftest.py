@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from pathlib import Path
 
-import jaxlib
+from tests.xla_flags import quick_to_compile
 
-
-def _xla_knows(flag: str) -> bool:
-    """Whether this jaxlib has a flag; one that it does not know ends the process."""
-    for library in Path(jaxlib.__file__).parent.glob("libjax_common.*"):
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
-            return text.find(flag.encode()) >= 0
-    return False
-
-
-# Compilation dominates the suite: cheap code is enough here, and what compiled once stays on disk.
-# Fused loops by the older emitter compile in half the time. Set before jax starts its backend.
-_FLAGS = ["--xla_backend_optimization_level=0"]
-if _xla_knows("xla_cpu_use_fusion_emitters"):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+# Compilation dominates the suite: what compiled once stays on disk. Set before its backend starts.
+os.environ.setdefault("XLA_FLAGS", quick_to_compile())
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
