@@ -173,7 +173,7 @@ class Growing(Transposed):
     [
         ({"combiner.name": "mgda"}, "unknown combiner 'mgda'"),
         ({"combiner.radius": 0.4}, "combiner 'weighted_sum' has no option 'radius'"),
-        ({"combiner.weights": (1.0, 2.0)}, r"6 exits take 6 weights in the sum, got \(1.0, 2.0\)"),
+        ({"combiner.weights": (1.0, 2.0)}, r"3 exits take 3 weights in the sum, got \(1.0, 2.0\)"),
         ({"combiner.exits": "scan"}, "combiner.exits='scan' has no effect with a plain sum"),
         (
             {"combiner.name": "pcgrad", "combiner.exits": "all"},
@@ -191,7 +191,7 @@ class Growing(Transposed):
             {"combiner.name": "pcgrad", "model.name": "tests.test_combined_training:WithStem"},
             "parameters lie under block1.. and head1.., this one also has stem",
         ),
-        ({"loss.exit_weights": (1, 2)}, r"6 exits take 6 exit_weights, got \(1, 2\)"),
+        ({"loss.exit_weights": (1, 2)}, r"3 exits take 3 exit_weights, got \(1, 2\)"),
         ({"loss.exit_weights": "cubic"}, "exit_weights must be constant or linear"),
     ],
 )

@@ -129,8 +129,14 @@ def test_staged_run_equals_the_whole(network, whole):
     fork = create_fork("dfs", partition_ratio=BETA, referencing="none")
     outputs = staged(network, fork)
     for i, output in enumerate(outputs):
-        np.testing.assert_allclose(output.logits, whole.logits[i], atol=1e-5)
-        np.testing.assert_allclose(output.feature, whole.features[i], atol=1e-5)
+        assert_equal_but_for_rounding(output.logits, whole.logits[i])
+        assert_equal_but_for_rounding(output.feature, whole.features[i])
+
+
+def assert_equal_but_for_rounding(found, expected):
+    """Programs may sum in another order; a sum that cancels errs by what its terms do."""
+    largest = float(np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * largest)
 
 
 def test_outputs_have_an_exit_axis_first(network, whole):
@@ -144,7 +150,7 @@ def test_without_a_fork_the_network_is_plain(network, whole):
     plain = run(network.variables, network.images)
     seen = jax.jit(lambda v, x: network.model.apply(v, x, create_fork("dfs")))
     referenced = seen(network.variables, network.images)
-    np.testing.assert_allclose(plain.logits, referenced.logits, atol=1e-5)  # same forward pass
+    assert_equal_but_for_rounding(plain.logits, referenced.logits)  # same forward pass
     assert not np.allclose(plain.logits, whole.logits)  # without referencing it is another
 
 

@@ -16,7 +16,7 @@ from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.types import UserError
-from tests.helpers import tiny_config
+from tests.helpers import SmallVGG, tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RATIO = 0.3
@@ -28,7 +28,7 @@ def report():
 
 
 def test_numbers_are_those_of_the_configs_network(report):
-    model = create_model("vgg7", num_classes=100, width=2)
+    model = SmallVGG(num_classes=100, width=2)
     assert list(report) == ["exits", "training_step"]
     assert report["exits"] == [cost._asdict() for cost in exit_costs(model, (32, 32, 3))]
     assert list(report["exits"][0]) == [
@@ -49,7 +49,7 @@ def test_numbers_are_those_of_the_configs_network(report):
     for how in counts:
         ratio = step["plain"][how]["total"] / step["forked"][how]["total"]
         assert step["speedup"][how] == ratio
-    assert step["speedup"]["theory"] > 1.2
+    assert step["speedup"]["theory"] > 1.1
 
 
 def test_table(report):
@@ -68,7 +68,7 @@ def test_table(report):
 
 def test_other_data_sets_are_read_for_their_size_and_the_loss_gets_its_layers():
     report = cost_report(tiny_config(**{"loss.name": "byot"}))
-    model = create_model("vgg7", num_classes=3, width=2)
+    model = SmallVGG(num_classes=3, width=2)
     assert report["exits"][-1]["macs"] == exit_costs(model, (8, 8, 3))[-1].macs
     forward = report["training_step"]["plain"]["theory"]["forward"]
     assert forward > report["exits"][-1]["macs"]  # adaptation layers
@@ -89,8 +89,8 @@ def test_known_shapes():
     [
         ({"model.name": "vgg8"}, "unknown model 'vgg8'"),
         ({"data.name": "cifar10", "data.image_size": 4}, "4x4 are too small for 3 max-pools"),
-        ({"fork.partition_ratio": (0.5, 0.2)}, "6 exits take 1 or 5 partition ratios"),
-        ({"loss.exit_weights": (1.0, 2.0)}, "6 exits take 6 exit_weights"),
+        ({"fork.partition_ratio": (0.5, 0.2, 0.3)}, "3 exits take 1 or 2 partition ratios"),
+        ({"loss.exit_weights": (1.0, 2.0)}, "3 exits take 3 exit_weights"),
         ({"fork.name": "plain", "fork.referencing": "none"}, "has no option 'referencing'"),
     ],
 )

@@ -168,7 +168,13 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", MODEL_ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("resnet101", "resnet152")))
+        for name in MODEL_ROWS
+    ],
+)
 def test_parameters_of_every_model_at_every_exit(name):
     assert tuple(cost.params for cost in costs_of(name)) == MODEL_ROWS[name].params
 

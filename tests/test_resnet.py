@@ -80,7 +80,10 @@ def params_by_hand(family, width, classes):
     return counts
 
 
-@pytest.mark.parametrize("name", MODEL_ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "resnet101")) for name in MODEL_ROWS],
+)
 @pytest.mark.parametrize(("width", "classes"), [(64, 100), (3, 7)])
 def test_parameters_of_each_exit_by_hand(name, width, classes):
     model = create_model(name, num_classes=classes, width=width)

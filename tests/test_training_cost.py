@@ -89,7 +89,7 @@ def test_rows_of_every_method_and_batch_size(compiled, capsys):
         assert experiment.config.data.augmentation == "crop"
         assert experiment.dataset.image_shape == (8, 8, 3)
     out = capsys.readouterr().out
-    assert "vgg7 on 8x8 noise, batch 5" in out
+    assert "tests.helpers:SmallVGG on 8x8 noise, batch 5" in out
     assert "augmentation: crop.\n" in out
 
 
@@ -100,7 +100,7 @@ def test_operations_are_those_of_each_row(compiled):
     macs = {(row["method"], row["framework"]): row["macs"] for row in rows}
     theory = {(row["method"], row["framework"]): row["macs_theory"] for row in rows}
     assert macs["dfs", "jax"] == pytest.approx(theory["dfs", "jax"], rel=0.01)
-    assert macs["dfs_naive", "jax"] == macs["dfs", "fake"] > 1.1 * theory["dfs", "fake"]
+    assert macs["dfs_naive", "jax"] == macs["dfs", "fake"] > 1.05 * theory["dfs", "fake"]
     assert macs["dsn", "jax"] == macs["dsn", "fake"] == theory["dsn", "jax"]
     assert macs["dfs", "jax"] < macs["dsn", "jax"]
 
@@ -126,7 +126,7 @@ def test_combiners_have_rows_of_ours_alone(compiled, capsys):
     assert [row["partition_ratio"] for row in ours] == [None] * 4 + [0.4, None, 0.4]
     printed = capsys.readouterr().out
     assert "pcgrad_scan" in printed
-    assert re.search(r"meta_gf: \d\.\d\d steps of dsn a step; published: 7 passes", printed)
+    assert re.search(r"meta_gf: \d\.\d\d steps of dsn a step; published: 4 passes", printed)
     assert re.search(r"dfs_wpn: \d\.\d\d steps of dsn a step; published: 3 passes", printed)
 
 
