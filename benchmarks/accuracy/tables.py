@@ -219,7 +219,8 @@ def _image_ms(record: dict) -> float | None:
 def _ratio(row: Row, reference: Row, cost: Callable[[dict], float | None]) -> str:
     """Returns a cost over the reference's, of the seeds that both have."""
     common = row.runs.keys() & reference.runs
-    ours, theirs = ([cost(r.runs[seed]) for seed in common] for r in (row, reference))
-    if not common or None in (*ours, *theirs):
+    costs = [cost(r.runs[seed]) for r in (row, reference) for seed in common]
+    known = [value for value in costs if value is not None]
+    if not known or len(known) < len(costs):
         return ""
-    return f"{sum(ours) / sum(theirs):.2f}"
+    return f"{sum(known[: len(common)]) / sum(known[len(common) :]):.2f}"
