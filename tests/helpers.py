@@ -20,7 +20,7 @@ from dfs_jax.types import HeadOutput
 
 TINY_CLASSES = 3
 # Three convolutions and exits compile in half of the time that VGG7's six take.
-SmallVGG = functools.partial(VGG, stage_sizes=(1, 1, 1), stage_multipliers=(1, 2, 4))
+ThreeStageVGG = functools.partial(VGG, stage_sizes=(1, 1, 1), stage_multipliers=(1, 2, 4))
 
 
 def tiny_images() -> RawDataset:
@@ -36,7 +36,7 @@ def tiny_config(**changes: object) -> ConfigDict:
         config.data.augmentation = "crop"
         config.data.crop_padding = 1
         config.data.validation_examples = 11
-        config.model.name = "tests.helpers:SmallVGG"
+        config.model.name = "tests.helpers:ThreeStageVGG"
         config.model.width = 2
         config.batch_size = 5
         config.eval_batch_size = 7

@@ -170,7 +170,7 @@ def test_methods_are_timed_in_turn_and_all_their_seeds_get_it(
     assert times.time_cells(SUITE, CELLS, results) == 0
     run(results, tmp_path, SUITE._replace(cells=CELLS[:3]))  # dfs of seed 1 is not there
     assert times.time_cells(SUITE, CELLS, results, rounds=3) == 3
-    assert (asked, rounds_of) == ([("tests.helpers:SmallVGG", 0)] * 2, [3])
+    assert (asked, rounds_of) == ([("tests.helpers:ThreeStageVGG", 0)] * 2, [3])
     found = {name: record["step_ms"] for name, record in results.read().items()}
     assert [found[cell.name] for cell in CELLS[:3]] == [2.0, 4.0, 2.0]
     table = accuracy_table(select(SUITE, results.read(), "vgg7", "tiny", 1, ["dsn", "dfs"]))

@@ -16,7 +16,7 @@ from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.types import UserError
-from tests.helpers import SmallVGG, tiny_config
+from tests.helpers import ThreeStageVGG, tiny_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RATIO = 0.3
@@ -28,7 +28,7 @@ def report():
 
 
 def test_numbers_are_those_of_the_configs_network(report):
-    model = SmallVGG(num_classes=100, width=2)
+    model = ThreeStageVGG(num_classes=100, width=2)
     assert list(report) == ["exits", "training_step"]
     assert report["exits"] == [cost._asdict() for cost in exit_costs(model, (32, 32, 3))]
     assert list(report["exits"][0]) == [
@@ -68,7 +68,7 @@ def test_table(report):
 
 def test_other_data_sets_are_read_for_their_size_and_the_loss_gets_its_layers():
     report = cost_report(tiny_config(**{"loss.name": "byot"}))
-    model = SmallVGG(num_classes=3, width=2)
+    model = ThreeStageVGG(num_classes=3, width=2)
     assert report["exits"][-1]["macs"] == exit_costs(model, (8, 8, 3))[-1].macs
     forward = report["training_step"]["plain"]["theory"]["forward"]
     assert forward > report["exits"][-1]["macs"]  # adaptation layers

@@ -89,7 +89,7 @@ def test_rows_of_every_method_and_batch_size(compiled, capsys):
         assert experiment.config.data.augmentation == "crop"
         assert experiment.dataset.image_shape == (8, 8, 3)
     out = capsys.readouterr().out
-    assert "tests.helpers:SmallVGG on 8x8 noise, batch 5" in out
+    assert "tests.helpers:ThreeStageVGG on 8x8 noise, batch 5" in out
     assert "augmentation: crop.\n" in out
 
 

@@ -222,19 +222,24 @@ def _beta(small: Found) -> str:
 
 
 def _byot(small: Found) -> str:
-    parts = []
-    for data in suites.SETS:
-        dsn, *rows = small.rows(_NETWORK, data, suites.SHORT, ("dsn", *suites.WITH_BYOT))
-        tables = (accuracy_table([dsn, *rows]), difference_table(rows, rows[0]))
-        parts += [f"**{data}**", *tables, conflict_table([dsn, *rows])]
-    return "\n\n".join(parts)
+    return _titled(
+        _beside_dsn,
+        {
+            data: small.rows(_NETWORK, data, suites.SHORT, ("dsn", *suites.WITH_BYOT))
+            for data in suites.SETS
+        },
+    )
 
 
 def _published_recipe(small: Found) -> str:
     methods = ("dsn", *suites.PUBLISHED)
-    dsn, *rows = small.rows(_NETWORK, suites.SETS[0], suites.LONG, methods)
-    tables = (accuracy_table([dsn, *rows]), difference_table(rows, rows[0]))
-    return "\n\n".join([*tables, conflict_table([dsn, *rows])])
+    return _beside_dsn(small.rows(_NETWORK, suites.SETS[0], suites.LONG, methods))
+
+
+def _beside_dsn(rows: Sequence[Row]) -> str:
+    """Returns tables of DSN and others, and how the others differ from the first of them."""
+    tables = (accuracy_table(rows), difference_table(rows[1:], rows[1]), conflict_table(rows))
+    return "\n\n".join(tables)
 
 
 def _exits(small: Found) -> str:
