@@ -10,20 +10,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-# What each method changes of deep supervision.
-METHODS = {
-    "dfs": {"fork": "dfs"},
-    "dsn": {},
-    "byot": {"loss": "byot"},
-    "distillation": {"loss": "distillation"},
-    "ge": {"fork": "gradient_equilibrium"},
-    "pcgrad": {"combiner": "pcgrad"},
-    "cagrad": {"combiner": "cagrad"},
-    "nash_mtl": {"combiner": "nash_mtl"},
-    "upgrad": {"combiner": "upgrad"},
-    "meta_gf": {"meta": "meta_gf"},
-    "wpn": {"meta": "wpn"},
-}
+from dfs_jax.training.methods import method_parts
 
 
 def set_method(
@@ -33,7 +20,7 @@ def set_method(
     referencing: str | None = None,
     dfs_loss: str = "deep_supervision",
 ) -> Any:
-    """Sets the fork, loss, combiner and meta method: what stands after the file's colon.
+    """Sets the fork, the loss and the gradient rule by the method after the config file's colon.
 
         dfs            fork dfs, `referencing` as the published code of this network has it, and
                        `dfs_loss`
@@ -45,31 +32,19 @@ def set_method(
         meta_gf        deep supervision, gradients fused by weights that look one step ahead
         wpn            deep supervision, examples weighed by a network that looks one step ahead
 
-    A plus joins methods that change different parts: `dfs+pcgrad`, `ge+distillation+cagrad`. Those
-    that look ahead merge gradients themselves: `dfs+wpn`, but no combiner.
+    A plus joins methods that change different parts: `dfs+pcgrad`, `ge+distillation+cagrad`.
     """
-    chosen: dict[str, str] = {}
-    for name in method.split("+"):
-        if name not in METHODS:
-            known = ", ".join(METHODS)
-            raise KeyError(f"unknown method {name!r} after the colon: one of {known}")
-        for part, component in METHODS[name].items():
-            if part in chosen:
-                raise KeyError(
-                    f"{method!r} asks for two {part}s, {chosen[part]} and {component}: name one"
-                )
-            chosen[part] = component
-    config.fork.name = chosen.get("fork", "plain")
-    is_dfs = config.fork.name == "dfs"
+    parts = method_parts(method)
+    is_dfs = parts.fork == "dfs"
+    config.fork.name = parts.fork
     config.fork.referencing = referencing if is_dfs else None
-    config.loss.name = chosen.get("loss", dfs_loss if is_dfs else "deep_supervision")
-    config.combiner.name = chosen.get("combiner", "weighted_sum")
-    config.meta.name = chosen.get("meta")
+    config.loss.name = parts.loss or (dfs_loss if is_dfs else "deep_supervision")
+    config.gradients.name = parts.gradients
     return config
 
 
 def get_config(method: str = "dfs") -> Any:
-    """Returns the defaults, for one of `METHODS` or several joined by a plus."""
+    """Returns the defaults for a method of `dfs_jax.training.methods`, or several with a plus."""
     config: Any = ml_collections.ConfigDict()
     config.seed = 0  # reaches initialisation, sampling, augmentation and dropout
     config.batch_size = 128  # over all devices together
@@ -146,34 +121,30 @@ def get_config(method: str = "dfs") -> Any:
     config.loss.teacher = placeholder(str)  # distillation: "last" exit or all "deeper"
     config.loss.scale = placeholder(float)  # distillation
 
-    # How the exits' gradients merge in the trunk; heads keep that of their own exit's loss.
-    config.combiner = ml_collections.ConfigDict()
-    config.combiner.name = ""  # "weighted_sum", "pcgrad", "cagrad", "nash_mtl" or "upgrad"
-    config.combiner.weights = placeholder(tuple)  # weighted_sum: one for each exit
-    config.combiner.scaling = placeholder(str)  # pcgrad, upgrad: "sum", "mean"; cagrad has its own
-    config.combiner.radius = placeholder(float)  # cagrad's c
-    config.combiner.max_norm = placeholder(float)  # nash_mtl
-    # The way through the exits, "vmap", "unroll" or "scan": time against memory, equal results.
-    config.combiner.exits = placeholder(str)
-
-    # Methods that take a trial step and learn from what it did, in place of a combiner.
-    config.meta = ml_collections.ConfigDict()
-    config.meta.name = placeholder(str)  # "meta_gf" or "wpn"; None: nothing looks ahead
-    config.meta.learning_rate = placeholder(float)  # of what the method learns
-    config.meta.granularity = placeholder(str)  # meta_gf: weights for each "tensor" or "channel"
-    config.meta.normalisation = placeholder(str)  # meta_gf: "softmax" or "sigmoid"
-    config.meta.scaling = placeholder(str)  # meta_gf: "sum" or "mean"
-    config.meta.window = placeholder(int)  # meta_gf: steps that each exit trains alone; None: fuse
-    config.meta.auxiliary = placeholder(float)  # meta_gf with a window: the other exits meanwhile
-    config.meta.memory = placeholder(float)  # meta_gf with a window: of weights, over rounds
-    config.meta.weight_decay = placeholder(float)  # wpn, as all of the following
-    config.meta.hidden_size = placeholder(int)
-    config.meta.hidden_layers = placeholder(int)
-    config.meta.strength = placeholder(float)  # how far weights can lie from 1
-    config.meta.centre = placeholder(str)  # mean 1 over "all", "examples" or "exits"
-    config.meta.p = placeholder(float)  # of the exit distribution that examples leave by
-    config.meta.exchange = placeholder(bool)  # both halves of the batch are tried
-    config.meta.interval = placeholder(int)  # steps from one trial to the next
+    # The rule that makes one update of the exits' gradients. Combiners (weighted_sum, pcgrad,
+    # cagrad, nash_mtl, upgrad) merge those of the trunk; meta_gf and wpn take trial steps.
+    config.gradients = ml_collections.ConfigDict()
+    config.gradients.name = ""  # "sum", a combiner, "meta_gf" or "wpn"
+    # Way through the exits, "vmap", "unroll" or "scan": time against memory, equal results.
+    config.gradients.exits = placeholder(str)  # combiners and meta_gf
+    config.gradients.weights = placeholder(tuple)  # weighted_sum: one for each exit
+    config.gradients.scaling = placeholder(str)  # cagrad, pcgrad, upgrad, meta_gf: "sum" or another
+    config.gradients.radius = placeholder(float)  # cagrad's c
+    config.gradients.max_norm = placeholder(float)  # nash_mtl
+    config.gradients.learning_rate = placeholder(float)  # meta_gf, wpn: of what the rule learns
+    config.gradients.granularity = placeholder(str)  # meta_gf: a weight for a "tensor" or "channel"
+    config.gradients.normalisation = placeholder(str)  # meta_gf: "softmax" or "sigmoid"
+    config.gradients.window = placeholder(int)  # meta_gf: steps that each exit trains; None: fuse
+    config.gradients.auxiliary = placeholder(float)  # meta_gf with a window: weight of other exits
+    config.gradients.memory = placeholder(float)  # meta_gf with a window: of weights, over rounds
+    config.gradients.weight_decay = placeholder(float)  # wpn, as all of the following
+    config.gradients.hidden_size = placeholder(int)
+    config.gradients.hidden_layers = placeholder(int)
+    config.gradients.strength = placeholder(float)  # largest distance of a weight from 1
+    config.gradients.centre = placeholder(str)  # mean 1 over "all", "examples" or "exits"
+    config.gradients.p = placeholder(float)  # of the exit distribution
+    config.gradients.exchange = placeholder(bool)  # try a step on both halves of the batch
+    config.gradients.interval = placeholder(int)  # steps from one trial to the next
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "cifar10"  # any TFDS image-classification set, "folder" or "digits"

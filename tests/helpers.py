@@ -11,8 +11,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from configs import common
-from dfs_jax.combiners.pcgrad import PCGrad
 from dfs_jax.data.dataset import RawDataset, Split
+from dfs_jax.gradients.combiner import Combiner
+from dfs_jax.gradients.pcgrad import PCGrad
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.models.vgg import VGG
 from dfs_jax.surgery import ExitFork
@@ -83,10 +84,10 @@ class BrierLoss:
         return ((jax.nn.softmax(outputs.logits) - one_hot) ** 2).sum(-1).mean(-1)
 
 
-class Remembering:
+class Remembering(Combiner):
     """A combiner of a user's own: PCGrad's gradient, and half of that of the step before."""
 
-    def init(self, params):
+    def init_trunk(self, params):
         return {"last": jax.tree.map(jax.numpy.zeros_like, params), "steps": jax.numpy.int32(0)}
 
     def update(self, per_exit_grads, state, params, *, key):

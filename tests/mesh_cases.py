@@ -77,13 +77,13 @@ NAMES = {"small_vgg": "tests.mesh_cases:SMALL_VGG", "small_vit": "vit_tiny"}
 VITS = ("small_vit", "vit_tiny")
 METHODS = {
     "byot": {"loss.name": "byot", "optimizer.ema_decay": 0.9},
-    "pcgrad": {"combiner.name": "pcgrad", "combiner.exits": "vmap"},
-    "remembering": {"combiner.name": "tests.helpers:Remembering"},
-    "meta_gf": {"meta.name": "meta_gf", "combiner.exits": "vmap"},
-    "channels": {"meta.name": "meta_gf", "meta.granularity": "channel"},
-    "rounds": {"meta.name": "meta_gf", "meta.window": 1, "epochs": 12},
-    "wpn": {"meta.name": "wpn", "meta.learning_rate": 0.01},
-    "exchanged": {"meta.name": "wpn", "meta.interval": 2, "meta.exchange": True},
+    "pcgrad": {"gradients.name": "pcgrad", "gradients.exits": "vmap"},
+    "remembering": {"gradients.name": "tests.helpers:Remembering"},
+    "meta_gf": {"gradients.name": "meta_gf", "gradients.exits": "vmap"},
+    "channels": {"gradients.name": "meta_gf", "gradients.granularity": "channel"},
+    "rounds": {"gradients.name": "meta_gf", "gradients.window": 1, "epochs": 12},
+    "wpn": {"gradients.name": "wpn", "gradients.learning_rate": 0.01},
+    "exchanged": {"gradients.name": "wpn", "gradients.interval": 2, "gradients.exchange": True},
 }
 
 
@@ -209,8 +209,8 @@ def check_placement(state, experiment) -> None:
     if state.averaged is not None:
         averaged = state.averaged["params"]
         assert jax.tree.map(lambda leaf: leaf.sharding, averaged) == of_params
-    if isinstance(state.combiner_state, dict):
-        last = jax.tree.map(lambda leaf: leaf.sharding, state.combiner_state["last"])
+    if isinstance(state.rule_state, dict):
+        last = jax.tree.map(lambda leaf: leaf.sharding, state.rule_state["last"])
         assert last == {name: of_params[name] for name in last}
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dfs_jax.meta import Batch, StepParts, Trained
+from dfs_jax.gradients import StepParts, Trained
 from dfs_jax.types import BatchGradients, ExitOutputs, PyTree, TrunkAndHeads
 
 RATE = 0.1
@@ -62,7 +62,10 @@ def step_parts(predict, optimizer=None, loss: Any = None) -> StepParts:
         return Trained(optax.apply_updates(trained.params, updates), {}, opt_state), updates
 
     def divide(batch, count):
-        return [Batch(batch.images[i::count], batch.labels[i::count], batch.key) for i in (0, 1)]
+        assert count == 2
+        return [
+            batch._replace(images=batch.images[i::2], labels=batch.labels[i::2]) for i in (0, 1)
+        ]
 
     return StepParts(loss, 2, gradients, exit_gradients, update, divide)
 

@@ -17,20 +17,24 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from configs import common, digits_vgg7
+from configs import digits_vgg7
 from dfs_jax.analysis.comparison import compare, method_configs
-from dfs_jax.combiners import create_combiner
-from dfs_jax.combiners.weighted_sum import WeightedSum
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients import Batch, Trained, create_rule
+from dfs_jax.gradients.combiner import Combiner
+from dfs_jax.gradients.summed import Sum
+from dfs_jax.gradients.weighted_sum import WeightedSum
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables, split_trunk_and_heads
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.experiment import abstract_state, build_experiment
 from dfs_jax.training.loop import train
+from dfs_jax.training.methods import METHODS
+from dfs_jax.training.passes import make_step_parts
 from dfs_jax.training.sharding import create_mesh, put_batch, replicated
 from dfs_jax.training.state import create_state
-from dfs_jax.training.step import combiner_key, make_gradient_fn, make_train_step, step_keys
+from dfs_jax.training.step import make_train_step, step_keys
 from dfs_jax.types import UserError
 from tests.helpers import TINY_CLASSES, TinyNetwork, tiny_config
 from tests.test_combiners import COMBINER_ROWS
@@ -40,7 +44,7 @@ MODEL, FORK, LOSS = TinyNetwork(TINY_CLASSES), create_fork("dfs"), create_loss("
 LABELS = jnp.asarray([2, 0, 1])
 
 
-def state_and_images(combiner=None, seed=0):
+def state_and_images(seed=0):
     """A state of random numbers, without compiling an initialisation, and a batch."""
     shapes = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0), (4, 4, 3)))
     rng = np.random.default_rng(seed)
@@ -51,18 +55,21 @@ def state_and_images(combiner=None, seed=0):
         jax.random.key(7),
         num_exits=2,
         keep_average=False,
-        combiner=combiner,
     )
     return state, jnp.asarray(rng.normal(size=(3, 4, 4, 3)), jnp.float32)
 
 
-def gradients_of(combiner, state, images):
-    fn = make_gradient_fn(MODEL, FORK, LOSS, combiner)
-    return fn(state, images, LABELS, step_keys(state)[1])
+def gradients_of(rule, state, images):
+    """The outcome of a step without an optimizer: its updates are the gradients."""
+    parts = make_step_parts(MODEL, FORK, LOSS, optax.identity())
+    keys = step_keys(state)
+    trained = Trained(state.params, state.batch_stats, state.opt_state)
+    batch = Batch(images, LABELS, keys.dropout, keys.rule)
+    return rule.wrap(parts)(trained, (), batch)
 
 
 def test_combiners_see_the_trunk_and_heads_keep_their_own_gradients():
-    combiners = {name: create_combiner(name) for name in COMBINER_ROWS}
+    combiners = {name: create_rule(name) for name in COMBINER_ROWS}
     combiners["weighted"] = WeightedSum((0.5, 3.0))
     state, images = state_and_images()
 
@@ -79,42 +86,49 @@ def test_combiners_see_the_trunk_and_heads_keep_their_own_gradients():
         own = jax.tree.map(lambda leaf: leaf.sum(0), heads)
         ours = {name: gradients_of(c, state, images) for name, c in combiners.items()}
         book = {
-            name: {**c.update(trunk, (), None, key=combiner_key(state))[0], **own}
+            name: {**c.update(trunk, (), None, key=step_keys(state).rule)[0], **own}
             for name, c in combiners.items()
         }
         return values, ours, book
 
     values, ours, book = run(state, images)
     for name, found in ours.items():
-        chex.assert_trees_all_close(found.grads, book[name], rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(found.updates, book[name], rtol=1e-4, atol=1e-5)
         assert float(found.loss) == pytest.approx(float(values.sum()), rel=1e-6)
         chex.assert_trees_all_equal(found.logits, ours["weighted_sum"].logits)
-    kernels = {name: found.grads["block1"]["kernel"] for name, found in ours.items()}
+    kernels = {name: found.updates["block1"]["kernel"] for name, found in ours.items()}
     assert not np.allclose(kernels["weighted_sum"], kernels["nash_mtl"])
 
 
 def test_a_plain_sum_is_the_ordinary_backward_pass():
     state, images = state_and_images()
-    none, plain, ones = (
-        str(jax.make_jaxpr(lambda s, x, c=combiner: gradients_of(c, s, x))(state, images))
-        for combiner in (None, WeightedSum(), WeightedSum((1, 1)))
-    )
-    assert none == plain
-    assert plain != ones
+
+    @jax.jit
+    def run(state, images):
+        def total(params):
+            outputs = MODEL.apply({"params": params}, images, FORK, train=True)
+            return LOSS(outputs, LABELS).sum()
+
+        rules = Sum(), WeightedSum()
+        return jax.grad(total)(state.params), [gradients_of(r, state, images) for r in rules]
+
+    book, found = run(state, images)
+    for outcome in found:
+        chex.assert_trees_all_close(outcome.updates, book, rtol=1e-5, atol=1e-6)
 
 
-def test_the_combiners_key_is_its_own_and_changes_every_step():
+def test_the_rules_key_is_its_own_and_changes_every_step():
     start, _ = state_and_images()
     states = [start.replace(step=step) for step in (0, 1)]
-    keys = [key for state in states for key in (*step_keys(state), combiner_key(state))]
+    keys = [key for state in states for key in step_keys(state)]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6
 
 
 # Each stopped after four of its steps: Meta-GF while an exit is trained alone.
 STATEFUL = {
-    "combiner": {"combiner.name": "tests.helpers:Remembering"},
-    "meta_gf": {"meta.name": "meta_gf", "meta.window": 4},
-    "wpn": {"meta.name": "wpn", "batch_size": 6},
+    "combiner": {"gradients.name": "tests.helpers:Remembering"},
+    "meta_gf": {"gradients.name": "meta_gf", "gradients.window": 4},
+    "wpn": {"gradients.name": "wpn", "batch_size": 6},
 }
 
 
@@ -132,19 +146,16 @@ def test_a_methods_state_is_saved_and_resumed_to_the_bit(name, tmp_path, monkeyp
         Checkpoints(tmp_path / name, read_only=True).restore("latest", target)[0]
         for name in ("whole", "parts")
     )
-    steps = [leaf for leaf in jax.tree.leaves(whole.combiner_state) if leaf.dtype == jnp.int32]
+    steps = [leaf for leaf in jax.tree.leaves(whole.rule_state) if leaf.dtype == jnp.int32]
     assert int(whole.step) == config.epochs * (30 // config.batch_size)
     assert int(whole.step) in map(int, steps)
-    learned = [leaf for leaf in jax.tree.leaves(whole.combiner_state) if leaf.ndim]
+    learned = [leaf for leaf in jax.tree.leaves(whole.rule_state) if leaf.ndim]
     assert any(np.any(leaf) for leaf in learned)
     chex.assert_trees_all_equal(parts, whole)
 
 
-class Transposed:
+class Transposed(Combiner):
     """A combiner that does not keep to the shapes."""
-
-    def init(self, params):
-        return ()
 
     def update(self, per_exit_grads, state, params, *, key):
         return jax.tree.map(lambda leaf: leaf[0].T, per_exit_grads), state
@@ -171,24 +182,30 @@ class Growing(Transposed):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"combiner.name": "mgda"}, "unknown combiner 'mgda'"),
-        ({"combiner.radius": 0.4}, "combiner 'weighted_sum' has no option 'radius'"),
-        ({"combiner.weights": (1.0, 2.0)}, r"3 exits take 3 weights in the sum, got \(1.0, 2.0\)"),
-        ({"combiner.exits": "scan"}, "combiner.exits='scan' has no effect with a plain sum"),
+        ({"gradients.name": "mgda"}, "unknown gradient rule 'mgda'"),
+        ({"gradients.radius": 0.4}, "gradient rule 'sum' has no option 'radius'"),
         (
-            {"combiner.name": "pcgrad", "combiner.exits": "all"},
+            {"gradients.name": "weighted_sum", "gradients.weights": (1.0, 2.0)},
+            r"3 exits take 3 weights in the sum, got",
+        ),
+        (
+            {"gradients.exits": "scan"},
+            "gradients.exits='scan' has no effect with 'sum'",
+        ),
+        (
+            {"gradients.name": "pcgrad", "gradients.exits": "all"},
             "exits must be one of vmap, unroll, scan, got 'all'",
         ),
         (
-            {"combiner.name": "tests.test_combined_training:Transposed"},
-            "combiner Transposed returns gradients of other shapes or types",
+            {"gradients.name": "tests.test_combined_training:Transposed"},
+            "gradient rule Transposed returns gradients of other shapes or types",
         ),
         (
-            {"combiner.name": "tests.test_combined_training:Growing"},
-            "combiner Growing returns a state of other shapes or types",
+            {"gradients.name": "tests.test_combined_training:Growing"},
+            "gradient rule Growing returns a state of other shapes or types",
         ),
         (
-            {"combiner.name": "pcgrad", "model.name": "tests.test_combined_training:WithStem"},
+            {"gradients.name": "pcgrad", "model.name": "tests.test_combined_training:WithStem"},
             "parameters lie under block1.. and head1.., this one also has stem",
         ),
         ({"loss.exit_weights": (1, 2)}, r"3 exits take 3 exit_weights, got \(1, 2\)"),
@@ -200,15 +217,15 @@ def test_what_makes_no_sense_is_told_before_training(changes, message):
         build_experiment(tiny_config(**changes))
 
 
-class EveryCombiner:
+class EveryCombiner(Combiner):
     """Trains by one combiner; its state has the gradients that each of them gives."""
 
-    def init(self, params):
+    def init_trunk(self, params):
         return dict.fromkeys(COMBINER_ROWS, params)
 
     def update(self, per_exit_grads, state, params, *, key):
         for name in COMBINER_ROWS:
-            grads, _ = create_combiner(name).update(per_exit_grads, (), params, key=key)
+            grads, _ = create_rule(name).update(per_exit_grads, (), params, key=key)
             state = {**state, name: grads}
         return state["upgrad"], state
 
@@ -222,7 +239,7 @@ def compare_devices():
     rng = np.random.default_rng(6)  # of gradients that conflict
     variables = jax.tree.map(lambda x: rng.uniform(-0.5, 1, x.shape), shapes)
     images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
-    optimizer, combiner = optax.sgd(0.1, momentum=0.9), EveryCombiner()
+    optimizer, rule = optax.sgd(0.1, momentum=0.9), EveryCombiner()
 
     def step(mesh, exits):
         state = create_state(
@@ -231,18 +248,18 @@ def compare_devices():
             jax.random.key(7),
             num_exits=model.num_exits,
             keep_average=False,
-            combiner=combiner,
+            rule=rule,
         )
         run = make_train_step(
             model,
             create_fork("plain"),
             LOSS,
+            rule,
             optimizer,
             lambda images, key: images,
             mean=(0.5, 0.4, 0.3),
             std=(0.2, 0.3, 0.4),
             mesh=mesh,
-            combiner=combiner,
             exits=exits,
         )
         batch = put_batch((images, np.arange(8) % TINY_CLASSES), mesh)
@@ -257,7 +274,7 @@ def compare_devices():
     for exits in ("vmap", "unroll"):
         found = step(four, exits)
         chex.assert_trees_all_close(found, reference, rtol=1e-9, atol=1e-9)
-    kernels = {name: g["block1"]["conv"]["kernel"] for name, g in reference.combiner_state.items()}
+    kernels = {name: g["block1"]["conv"]["kernel"] for name, g in reference.rule_state.items()}
     plain = kernels.pop("weighted_sum")
     assert all(np.abs(kernel - plain).max() > 1e-3 for kernel in kernels.values())
 
@@ -275,15 +292,15 @@ def test_four_devices_give_what_one_gives(request, monkeypatch):
 
 # As a config's colon takes them, and what else is set.
 LEARNING = [
-    *((method, {}) for method in common.METHODS),
+    *((method, {}) for method in METHODS),
     ("dfs+pcgrad", {}),
     ("ge+distillation+cagrad", {}),
     ("byot+nash_mtl", {}),
     ("dfs+meta_gf", {}),
     ("dfs+wpn", {}),
-    ("meta_gf", {"meta.granularity": "channel", "meta.normalisation": "sigmoid"}),
-    ("meta_gf", {"meta.window": 18, "epochs": 84}),
-    ("wpn", {"meta.exchange": True, "meta.learning_rate": 1e-3}),
+    ("meta_gf", {"gradients.granularity": "channel", "gradients.normalisation": "sigmoid"}),
+    ("meta_gf", {"gradients.window": 18, "epochs": 84}),
+    ("wpn", {"gradients.exchange": True, "gradients.learning_rate": 1e-3}),
     ("dsn", {"loss.exit_weights": "linear"}),
     ("distillation", {"loss.teacher": "deeper"}),
     ("dfs", {"fork.referencing": "trunk_only"}),

@@ -10,18 +10,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import cifar100_msdnet, cifar100_resnet18, common
-from dfs_jax.combiners import COMBINERS
-from dfs_jax.combiners.weighted_sum import WeightedSum
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients import RULES
 from dfs_jax.losses import create_loss
 from dfs_jax.losses.deep_supervision import DeepSupervision
 from dfs_jax.losses.distillation import BYOT
-from dfs_jax.meta import METAS
 from dfs_jax.models import create_model
 from dfs_jax.surgery import FeatureSurgery
-from dfs_jax.training.combiner_config import combiner_from_config
 from dfs_jax.training.config import check_config, open_workdir, options, read_config
-from dfs_jax.training.meta_config import meta_from_config
+from dfs_jax.training.methods import METHODS
+from dfs_jax.training.rule_config import rule_from_config
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
@@ -43,15 +41,14 @@ def test_every_config_has_the_common_fields_and_sensible_values(name):
     check_config(config)
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_has_every_method_by_one_word(name, method):
     config = importlib.import_module(f"configs.{name}").get_config(method)
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
-    combiner = combiner_from_config(config.combiner)
-    assert isinstance(combiner, WeightedSum) == (method not in COMBINERS.table)
-    assert (meta_from_config(config.meta) is not None) == (method in METAS.table)
+    rule = rule_from_config(config.gradients)
+    assert rule.is_plain_sum == (method not in RULES.table)
     assert isinstance(fork, FeatureSurgery) == (method == "dfs")
     assert isinstance(loss, BYOT) or method != "byot"
     labels_alone = isinstance(loss, DeepSupervision)
@@ -60,13 +57,13 @@ def test_every_config_has_every_method_by_one_word(name, method):
 
 
 def test_a_method_that_is_unknown():
-    with pytest.raises(KeyError, match=r"unknown method 'dns' .* one of dfs, dsn, byot"):
+    with pytest.raises(KeyError, match=r"unknown method 'dns': choose from dfs, dsn, byot"):
         common.get_config("dns")
 
 
 def test_a_plus_joins_methods_that_change_different_parts():
     def parts(config):
-        return config.fork.name, config.loss.name, config.combiner.name
+        return config.fork.name, config.loss.name, config.gradients.name
 
     assert parts(common.get_config("dfs+pcgrad")) == ("dfs", "deep_supervision", "pcgrad")
     joined = common.get_config("cagrad+ge+distillation")
@@ -76,15 +73,11 @@ def test_a_plus_joins_methods_that_change_different_parts():
     assert cifar100_resnet18.get_config("dfs+distillation").loss.name == "distillation"
     assert cifar100_msdnet.get_config("dfs+upgrad").fork.referencing == "trunk_only"
     assert cifar100_msdnet.get_config("ge+upgrad").fork.referencing is None
-    joined = common.get_config("meta_gf+dfs")
-    assert (joined.meta.name, *parts(joined)) == (
-        "meta_gf",
-        *("dfs", "deep_supervision", "weighted_sum"),
-    )
+    assert parts(common.get_config("meta_gf+dfs")) == ("dfs", "deep_supervision", "meta_gf")
     for method, message in [
-        ("dfs+ge", "two forks, dfs and gradient_equilibrium"),
-        ("pcgrad+pcgrad", "two combiners, pcgrad and pcgrad"),
-        ("wpn+meta_gf", "two metas, wpn and meta_gf"),
+        ("dfs+ge", r"of one kind \(fork\), dfs and gradient_equilibrium"),
+        ("pcgrad+pcgrad", r"of one kind \(gradients\), pcgrad and pcgrad"),
+        ("wpn+pcgrad", r"of one kind \(gradients\), wpn and pcgrad"),
         ("dfs+", "unknown method ''"),
     ]:
         with pytest.raises(KeyError, match=message):
@@ -102,13 +95,13 @@ def test_a_run_from_before_a_section_was_known_is_the_same_run(tmp_path):
     open_workdir(tmp_path, tiny_config())
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     old = json.loads((tmp_path / "config.json").read_text())
-    del old["combiner"], old["mesh"], old["remat"]
+    del old["gradients"], old["mesh"], old["remat"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert read_config(tmp_path).combiner.to_dict() == {"name": "weighted_sum", "exits": None}
+    assert read_config(tmp_path).gradients.to_dict() == {"name": "sum", "exits": None}
     open_workdir(tmp_path, tiny_config())
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="name \\(was 'weighted_sum', is 'pcgrad'\\)"):
-        open_workdir(tmp_path, tiny_config(**{"combiner.name": "pcgrad"}))
+        open_workdir(tmp_path, tiny_config(**{"gradients.name": "pcgrad"}))
 
 
 def test_a_run_of_another_config_is_refused_by_field(tmp_path):

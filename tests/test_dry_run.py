@@ -154,7 +154,7 @@ def test_train_knows_these_flags_of_dry_runs_alone():
 def test_train_compiles_for_a_tpu_that_is_not_there(tmp_path):
     pytest.importorskip("libtpu")
     output = tmp_path / "cost.json"
-    combined = ("--config.combiner.name=pcgrad", *SMALL)
+    combined = ("--config.gradients.name=pcgrad", *SMALL)
     status, out, err = run("--dry_run", "--topology=v5e:2x2", f"--output={output}", *combined)
     assert status == 0, err
     assert "compiled for 4 x TPU v5 lite: data=4" in out

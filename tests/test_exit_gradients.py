@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dfs_jax.combiners.exit_gradients import exit_gradients
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients.exit_gradients import exit_gradients
 from dfs_jax.layers import BatchNorm
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model

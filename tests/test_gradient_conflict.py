@@ -23,7 +23,8 @@ from dfs_jax.analysis.gradient_conflict import (
     table_for_terminal,
     write_measurements,
 )
-from dfs_jax.combiners.conflict import (
+from dfs_jax.forks import create_fork
+from dfs_jax.gradients.conflict import (
     count_pairs,
     gram_by_tensor,
     joint_gram,
@@ -31,7 +32,6 @@ from dfs_jax.combiners.conflict import (
     pair_cosines,
     tensor_names,
 )
-from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables

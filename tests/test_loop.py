@@ -23,7 +23,7 @@ from dfs_jax.training.experiment import (
 )
 from dfs_jax.training.loop import train
 from dfs_jax.training.metrics import read_metrics
-from dfs_jax.training.step import combiner_key, step_keys
+from dfs_jax.training.step import step_keys
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
@@ -213,7 +213,7 @@ def test_a_trunk_starts_from_the_weights_of_another_run(uninterrupted, tmp_path)
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
-    network = {"model.name": "tests.helpers:TinyNetwork", "combiner.name": "pcgrad"}
+    network = {"model.name": "tests.helpers:TinyNetwork", "gradients.name": "pcgrad"}
 
     def parameters(name, seed):
         config = tiny_config(epochs=1, seed=seed, **network)
@@ -229,12 +229,12 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 
 def test_a_seed_reaches_each_purpose_by_a_key_of_its_own():
-    """Augmentation, dropout and the combiner of a step; initialisation; the order of examples."""
+    """Augmentation, dropout and gradient rule of a step; initialisation; the order of examples."""
     states = [initial_state(build_experiment(tiny_config(seed=seed))) for seed in (0, 1)]
     kernels = [state.params["block1"]["conv"]["kernel"] for state in states]
     assert not np.array_equal(*kernels)
     states.append(states[0].replace(step=states[0].step + 1))
-    keys = [key for state in states for key in (*step_keys(state), combiner_key(state))]
+    keys = [key for state in states for key in step_keys(state)]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 9
     changed = {"data.augmentation": "crop,flip", "batch_size": 3, "loss.name": "distillation"}
     chex.assert_trees_all_equal(

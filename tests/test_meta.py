@@ -11,16 +11,14 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients import RULES, Batch, Trained, create_rule
+from dfs_jax.gradients.meta_gf import MetaGF
+from dfs_jax.gradients.wpn import WPN, assigned
 from dfs_jax.losses import create_loss
-from dfs_jax.meta import METAS, Batch, Trained, create_meta
-from dfs_jax.meta.meta_gf import MetaGF
-from dfs_jax.meta.wpn import WPN, assigned
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables, split_trunk_and_heads
 from dfs_jax.training.experiment import build_experiment, initial_state, training_step
-from dfs_jax.training.meta_config import meta_from_config
-from dfs_jax.training.meta_step import make_step_parts
-from dfs_jax.training.passes import deal
+from dfs_jax.training.passes import deal, make_step_parts
 from dfs_jax.training.sharding import put_batch
 from dfs_jax.types import UserError
 from tests.helpers import TINY_CLASSES, TinyNetwork, tiny_config
@@ -35,11 +33,12 @@ TINY = {"model.name": "tests.helpers:TinyNetwork", "batch_size": 6}
 
 
 def test_rows():
-    assert {name: type(create_meta(name, **row)) for name, row in META_ROWS.items()} == {
+    assert {name: type(create_rule(name, **row)) for name, row in META_ROWS.items()} == {
         "meta_gf": MetaGF,
         "wpn": WPN,
     }
-    assert set(META_ROWS) == set(METAS.table)
+    rules = {name: create_rule(name) for name in RULES.table}
+    assert set(META_ROWS) == {name for name, rule in rules.items() if rule.looks_ahead}
 
 
 class Problem:
@@ -53,7 +52,7 @@ class Problem:
         optimizer = optax.sgd(RATE)
         self.trained = Trained(**drawn, opt_state=optimizer.init(drawn["params"]))
         images = jnp.asarray(rng.normal(size=(8, 8, 8, 3)))
-        self.batch = Batch(images, jnp.arange(8) % TINY_CLASSES, KEY)
+        self.batch = Batch(images, jnp.arange(8) % TINY_CLASSES, KEY, KEY)
         self.parts = make_step_parts(model, fork, LOSS, optimizer)
 
     def outputs(self, params, images):
@@ -181,10 +180,10 @@ def run(steps=3, **changes):
 
 @pytest.mark.slow
 def test_micro_batches_give_what_the_batch_gives():
-    changes = {**TINY, "meta.name": "meta_gf", "combiner.exits": "vmap"}
+    changes = {**TINY, "gradients.name": "meta_gf", "gradients.exits": "vmap"}
     whole, micro = run(**changes), run(**changes, accumulate_steps=3)
     chex.assert_trees_all_close(micro.params, whole.params, rtol=1e-3, atol=1e-5)
-    moved = jax.tree.map(lambda v: np.any(v != 0), whole.combiner_state.logits["block1"])
+    moved = jax.tree.map(lambda v: np.any(v != 0), whole.rule_state.logits["block1"])
     assert all(jax.tree.leaves(moved))  # what one exit alone reaches has nothing to learn
 
 
@@ -198,39 +197,46 @@ class NoExamples:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"meta.name": "dr_mgf"}, "unknown meta method 'dr_mgf': choose one of meta_gf, wpn"),
-        ({"meta.window": 3}, "meta.window=3 has no effect without a meta.name"),
-        ({"meta.name": "meta_gf", "meta.p": 1.0}, "meta method 'meta_gf' has no option 'p'"),
-        ({"meta.name": "wpn", "meta.window": 3}, "meta method 'wpn' has no option 'window'"),
-        ({"meta.name": "wpn", "meta.p": -1.0}, "meta method 'wpn': the budget parameter p must"),
         (
-            {"meta.name": "meta_gf", "combiner.name": "pcgrad"},
-            "MetaGF says itself how gradients merge, and combiner PCGrad would have no effect",
+            {"gradients.name": "dr_mgf"},
+            "unknown gradient rule 'dr_mgf': choose one of",
         ),
         (
-            {"meta.name": "wpn", "combiner.weights": (1.0, 2.0)},
-            "WPN says itself how gradients merge, and combiner WeightedSum would have no effect",
+            {"gradients.window": 3},
+            "gradient rule 'sum' has no option 'window'",
         ),
         (
-            {"meta.name": "wpn", "combiner.exits": "scan"},
-            "combiner.exits='scan' has no effect with a plain sum",
+            {"gradients.name": "meta_gf", "gradients.p": 1.0},
+            "gradient rule 'meta_gf' has no option 'p'",
         ),
         (
-            {"meta.name": "meta_gf", "meta.window": 3, "epochs": 2},
+            {"gradients.name": "wpn", "gradients.window": 3},
+            "gradient rule 'wpn' has no option 'window'",
+        ),
+        (
+            {"gradients.name": "wpn", "gradients.p": -1.0},
+            "gradient rule 'wpn': the budget parameter p must",
+        ),
+        (
+            {"gradients.name": "wpn", "gradients.exits": "scan"},
+            "gradients.exits='scan' has no effect with 'wpn', which takes no gradients of",
+        ),
+        (
+            {"gradients.name": "meta_gf", "gradients.window": 3, "epochs": 2},
             "rounds of 9 steps for 2 exits, which do not divide the run's 10",
         ),
         (
-            {"meta.name": "meta_gf", "model.name": "tests.test_combined_training:WithStem"},
+            {"gradients.name": "meta_gf", "model.name": "tests.test_combined_training:WithStem"},
             "parameters lie under block1.. and head1.., this one also has stem",
         ),
-        ({"meta.name": "wpn", "accumulate_steps": 2}, "accumulate_steps=2 micro batches"),
-        ({"meta.name": "wpn", "batch_size": 5}, "batch_size 5 must be a multiple of 2"),
+        ({"gradients.name": "wpn", "accumulate_steps": 2}, "accumulate_steps=2 micro batches"),
+        ({"gradients.name": "wpn", "batch_size": 5}, "batch_size 5 must be a multiple of 2"),
         (
-            {"meta.name": "wpn", "loss.name": "tests.test_meta:NoExamples"},
+            {"gradients.name": "wpn", "loss.name": "tests.test_meta:NoExamples"},
             "loss NoExamples does not say what each one's is",
         ),
         (
-            {"meta.name": "wpn", "model.name": "vgg7", "batch_norm_groups": 2},
+            {"gradients.name": "wpn", "model.name": "vgg7", "batch_norm_groups": 2},
             "half of the batch, 3 examples, which batch_norm_groups=2 does not divide",
         ),
     ],
@@ -241,37 +247,26 @@ def test_what_makes_no_sense_is_told_before_training(changes, message):
 
 
 def test_what_looks_ahead_is_more_than_one_pass():
-    def adds_gradients(**changes):
-        return build_experiment(tiny_config(**TINY, **changes)).adds_gradients
+    def is_one_pass(**changes):
+        return build_experiment(tiny_config(**TINY, **changes)).rule.is_plain_sum
 
-    assert adds_gradients()
-    assert not adds_gradients(**{"meta.name": "wpn"})
-    assert not adds_gradients(**{"combiner.name": "pcgrad"})
-
-
-def test_a_config_of_a_time_without_the_section():
-    assert meta_from_config(None) is None
-    config = tiny_config(**TINY)
-    assert meta_from_config(config.meta) is None
-    with config.unlocked():
-        del config.meta
-    experiment = build_experiment(config)
-    assert experiment.meta is None
-    assert initial_state(experiment).combiner_state == ()
+    assert is_one_pass()
+    assert not is_one_pass(**{"gradients.name": "wpn"})
+    assert not is_one_pass(**{"gradients.name": "pcgrad"})
 
 
 OPTIONS = {
-    "meta_gf": {"meta.name": "meta_gf"},
-    "wpn": {"meta.name": "wpn"},
+    "meta_gf": {"gradients.name": "meta_gf"},
+    "wpn": {"gradients.name": "wpn"},
     "channels": {
-        "meta.name": "meta_gf",
-        "meta.granularity": "channel",
-        "meta.normalisation": "sigmoid",
+        "gradients.name": "meta_gf",
+        "gradients.granularity": "channel",
+        "gradients.normalisation": "sigmoid",
     },
-    "rounds": {"meta.name": "meta_gf", "meta.window": 1, "epochs": 7},
-    "byot": {"meta.name": "meta_gf", "loss.name": "byot"},
-    "wpn-byot": {"meta.name": "wpn", "loss.name": "byot", "meta.exchange": True},
-    "intervals": {"meta.name": "wpn", "meta.interval": 2},
+    "rounds": {"gradients.name": "meta_gf", "gradients.window": 1, "epochs": 7},
+    "byot": {"gradients.name": "meta_gf", "loss.name": "byot"},
+    "wpn-byot": {"gradients.name": "wpn", "loss.name": "byot", "gradients.exchange": True},
+    "intervals": {"gradients.name": "wpn", "gradients.interval": 2},
 }
 KINDS = {
     "plain": {"fork.name": "plain"},
@@ -283,10 +278,10 @@ TRAINED = [
     *(
         (network, name, None)
         for network in ("resnet18", "msdnet", "small_vit")
-        for name in METAS.table
+        for name in META_ROWS
     ),
     *(("vgg7", name, None) for name in OPTIONS),
-    *(("vgg7", name, kind) for name in METAS.table for kind in KINDS),
+    *(("vgg7", name, kind) for name in META_ROWS for kind in KINDS),
 ]
 
 
@@ -308,4 +303,4 @@ def test_every_network_trains_by_every_method(network, name, kind):
         return jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), now, then))
 
     assert np.mean(moved(state.params, start.params)) > 0.7
-    assert any(moved(state.combiner_state[0], start.combiner_state[0]))
+    assert any(moved(state.rule_state[0], start.rule_state[0]))

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from dfs_jax.meta import Batch
-from dfs_jax.meta.meta_gf import MetaGF
+from dfs_jax.gradients import Batch
+from dfs_jax.gradients.meta_gf import MetaGF
 from dfs_jax.types import TrunkAndHeads
 from tests.meta_problems import KEY, RATE, adams_mean, start, step_parts
 
@@ -24,7 +24,7 @@ def shared(params, images):
     return np.sqrt(2).astype(np.float32) * (params["block1"] - CENTRES)
 
 
-BATCH = Batch(jnp.zeros(2), jnp.zeros(2), KEY)
+BATCH = Batch(jnp.zeros(2), jnp.zeros(2), KEY, KEY)
 ORIGIN = {"block1": jnp.zeros(2)}
 
 

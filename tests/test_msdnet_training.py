@@ -14,6 +14,7 @@ import pytest
 
 from configs import cifar10_msdnet, cifar100_msdnet, imagenet_msdnet
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients.summed import Sum
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
@@ -80,6 +81,7 @@ def test_a_full_size_model_runs_a_step(name):
         model,
         create_fork("dfs", referencing="trunk_only"),
         create_loss("deep_supervision"),
+        Sum(),
         optimizer,
         lambda images, key: images,
         mean=(0.5, 0.5, 0.5),

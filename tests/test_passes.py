@@ -14,17 +14,23 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
-from dfs_jax.combiners import create_combiner
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients import Batch, Trained, create_rule
+from dfs_jax.gradients.summed import Sum
 from dfs_jax.layers import BatchNorm
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
 from dfs_jax.training import passes
-from dfs_jax.training.passes import accumulated, single_exit_passes, summed_passes
+from dfs_jax.training.passes import (
+    accumulated,
+    make_step_parts,
+    single_exit_passes,
+    summed_passes,
+)
 from dfs_jax.training.sharding import create_mesh, put_batch, replicated
 from dfs_jax.training.state import create_state
-from dfs_jax.training.step import make_eval_step, make_gradient_fn, make_train_step
+from dfs_jax.training.step import make_eval_step, make_train_step
 from dfs_jax.types import UserError
 from tests.helpers import TinyNetwork
 from tests.test_exit_gradients import MODELS
@@ -85,24 +91,24 @@ def test_micro_batches_one_after_another(kind):
         np.testing.assert_allclose(ours.logits[:, k::3], found[k].logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("combiner", [None, "pcgrad"])
-def test_micro_batches_are_the_batch_where_nothing_couples_examples(combiner):
+@pytest.mark.parametrize("rule", ["sum", "pcgrad"])
+def test_micro_batches_are_the_batch_where_nothing_couples_examples(rule):
     """Exits' gradients are averaged before they are combined, which is not linear."""
     model, variables = network("tiny")
-    combiner = combiner and create_combiner(combiner)
-    state = create_state(
-        variables, optax.identity(), KEY, num_exits=2, keep_average=False, combiner=combiner
-    )
+    optimizer = optax.identity()
+    trained = Trained(variables["params"], variables["batch_stats"], optimizer.init(variables))
 
     @jax.jit
-    def run(state, images, labels):
-        once, micro = (
-            make_gradient_fn(model, FORK, LOSS, combiner, accumulate_steps=steps)
+    def run(trained, images, labels):
+        batch = Batch(images, labels, KEY, KEY)
+        return [
+            create_rule(rule).wrap(
+                make_step_parts(model, FORK, LOSS, optimizer, accumulate_steps=steps)
+            )(trained, (), batch)
             for steps in (1, 4)
-        )
-        return once(state, images, labels, KEY), micro(state, images, labels, KEY)
+        ]
 
-    once, micro = run(state, *examples(8))
+    once, micro = run(trained, *examples(8))
     chex.assert_trees_all_close(micro, once, rtol=1e-4, atol=1e-6)
 
 
@@ -229,7 +235,7 @@ def test_a_step_and_an_evaluation_in_bfloat16():
     state = create_state(variables, optimizer, KEY, num_exits=3, keep_average=True)
     types = jax.tree.map(lambda leaf: leaf.dtype, state)
     step = make_train_step(
-        model, FORK, LOSS, optimizer, lambda images, _: images, ema_decay=0.9, **statistics
+        model, FORK, LOSS, Sum(), optimizer, lambda images, _: images, ema_decay=0.9, **statistics
     )
     images, labels = np.full((4, *IMAGE_SHAPE), 7, np.uint8), np.zeros(4, np.int32)
     batch = put_batch((images, labels), mesh)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from dfs_jax.combiners import COMBINERS
 from dfs_jax.forks import FORKS
+from dfs_jax.gradients import RULES
 from dfs_jax.losses import LOSSES
 from dfs_jax.models import MODELS
 from dfs_jax.surgery import FeatureSurgery
@@ -55,7 +55,7 @@ def test_files_that_the_readme_names_exist(path):
     assert (REPOSITORY / path).is_file()
 
 
-@pytest.mark.parametrize("registry", [MODELS, FORKS, LOSSES, COMBINERS], ids=lambda r: r.kind)
+@pytest.mark.parametrize("registry", [MODELS, FORKS, LOSSES, RULES], ids=lambda r: r.kind)
 def test_every_name_of_a_registry_is_in_the_readme(registry):
     for name in registry.table:
         assert f"`{name}`" in README, f"{registry.kind} {name!r} is not in the README"

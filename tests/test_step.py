@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from dfs_jax.forks import create_fork
+from dfs_jax.gradients.summed import Sum
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
@@ -57,7 +58,7 @@ def averaging():
     """A step that keeps a moving average, with its optimizer; compiled once for the module."""
     optimizer = optax.sgd(RATE, momentum=0.9)
     step = make_train_step(
-        MODEL, FORK, LOSS, optimizer, augment, mean=MEAN, std=STD, mesh=MESH, ema_decay=0.75
+        MODEL, FORK, LOSS, Sum(), optimizer, augment, mean=MEAN, std=STD, mesh=MESH, ema_decay=0.75
     )
     return optimizer, step
 
@@ -65,8 +66,7 @@ def averaging():
 @jax.jit
 def obvious_step(state, images, labels):
     """The same step by the book, for SGD's first step: momentum has nothing to add yet."""
-    augment_key, _ = step_keys(state)
-    pixels = augment(images, augment_key).astype(jnp.float32) / 255
+    pixels = augment(images, step_keys(state).augment).astype(jnp.float32) / 255
     pixels = (pixels - jnp.array(MEAN)) / jnp.array(STD)
 
     def loss_fn(params):

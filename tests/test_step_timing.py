@@ -69,7 +69,7 @@ def test_the_parts_are_those_of_the_training_step(tiny):
     assert float(stepped.totals.loss) == pytest.approx(examples * float(loss), rel=1e-5)
     rate, decay = experiment.config.optimizer.learning_rate, 0.01
     start = initial_state(experiment).params
-    expected = jax.tree.map(lambda w, g: w - rate * (g + decay * w), start, found.grads)
+    expected = jax.tree.map(lambda w, g: w - rate * (g + decay * w), start, found.updates)
     for ours, other in zip(jax.tree.leaves(stepped.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
     # The step goes on from its own result, the others stay where they are.

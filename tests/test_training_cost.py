@@ -16,10 +16,11 @@ from PIL import Image
 from dfs_jax.analysis import cost_plots, method_costs
 from dfs_jax.analysis.cost_plots import plot_training_cost
 from dfs_jax.analysis.cost_table import against_dsn, against_peer, cost_table
-from dfs_jax.analysis.method_costs import METHODS, measure_training_cost
+from dfs_jax.analysis.method_costs import VARIANTS, measure_training_cost
 from dfs_jax.analysis.step_timing import StepPrograms, available_cores
 from dfs_jax.analysis.training_cost import check_output, write_training_cost
 from dfs_jax.surgery import FeatureSurgery
+from dfs_jax.training.methods import method_parts
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
@@ -77,10 +78,11 @@ def test_rows_of_every_method_and_batch_size(compiled, capsys):
     assert {(row["framework"], row["layout"]) for row in rows} == {("jax", "channels_last")}
     assert {(row["compile_s"], row["peak_mib"]) for row in rows} == {(1.5, 2.5)}
     for row, experiment in zip(rows, compiled, strict=True):
-        method = METHODS[row["method"]]
-        assert (row["fork"], row["loss"]) == (method.fork, method.loss)
+        fork = method_parts(plain_name(row["method"])).fork
+        loss = "byot" if row["method"] == "byot" else "deep_supervision"
+        assert (row["fork"], row["loss"]) == (fork, loss)
         assert experiment.sampler.batch_size == row["batch"]
-        if method.fork == "dfs":
+        if fork == "dfs":
             assert experiment.fork == FeatureSurgery((row["partition_ratio"],), "trunk_only")
         switches = experiment.model.partitioned_backward, experiment.model.cpu_kernels
         is_on = {"dfs_naive": (False, True), "dfs_flax": (False, False)}
@@ -106,9 +108,9 @@ def test_operations_are_those_of_each_row(compiled):
 
 
 def test_combiners_have_rows_of_ours_alone(compiled, capsys):
-    methods = ["dsn", "ge", "pcgrad", "pcgrad_scan", "dfs_pcgrad", "meta_gf", "dfs_wpn"]
+    methods = ["dsn", "ge", "pcgrad", "pcgrad_scan", "dfs+pcgrad", "meta_gf", "dfs+wpn"]
     rows = measure_training_cost(
-        tiny_config(**{"combiner.name": "cagrad", "combiner.radius": 0.2, "batch_size": 4}),
+        tiny_config(**{"gradients.name": "cagrad", "gradients.radius": 0.2, "batch_size": 4}),
         methods=methods,
         partition_ratios=[0.4],
         peer=FAKE_PEER,
@@ -116,18 +118,15 @@ def test_combiners_have_rows_of_ours_alone(compiled, capsys):
     ours = [row for row in rows if row["framework"] == "jax"]
     assert [row["method"] for row in ours] == methods
     assert {row["method"] for row in rows if row["framework"] == "fake"} == {"dsn", "ge"}
-    combiners = [experiment.config.combiner for experiment in compiled]
-    names = ["weighted_sum"] * 2 + ["pcgrad"] * 3 + ["weighted_sum"] * 2
-    assert [section.name for section in combiners] == names
-    assert [section.exits for section in combiners] == [None] * 3 + ["scan"] + [None] * 3
-    metas = [experiment.config.meta.name for experiment in compiled]
-    assert metas == [None] * 5 + ["meta_gf", "wpn"]
+    rules = [experiment.config.gradients for experiment in compiled]
+    assert [rule.name for rule in rules] == ["sum"] * 2 + ["pcgrad"] * 3 + ["meta_gf", "wpn"]
+    assert [rule.exits for rule in rules] == [None] * 3 + ["scan"] + [None] * 3
     assert [row["macs"] is None for row in ours] == [False] * 2 + [True] * 5
     assert [row["partition_ratio"] for row in ours] == [None] * 4 + [0.4, None, 0.4]
     printed = capsys.readouterr().out
     assert "pcgrad_scan" in printed
     assert re.search(r"meta_gf: \d\.\d\d steps of dsn a step; published: 4 passes", printed)
-    assert re.search(r"dfs_wpn: \d\.\d\d steps of dsn a step; published: 3 passes", printed)
+    assert re.search(r"dfs\+wpn: \d\.\d\d steps of dsn a step; published: 3 passes", printed)
 
 
 def test_a_peer_runs_the_same_without_augmentation(compiled, capsys):
@@ -154,6 +153,10 @@ def test_models_without_the_switches_leave_out_the_variants(compiled):
     assert [row["method"] for row in rows] == ["dsn", "byot", "dfs"]
 
 
+def plain_name(name):
+    return VARIANTS[name].method if name in VARIANTS else name
+
+
 def made_up_row(method, framework, layout, step_ms, beta=None, batch=32, loss="deep_supervision"):
     times = {"forward_ms": 0.3 * step_ms, "backward_ms": 0.6 * step_ms, "other_ms": 0.1 * step_ms}
     return {
@@ -161,7 +164,7 @@ def made_up_row(method, framework, layout, step_ms, beta=None, batch=32, loss="d
         **{"framework": framework, "layout": layout, **times, "step_ms": step_ms, "data_ms": 0.5},
         **{"images_per_second": 1e3 * batch / step_ms, "compile_s": None, "peak_mib": None},
         **{"macs": 381_263_104, "macs_theory": 381_263_104},
-        **{"fork": METHODS[method].fork, "loss": loss},
+        **{"fork": method_parts(plain_name(method)).fork, "loss": loss},
     }
 
 
@@ -235,7 +238,7 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"methods": ["dsn", "dsm"]}, "unknown method 'dsm': choose from dsn, byot, dfs"),
+        ({"methods": ["dsn", "dsm"]}, "unknown method 'dsm': choose from dfs, dsn, byot"),
         ({"batch_sizes": [4, 0]}, "each of batch_sizes must be .* at least 1, got 0"),
         ({"partition_ratios": [1.5]}, r"partition_ratio must lie in \[0, 1\], got 1.5"),
         ({"partition_ratios": []}, "partition_ratios must name at least one"),

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dfs_jax.gradients import Batch
+from dfs_jax.gradients.wpn import WPN, assigned
 from dfs_jax.inference.budgeted import exit_distribution
 from dfs_jax.losses import create_loss
-from dfs_jax.meta import Batch
-from dfs_jax.meta.wpn import WPN, assigned
 from dfs_jax.types import ExitOutputs
 from tests.meta_problems import KEY, RATE, adams_mean, scalars, start, step_parts
 
 ORIGIN = {"block1": jnp.float32(0), "block2": jnp.float32(0)}
 # Halves are every other example: (1, 3) and (2, 1), of which 2 is the more confident one.
-BATCH = Batch(jnp.array([1.0, 2.0, 3.0, 1.0]), jnp.array([1.0, 3.0, 2.0, -1.0]), KEY)
+BATCH = Batch(jnp.array([1.0, 2.0, 3.0, 1.0]), jnp.array([1.0, 3.0, 2.0, -1.0]), KEY, KEY)
 METHOD = WPN(strength=0.5, p=1.0, hidden_size=3, weight_decay=0.0, learning_rate=0.25)
 
 

@@ -199,7 +199,7 @@ def _accuracies(evaluation: RunEvaluation) -> Record:
 def _costs(experiment: Experiment) -> Record:
     e = experiment
     macs = None
-    if e.adds_gradients:
+    if e.rule.is_plain_sum:
         macs = traced_step_cost(e.model, e.fork, e.loss, e.dataset.image_shape).total
     return {"training_macs": macs, "step_ms": None, "batch_size": e.config.batch_size}
 

@@ -24,7 +24,7 @@ _NAMES = {
     "dsn": "DSN",
     "byot": "BYOT",
     "dfs": "DFS",
-    "dfs_byot": "DFS + BYOT",
+    "dfs+byot": "DFS + BYOT",
     "dfs_naive": "naive DFS",
     "dfs_flax": "plain Flax DFS",
 }

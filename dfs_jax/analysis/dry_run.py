@@ -99,7 +99,7 @@ def dry_run(config: Config, devices: Sequence[Any]) -> DryRun:
         model=config.model.name,
         fork=config.fork.name,
         loss=config.loss.name,
-        combiner=config.combiner.name if experiment.meta is None else config.meta.name,
+        rule=config.gradients.name,
         device_kind=devices[0].device_kind,
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
         devices_per_chip=_devices_per_chip(devices),
@@ -190,7 +190,7 @@ def _devices_per_chip(devices: Sequence[Any]) -> int:
 
 def _counted_flops(experiment: Experiment) -> float | None:
     e = experiment
-    if not e.adds_gradients:
+    if not e.rule.is_plain_sum:
         return None
     cost = traced_step_cost(e.model, e.fork, e.loss, e.dataset.image_shape)
     return 2 * cost.total * e.config.batch_size / e.mesh.size

@@ -17,7 +17,7 @@ class DryRun(NamedTuple):
 
     Attributes:
       model, fork, loss: their names in the config.
-      combiner: its name, or that of the meta method in its place.
+      rule: name of the gradient rule.
       device_kind: what the step was compiled for.
       mesh: how many devices lie along each axis.
       devices_per_chip: a TPU v4 has two in each chip.
@@ -33,7 +33,7 @@ class DryRun(NamedTuple):
     model: str
     fork: str
     loss: str
-    combiner: str
+    rule: str
     device_kind: str
     mesh: dict[str, int]
     devices_per_chip: int
@@ -85,7 +85,7 @@ def table_for_terminal(found: DryRun) -> str:
     axes = " x ".join(f"{axis}={size}" for axis, size in found.mesh.items())
     kind = "bfloat16" if found.bf16 else "float32"
     parts = [
-        f"One training step: {found.model}, {found.fork}, {found.loss}, {found.combiner}; "
+        f"One training step: {found.model}, {found.fork}, {found.loss}, {found.rule}; "
         f"{kind}; batch {found.batch_size}",
         f"compiled for {found.num_devices} x {found.device_kind}: {axes}. "
         f"All that follows is of one device.",

@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.combiners.conflict import count_pairs, gradient_norms, joint_gram, pair_cosines
 from dfs_jax.files import write_whole
+from dfs_jax.gradients.conflict import count_pairs, gradient_norms, joint_gram, pair_cosines
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.conflict import SPLIT, ConflictProbe, mean_cosines, rows_by_prefix
 from dfs_jax.training.experiment import abstract_state, rebuild_experiment

@@ -27,6 +27,7 @@ from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.registry import Registry
 from dfs_jax.training.config import check_config
 from dfs_jax.training.experiment import Experiment, build_experiment, model_from_config
+from dfs_jax.training.methods import MethodParts, method_parts
 from dfs_jax.types import Config, UserError, check_whole
 
 PEERS = Registry("peer", {"torch": "benchmarks.torch_peer:TorchPeer"})
@@ -39,60 +40,31 @@ _MADE_UP_BATCHES = 4
 _AUGMENTATION_OPTIONS = ("crop_", "autoaugment_", "cutout_")
 
 
-class Method(NamedTuple):
-    """What a row trains.
+class Variant(NamedTuple):
+    """Another way to run a method, for comparison.
 
     Attributes:
-      fork, loss, combiner: their names in a config.
-      meta: the name of the method that looks ahead in the combiner's place, or None.
-      exits: the combiner's way through the exits; None for its own choice.
+      method: name of the method.
       model: options of the model, besides those of the config.
-      plain_jit: compiled without this package's options.
+      exits: way through the exits of rules that read the gradients of single exits.
+      plain_jit: compiled without this package's compiler options.
     """
 
-    fork: str
-    loss: str
+    method: str
     model: Mapping[str, Any] = MappingProxyType({})
-    plain_jit: bool = False
-    combiner: str = "weighted_sum"
     exits: str | None = None
-    meta: str | None = None
-
-    @property
-    def is_variant(self) -> bool:
-        """Whether it is another way to run a method, for comparison, and not one of its own."""
-        return bool(self.model) or self.exits is not None
-
-    @property
-    def adds_gradients(self) -> bool:
-        """Whether the exits' gradients are added up, in one backward pass; peers know no other."""
-        return self.combiner == "weighted_sum" and self.meta is None
+    plain_jit: bool = False
 
 
 _NAIVE = {"partitioned_backward": False}
-METHODS = {
-    "dsn": Method("plain", "deep_supervision"),
-    "byot": Method("plain", "byot"),
-    "dfs": Method("dfs", "deep_supervision"),
-    "dfs_byot": Method("dfs", "byot"),
+VARIANTS = {
     # The fork as one writes it: the whole input gradient is computed, then cut.
-    "dfs_naive": Method("dfs", "deep_supervision", _NAIVE),
-    # Nothing but Flax's own layers under jax.jit.
-    "dfs_flax": Method("dfs", "deep_supervision", {**_NAIVE, "cpu_kernels": False}, True),
-    "ge": Method("gradient_equilibrium", "deep_supervision"),
-    "distillation": Method("plain", "distillation"),
-    "pcgrad": Method("plain", "deep_supervision", combiner="pcgrad"),
-    "cagrad": Method("plain", "deep_supervision", combiner="cagrad"),
-    "nash_mtl": Method("plain", "deep_supervision", combiner="nash_mtl"),
-    "upgrad": Method("plain", "deep_supervision", combiner="upgrad"),
-    "meta_gf": Method("plain", "deep_supervision", meta="meta_gf"),
-    "wpn": Method("plain", "deep_supervision", meta="wpn"),
-    "dfs_meta_gf": Method("dfs", "deep_supervision", meta="meta_gf"),
-    "dfs_wpn": Method("dfs", "deep_supervision", meta="wpn"),
-    "dfs_pcgrad": Method("dfs", "deep_supervision", combiner="pcgrad"),
+    "dfs_naive": Variant("dfs", _NAIVE),
+    # Flax's own layers alone under jax.jit.
+    "dfs_flax": Variant("dfs", {**_NAIVE, "cpu_kernels": False}, plain_jit=True),
     # Ways through the exits that a CPU does not take by itself.
-    "pcgrad_vmap": Method("plain", "deep_supervision", combiner="pcgrad", exits="vmap"),
-    "pcgrad_scan": Method("plain", "deep_supervision", combiner="pcgrad", exits="scan"),
+    "pcgrad_vmap": Variant("pcgrad", exits="vmap"),
+    "pcgrad_scan": Variant("pcgrad", exits="scan"),
 }
 DEFAULT_METHODS = ("dsn", "byot", "dfs", "dfs_naive", "dfs_flax")
 
@@ -144,7 +116,8 @@ def measure_training_cost(
     Args:
       config: of a run; DFS refers to foreign features as its fork says.
       batch_sizes: images a step; None for the config's own.
-      methods: of `METHODS`; None for `DEFAULT_METHODS`, as far as the model has their options.
+      methods: methods by the words that configs take ("dfs+pcgrad"), or names in `VARIANTS`; None
+        for `DEFAULT_METHODS`, as far as the model has their options.
       partition_ratios: betas of DFS; variants of it are timed at the middle one.
       peer: of `PEERS`, or one's own "package.module:attribute"; nothing is then augmented.
       repeats: rounds that medians are taken of.
@@ -197,11 +170,8 @@ def _plan(
     """Builds the experiments of one batch size: our rows, then the peer's."""
     ours = []
     for name in names or _default_methods(config):
-        if name not in METHODS:
-            raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-        method = METHODS[name]
-        for ratio in _ratios_of(method, ratios):
-            experiment = build_experiment(_config_of(config, method, ratio), dataset)
+        for ratio in _ratios_of(name, ratios):
+            experiment = build_experiment(_config_of(config, name, ratio), dataset)
             ours.append(Case(name, ratio, OURS, OUR_LAYOUT, experiment))
     if rival is None:
         return ours
@@ -209,38 +179,49 @@ def _plan(
         case._replace(framework=rival.name, layout=layout)
         for layout in rival.layouts
         for case in ours
-        if not METHODS[case.method].is_variant and METHODS[case.method].adds_gradients
+        if case.method not in VARIANTS and case.experiment.rule.is_plain_sum
     ]
     return ours + theirs
 
 
 def _default_methods(config: Config) -> list[str]:
-    model = model_from_config(config.model, create_loss(METHODS["dsn"].loss), num_classes=2)
-    has_variants = isinstance(model, ConvolutionalModel)
-    return [name for name in DEFAULT_METHODS if has_variants or not METHODS[name].is_variant]
+    loss = create_loss("deep_supervision")
+    has_variants = isinstance(
+        model_from_config(config.model, loss, num_classes=2), ConvolutionalModel
+    )
+    return [name for name in DEFAULT_METHODS if has_variants or name not in VARIANTS]
 
 
-def _ratios_of(method: Method, ratios: Sequence[float]) -> Sequence[float | None]:
-    if method.fork != "dfs":
+def _variant(name: str) -> Variant:
+    return VARIANTS.get(name, Variant(name))
+
+
+def _parts_of(name: str) -> MethodParts:
+    """Returns the components of a method or a variant of one."""
+    try:
+        return method_parts(_variant(name).method)
+    except KeyError as error:
+        variants = ", ".join(VARIANTS)
+        raise UserError(f"{error.args[0]}, or from {variants}") from error
+
+
+def _ratios_of(name: str, ratios: Sequence[float]) -> Sequence[float | None]:
+    if _parts_of(name).fork != "dfs":
         return [None]
-    return [sorted(ratios)[len(ratios) // 2]] if method.is_variant else ratios
+    return [sorted(ratios)[len(ratios) // 2]] if name in VARIANTS else ratios
 
 
-def _config_of(config: Config, method: Method, ratio: float | None) -> Config:
-    """Returns the config of a method; options of a fork or a loss stay where it is the same one."""
-    fields: dict[str, Any] = {f"model.{key}": value for key, value in method.model.items()}
-    parts = {
-        "fork": method.fork,
-        "loss": method.loss,
-        "combiner": method.combiner,
-        "meta": method.meta,
-    }
-    for section, name in parts.items():
-        if config[section].name != name:
+def _config_of(config: Config, name: str, ratio: float | None) -> Config:
+    """Returns the config of a method; options of a component stay where it is the same one."""
+    variant, parts = _variant(name), _parts_of(name)
+    parts = parts._replace(loss=parts.loss or "deep_supervision")
+    fields: dict[str, Any] = {f"model.{key}": value for key, value in variant.model.items()}
+    for section, component in parts._asdict().items():
+        if config[section].name != component:
             fields |= {f"{section}.{key}": None for key in config[section]}
-            fields[f"{section}.name"] = name
+            fields[f"{section}.name"] = component
     fields["fork.partition_ratio"] = None if ratio is None else (ratio,)
-    return _changed(config, {**fields, "combiner.exits": method.exits})
+    return _changed(config, {**fields, "gradients.exits": variant.exits})
 
 
 def _without_augmentation(config: Config) -> Config:
@@ -285,7 +266,7 @@ def _count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int | None
 
 
 def _operations(case: Case) -> dict[str, int | None]:
-    if not METHODS[case.method].adds_gradients:
+    if not case.experiment.rule.is_plain_sum:
         return {"macs": None, "macs_theory": None}
     model, dataset = case.experiment.model, case.experiment.dataset
     if case.framework != OURS and isinstance(model, ConvolutionalModel):
@@ -304,7 +285,7 @@ def _measure(cases: Sequence[Case], rival: Peer | None, repeats: int) -> list[Co
         if rival is not None and case.framework == rival.name:
             made[i] = rival.compile_step(case.experiment, case.layout)
         else:
-            made[i] = compile_step(case.experiment, plain_jit=METHODS[case.method].plain_jit)
+            made[i] = compile_step(case.experiment, plain_jit=_variant(case.method).plain_jit)
     programs = [made[i] for i in range(len(cases))]
     times = time_steps(programs, repeats)
     return [_row(*items) for items in zip(cases, programs, times, strict=True)]
@@ -325,13 +306,8 @@ def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
         "peak_mib": programs.peak_mib,
         "fork": config.fork.name,
         "loss": config.loss.name,
-        "published_loop": _published_loop(case.experiment),
+        "published_loop": case.experiment.rule.published_loop(case.experiment.model.num_exits),
     }
-
-
-def _published_loop(experiment: Experiment) -> str | None:
-    says = getattr(experiment.meta, "published_loop", None)
-    return None if says is None else says(experiment.model.num_exits)
 
 
 def _headline(experiment: Experiment, rival: Peer | None, repeats: int) -> str:

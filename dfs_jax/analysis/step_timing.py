@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from dfs_jax.analysis.compiled import memory
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.data.pipeline import train_batches
+from dfs_jax.gradients import Batch, Trained
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
+from dfs_jax.training.passes import make_step_parts, summed_loss
 from dfs_jax.training.sharding import jit_for_mesh, put_batch, replicated
 from dfs_jax.training.state import TrainState
-from dfs_jax.training.step import make_gradient_fn, make_update_fn, step_keys
-from dfs_jax.types import ExitOutputs, PyTree
+from dfs_jax.training.step import step_keys
+from dfs_jax.types import PyTree
 
 Program = Callable[[], Any]
 
@@ -187,32 +189,29 @@ def _stepping(step: Any, state: TrainState, images: jax.Array, labels: jax.Array
 def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
     """Returns the losses, and the losses with their gradient, of the training step."""
     e = experiment
-    exits = e.config.combiner.exits
-    backward: Callable = make_gradient_fn(e.model, e.fork, e.loss, e.combiner, exits)
-    if e.meta is not None:
-        backward = make_update_fn(e.model, e.fork, e.loss, e.optimizer, e.combiner, e.meta, exits)
+    parts = make_step_parts(e.model, e.fork, e.loss, e.optimizer, e.config.gradients.exits)
+    if not e.rule.looks_ahead:  # the optimizer's update is not part of the backward pass
+        parts = parts._replace(update=lambda trained, grads: (trained, grads))
+    rule_step = e.rule.wrap(parts)
 
-    def prepare(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        augment_key, dropout_key = step_keys(state)
-        pixels = normalise(e.augment(images, augment_key), e.dataset.mean, e.dataset.std)
-        return pixels, dropout_key
+    total_loss = summed_loss(e.model, e.fork, e.loss)
+
+    def prepared(state: TrainState, images: jax.Array, labels: jax.Array) -> Batch:
+        keys = step_keys(state)
+        pixels = normalise(e.augment(images, keys.augment), e.dataset.mean, e.dataset.std)
+        return Batch(pixels, labels, keys.dropout, keys.rule)
 
     def forward(state: TrainState, images: jax.Array, labels: jax.Array):
-        pixels, dropout_key = prepare(state, images)
-        outputs, updated = e.model.apply(
-            {"params": state.params, "batch_stats": state.batch_stats},
-            pixels,
-            e.fork,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        batch = prepared(state, images, labels)
+        total, (_, stats) = total_loss(
+            state.params, variables, batch.images, labels, batch.dropout_key
         )
-        total = jnp.sum(e.loss(cast(ExitOutputs, outputs), labels))
-        return total, updated.get("batch_stats", {})
+        return total, stats
 
     def forward_backward(state: TrainState, images: jax.Array, labels: jax.Array):
-        pixels, dropout_key = prepare(state, images)
-        return backward(state, pixels, labels, dropout_key)
+        trained = Trained(state.params, state.batch_stats, state.opt_state)
+        return rule_step(trained, state.rule_state, prepared(state, images, labels))
 
     return forward, forward_backward
 

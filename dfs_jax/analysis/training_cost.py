@@ -27,8 +27,8 @@ from dfs_jax.analysis.cost_table import CostRow
 from dfs_jax.analysis.method_costs import (
     DEFAULT_RATIOS,
     DEFAULT_REPEATS,
-    METHODS,
     PEERS,
+    VARIANTS,
     measure_training_cost,
 )
 from dfs_jax.analysis.report import write_whole
@@ -39,7 +39,7 @@ def main() -> None:
     """Runs the program."""
     config = config_flags.DEFINE_config_file("config", None, "A run's configuration file.")
     batch_sizes = flags.DEFINE_list("batch_sizes", None, "Images a step; None: the config's own.")
-    methods = flags.DEFINE_list("methods", None, f"Of {', '.join(METHODS)}.")
+    methods = flags.DEFINE_list("methods", None, f"Methods, or of {', '.join(VARIANTS)}.")
     ratios = flags.DEFINE_list("partition_ratios", list(map(str, DEFAULT_RATIOS)), "Betas of DFS.")
     peer = flags.DEFINE_string("peer", None, f"To measure beside: {', '.join(PEERS.table)}.")
     repeats = flags.DEFINE_integer("repeats", DEFAULT_REPEATS, "Rounds, of which medians count.")

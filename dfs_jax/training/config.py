@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "mesh.tensor",
 )
 # Sections that configs of earlier runs lack, as those runs were trained.
-_ADDED_LATER = {"combiner": {"name": "weighted_sum", "exits": None}, "mesh": {}}
+_ADDED_LATER = {"gradients": {"name": "sum", "exits": None}, "mesh": {}}
 MAY_DIFFER = ("data.data_dir", "data.num_workers", "init_from")  # between the machines of a run
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
@@ -56,8 +56,8 @@ def check_config(config: Config) -> None:
 def completed(config: Config) -> Config:
     """Returns the config with the sections that it lacks because they came after it.
 
-    >>> completed(ConfigDict({"seed": 0})).combiner.name
-    'weighted_sum'
+    >>> completed(ConfigDict({"seed": 0})).gradients.name
+    'sum'
     """
     return ConfigDict({**_ADDED_LATER, **config.to_dict()})
 

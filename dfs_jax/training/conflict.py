@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfs_jax.combiners.conflict import (
+from dfs_jax.data import Split
+from dfs_jax.data.augmentation import normalise
+from dfs_jax.gradients.conflict import (
     count_pairs,
     gradient_norms,
     joint_gram,
@@ -16,8 +18,6 @@ from dfs_jax.combiners.conflict import (
     pair_cosines,
     tensor_names,
 )
-from dfs_jax.data import Split
-from dfs_jax.data.augmentation import normalise
 from dfs_jax.training.experiment import Experiment, abstract_state, variable_shardings
 from dfs_jax.training.sharding import (
     batch_parts,

@@ -10,21 +10,19 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from dfs_jax.combiners import Combiner
 from dfs_jax.data import Dataset
 from dfs_jax.data.augmentation import Augmentation
 from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
+from dfs_jax.gradients import GradientRule, Setup
 from dfs_jax.interop import load_trunk
 from dfs_jax.losses import Loss, create_loss
-from dfs_jax.meta import Meta, Setup
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
-from dfs_jax.training.combiner_config import check_combiner, combiner_from_config
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
-from dfs_jax.training.meta_config import check_meta, meta_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
+from dfs_jax.training.rule_config import check_rule, rule_from_config
 from dfs_jax.training.sharding import (
     batch_parts,
     check_batch_size,
@@ -55,8 +53,7 @@ class Experiment(NamedTuple):
     model: MultiExitModel
     fork: Fork
     loss: Loss
-    combiner: Combiner
-    meta: Meta | None
+    rule: GradientRule
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Augmentation
@@ -70,11 +67,6 @@ class Experiment(NamedTuple):
     def score_split(self) -> str:
         """The split on which choices are made: validation, or train where nothing is held out."""
         return "train" if self.dataset.validation is None else "validation"
-
-    @property
-    def adds_gradients(self) -> bool:
-        """Whether a step is one forward and one backward pass of the exits' summed losses."""
-        return self.meta is None and getattr(self.combiner, "is_plain_sum", False)
 
 
 def build_experiment(
@@ -99,8 +91,7 @@ def build_experiment(
         check_batch_size(config.batch_size, mesh, accumulate_steps(config))
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
-    meta = meta_from_config(config.get("meta"))
-    combiner = combiner_from_config(config.combiner, meta)
+    rule = rule_from_config(config.gradients)
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     _configured(model_from_config(config.model, loss, num_classes=2), config)
@@ -109,15 +100,14 @@ def build_experiment(
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     model = model_for_mesh(_configured(model, config), mesh)
     _check_shapes(model, fork, loss, dataset, mesh)
-    check_combiner(combiner, model, dataset.image_shape)
     sampler = TrainSampler(dataset.train.num_examples, config.batch_size, config.seed)
     schedule = create_schedule(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
     optimizer = create_optimizer(config.optimizer, schedule)
-    components = fork, loss, combiner, meta, schedule, optimizer, augment
+    components = fork, loss, rule, schedule, optimizer, augment
     experiment = Experiment(config, mesh, dataset, sampler, model, *components)
-    check_meta(meta, combiner, model, dataset.image_shape, _setup(experiment, parts))
+    check_rule(rule, model, dataset.image_shape, _setup(experiment, parts))
     return experiment
 
 
@@ -205,15 +195,14 @@ def training_step(experiment: Experiment) -> TrainStep:
         e.model,
         e.fork,
         e.loss,
+        e.rule,
         e.optimizer,
         e.augment,
         mean=e.dataset.mean,
         std=e.dataset.std,
         mesh=e.mesh,
         ema_decay=e.config.optimizer.ema_decay,
-        combiner=e.combiner,
-        meta=e.meta,
-        exits=e.config.combiner.exits,
+        exits=e.config.gradients.exits,
         accumulate_steps=accumulate_steps(e.config),
         state_shardings=state_shardings(e),
     )
@@ -322,8 +311,7 @@ def _as_state(experiment: Experiment, variables: dict[str, Any]) -> TrainState:
         _key(experiment.config.seed, _TRAIN),
         num_exits=experiment.model.num_exits,
         keep_average=experiment.config.optimizer.ema_decay is not None,
-        combiner=experiment.combiner,
-        meta=experiment.meta,
+        rule=experiment.rule,
     )
 
 

@@ -1,4 +1,4 @@
-"""The passes forward and backward of a step: of a batch at once, or in micro batches."""
+"""The parts of a training step: forward and backward passes, and the optimizer's update."""
 
 from __future__ import annotations
 
@@ -7,27 +7,83 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from dfs_jax.combiners.exit_gradients import best_way, exit_gradients
 from dfs_jax.forks import Fork
+from dfs_jax.gradients import Batch, StepParts, Trained
+from dfs_jax.gradients.exit_gradients import best_way, exit_gradients
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.sharding import batch_sharded
-from dfs_jax.training.state_sharding import scatter
+from dfs_jax.training.state_sharding import constrain, scatter
 from dfs_jax.types import BatchGradients, PyTree, TrunkAndHeads
 
 # Of `{"params": ..., "batch_stats": ...}`, images, labels and the key for dropout.
 Passes = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array], BatchGradients]
 
 
-def summed_passes(
-    model: MultiExitModel, fork: Fork, loss: Loss, mesh: Mesh | None = None
-) -> Passes:
-    """Returns passes whose `grads`, shaped as the parameters, are those of the summed losses."""
+def make_step_parts(
+    model: MultiExitModel,
+    fork: Fork,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    exits: str | None = None,
+    *,
+    accumulate_steps: int = 1,
+    prepare: Callable[[jax.Array], jax.Array] | None = None,
+    mesh: Mesh | None = None,
+) -> StepParts:
+    """Returns the parts that a gradient rule builds its step from.
 
-    def loss_fn(params: PyTree, variables: dict[str, Any], images, labels, key):
+    Args:
+      model: backbone that is trained.
+      fork: fork at each exit.
+      loss: loss of the exits.
+      optimizer: optimizer of the parameters.
+      exits: way through the exits for gradients of single exits, see `exit_gradients`.
+      accumulate_steps: micro batches of a step, see `accumulated`.
+      prepare: function applied to the images of a micro batch first, such as normalisation.
+      mesh: device mesh that gradients are split over; None where they are not.
+    """
+
+    def run(passes: Passes, trained: Trained, batch: Batch) -> BatchGradients:
+        params = constrain(trained.params, mesh, model, gathered=True)
+        variables = {"params": params, "batch_stats": trained.batch_stats}
+        passes = accumulated(prepared(passes, prepare), accumulate_steps, mesh)
+        return passes(variables, batch.images, batch.labels, batch.dropout_key)
+
+    def gradients(trained: Trained, batch: Batch, loss: Loss) -> BatchGradients:
+        return run(summed_passes(model, fork, loss, mesh), trained, batch)
+
+    def exit_gradients(trained: Trained, batch: Batch) -> BatchGradients:
+        return run(single_exit_passes(model, fork, loss, exits, mesh), trained, batch)
+
+    def update(trained: Trained, grads: PyTree) -> tuple[Trained, PyTree]:
+        grads = constrain(grads, mesh, model)
+        updates, opt_state = optimizer.update(grads, trained.opt_state, trained.params)
+        params = optax.apply_updates(trained.params, updates)
+        return Trained(params, trained.batch_stats, opt_state), updates
+
+    def divide(batch: Batch, count: int) -> list[Batch]:
+        images, labels = (deal(x, count, mesh) for x in (batch.images, batch.labels))
+        dropout_keys = [jax.random.fold_in(batch.dropout_key, i) for i in range(count)]
+        return [Batch(images[i], labels[i], dropout_keys[i], batch.rule_key) for i in range(count)]
+
+    return StepParts(loss, model.num_exits, gradients, exit_gradients, update, divide)
+
+
+def summed_loss(
+    model: MultiExitModel, fork: Fork, loss: Loss
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]]:
+    """Returns the training loss `(params, variables, images, labels, key) -> (total, aux)`.
+
+    `total` is summed over the exits, `aux` is `(logits, batch_stats)`; `params` take the place of
+    those in `variables`, so that the loss can be differentiated with respect to them.
+    """
+
+    def total_loss(params: PyTree, variables: dict[str, Any], images, labels, key):
         outputs, updated = model.apply(
             {**variables, "params": params},
             images,
@@ -39,8 +95,16 @@ def summed_passes(
         total = jnp.sum(loss(outputs, labels))
         return total, (outputs.logits, updated.get("batch_stats", {}))
 
+    return total_loss
+
+
+def summed_passes(
+    model: MultiExitModel, fork: Fork, loss: Loss, mesh: Mesh | None = None
+) -> Passes:
+    """Returns passes whose `grads`, shaped as the parameters, are those of the summed losses."""
+    differentiate = jax.value_and_grad(summed_loss(model, fork, loss), has_aux=True)
+
     def passes(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
-        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
         (total, (logits, stats)), grads = differentiate(
             variables["params"], variables, images, labels, key
         )

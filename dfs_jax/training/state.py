@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dfs_jax.combiners import Combiner
-from dfs_jax.meta import Meta
-from dfs_jax.models.contract import split_trunk_and_heads
+from dfs_jax.gradients import GradientRule
+from dfs_jax.gradients.summed import Sum
 from dfs_jax.types import PyTree
 
 NO_BAD_STEP = -1
 # Folded into the run's key for what is drawn before the first step; steps fold in their numbers.
 _NO_STEP = 2**32 - 1
+_SUM = Sum()
 
 
 class EpochTotals(struct.PyTreeNode):
@@ -46,7 +46,7 @@ class TrainState(struct.PyTreeNode):
       params: trained parameters, under `block1`.. and `head1`..
       batch_stats: running statistics.
       opt_state: the optimizer's.
-      combiner_state: the combiner's, or that of the meta method in its place.
+      rule_state: the gradient rule's.
       averaged: exponential moving average of parameters and statistics, or None.
       totals: sums over the epoch so far.
       key_data: the run's random key, from which each step's keys are folded.
@@ -57,7 +57,7 @@ class TrainState(struct.PyTreeNode):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
-    combiner_state: PyTree
+    rule_state: PyTree
     averaged: PyTree
     totals: EpochTotals
     key_data: jax.Array
@@ -76,8 +76,7 @@ def create_state(
     *,
     num_exits: int,
     keep_average: bool,
-    combiner: Combiner | None = None,
-    meta: Meta | None = None,
+    rule: GradientRule = _SUM,
 ) -> TrainState:
     """Returns the state before the first step, from freshly initialised `variables`.
 
@@ -87,30 +86,16 @@ def create_state(
       key: the run's, from which each step's keys are folded.
       num_exits: of the model.
       keep_average: of parameters and statistics.
-      combiner: of the exits' gradients.
-      meta: method in the combiner's place.
+      rule: gradient rule of the run.
     """
     return TrainState(
         step=jnp.int32(0),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
-        combiner_state=_merging_state(variables["params"], num_exits, combiner, meta, key),
+        rule_state=rule.init(variables["params"], num_exits, jax.random.fold_in(key, _NO_STEP)),
         averaged=jax.tree.map(jnp.copy, variables) if keep_average else None,
         totals=EpochTotals.zero(num_exits),
         key_data=jax.random.key_data(key),
         first_bad_step=jnp.int32(NO_BAD_STEP),
     )
-
-
-def _merging_state(
-    params: PyTree,
-    num_exits: int,
-    combiner: Combiner | None,
-    meta: Meta | None,
-    key: jax.Array,
-) -> PyTree:
-    if meta is not None:
-        return meta.init(params, num_exits, jax.random.fold_in(key, _NO_STEP))
-    trunk, _ = split_trunk_and_heads(params)
-    return () if combiner is None else combiner.init(trunk)

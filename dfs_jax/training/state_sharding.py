@@ -3,7 +3,7 @@
     tensor   the axis that the model names for the parameter (`tensor_axes`)
     fsdp     of what is left, the largest axis that can be divided evenly, of large arrays alone
 
-Optimizer and combiner states, averaged weights and gradients hold arrays of the parameters' names
+Optimizer and rule states, averaged weights and gradients hold arrays of the parameters' names
 and shapes, so that the same rule puts theirs beside them. All else is whole on every device.
 
 What is split along `fsdp` is gathered before layers use it. Left to itself, the compiler splits

@@ -1,64 +1,17 @@
-"""What a combiner is, and what those have in common that need the exits' inner products alone."""
+"""Inner products of the exits' gradients, and sums of the gradients by weights.
+
+`per_exit_grads` is shaped as the trunk's parameters, with an axis of exits first, shallow exit
+first: `[k, ...]` holds the gradients of the last k exits; those before them do not reach the
+parameter.
+"""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dfs_jax.types import PyTree
-
-
-class Combiner(Protocol):
-    """Merges the gradients that the exits' losses give the trunk; heads are none of its business.
-
-    `per_exit_grads` is shaped as `params`, the trunk's parameters, with an axis of exits first,
-    shallow exit first: `[k, ...]` holds the last k exits, and those before them do not reach the
-    parameter. Any state is a pytree of arrays of fixed shapes.
-    """
-
-    def init(self, params: PyTree) -> PyTree:
-        """Returns the state before the first step."""
-        ...
-
-    def update(
-        self, per_exit_grads: PyTree, state: PyTree, params: PyTree, *, key: jax.Array
-    ) -> tuple[PyTree, PyTree]:
-        """Returns the gradients, shaped as `params`, and the next state; `key` is the step's."""
-        ...
-
-
-class GramCombiner:
-    """Base of the methods that weigh whole gradients, and find the weights in the Gram matrix.
-
-    A subclass defines `weights`. Exits whose gradient is zero, because nothing of the trunk learns
-    from them, come to it as exits that are orthogonal to all others: what weight they get does not
-    matter, and means are over the others (`count_gradients`).
-    """
-
-    def init(self, params: PyTree) -> PyTree:
-        """Returns no state."""
-        del params
-        return ()
-
-    def update(
-        self, per_exit_grads: PyTree, state: PyTree, params: PyTree, *, key: jax.Array
-    ) -> tuple[PyTree, PyTree]:
-        """Returns the weighted sum of the exits' gradients, and the state as it was."""
-        del params
-        weights = self.weights(gram_matrix(per_exit_grads), key)
-        return combine(per_exit_grads, weights), state
-
-    def weights(self, gram: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns the weight of each exit's gradient, given their inner products.
-
-        Args:
-          gram: `[exits, exits]`, float32 or wider.
-          key: a random key.
-        """
-        raise NotImplementedError
 
 
 def gram_matrix(per_exit_grads: PyTree) -> jax.Array:
@@ -69,7 +22,7 @@ def gram_matrix(per_exit_grads: PyTree) -> jax.Array:
     Sums are kept in float32, or in float64 for such gradients, whatever the gradients' type.
 
     Args:
-      per_exit_grads: arrays `[k, ...]` of the last k exits, see `Combiner`.
+      per_exit_grads: arrays `[k, ...]` of the last k exits, see the top of this module.
 
     Example:
       >>> gram_matrix({"block1": jnp.array([[1.0, 0.0], [1.0, 2.0]]), "block2": jnp.array([[3.0]])})
@@ -91,7 +44,7 @@ def combine(per_exit_grads: PyTree, weights: jax.Array) -> PyTree:
     """Returns the exits' gradients, each times its weight, added up: `sum_i w_i g_i`.
 
     Args:
-      per_exit_grads: arrays `[k, ...]` of the last k exits, see `Combiner`.
+      per_exit_grads: arrays `[k, ...]` of the last k exits, see the top of this module.
       weights: `[exits]`.
 
     Example:
@@ -110,7 +63,7 @@ def combine(per_exit_grads: PyTree, weights: jax.Array) -> PyTree:
 def norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients' norms `[exits]` and the cosines between them `[exits, exits]`.
 
-    A gradient of zero has cosine 1 with itself and 0 with all others.
+    A zero gradient has cosine 1 with itself and 0 with all others.
 
     Example:
       >>> norms_and_cosines(jnp.array([[4.0, -3.0], [-3.0, 9.0]]))[1]
@@ -123,7 +76,7 @@ def norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def count_gradients(norms: jax.Array) -> jax.Array:
-    """Returns how many of the exits have a gradient that is not zero, at least 1.
+    """Returns the number of exits whose gradient is not zero, at least 1.
 
     >>> int(count_gradients(jnp.array([2.0, 0.0, 3.0])))
     2
@@ -138,7 +91,7 @@ def inverse_norms(norms: jax.Array) -> jax.Array:
 
 
 def _inner_products(leaf: jax.Array) -> jax.Array:
-    """Contracts all axes but the first where they lie: a sharded parameter stays sharded."""
+    """Contracts all axes but the first without a reshape: a sharded parameter stays sharded."""
     axes = tuple(range(1, leaf.ndim))
     return lax.dot_general(
         leaf,

@@ -1,4 +1,4 @@
-"""The sum of the exits' gradients: what ordinary backpropagation of the summed losses computes."""
+"""A weighted sum of the exits' gradients in the trunk."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.combiners.base import combine
+from dfs_jax.gradients.combiner import Combiner
+from dfs_jax.gradients.gram import combine
 from dfs_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightedSum:
-    """Adds up the exits' gradients, each times its weight: `sum_i w_i g_i`.
+class WeightedSum(Combiner):
+    """Adds up the exits' gradients of the trunk, each times its weight: `sum_i w_i g_i`.
 
     The weights act on the trunk alone; `exit_weights` of deep supervision act on the heads too.
 
     Args:
-      weights: w, one number an exit, shallow first; None for 1 everywhere, which needs no gradients
-        of single exits.
+      weights: w, one number for each exit, shallow first; None for 1 everywhere, which gives the
+        gradients of `Sum` at a higher cost.
 
     Raises:
       ValueError: a weight that is not finite or negative, none above 0, or (when called) another
@@ -44,20 +45,10 @@ class WeightedSum:
             raise ValueError(f"a weight must be above 0 to train the trunk, got {weights}")
         object.__setattr__(self, "weights", weights)
 
-    @property
-    def is_plain_sum(self) -> bool:
-        """Whether one ordinary backward pass of the summed losses does all."""
-        return self.weights is None
-
-    def init(self, params: PyTree) -> PyTree:
-        """Returns no state."""
-        del params
-        return ()
-
     def update(
         self, per_exit_grads: PyTree, state: PyTree, params: PyTree, *, key: jax.Array
     ) -> tuple[PyTree, PyTree]:
-        """Returns the weighted sum of the exits' gradients, and the state as it was."""
+        """Returns the weighted sum of the exits' gradients, and the unchanged state."""
         del params, key
         exits = max(len(leaf) for leaf in jax.tree.leaves(per_exit_grads))
         weights = (1,) * exits if self.weights is None else self.weights

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.combiners.base import GramCombiner
+from dfs_jax.gradients.combiner import GramCombiner
 
 SCALINGS = ("sum", "released", "paper")
 ITERATIONS = 100

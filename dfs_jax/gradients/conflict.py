@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dfs_jax.combiners.base import gram_matrix
-from dfs_jax.combiners.exit_gradients import exit_gradients
 from dfs_jax.forks import Fork
+from dfs_jax.gradients.exit_gradients import exit_gradients
+from dfs_jax.gradients.gram import gram_matrix
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel, split_trunk_and_heads
 from dfs_jax.types import PyTree

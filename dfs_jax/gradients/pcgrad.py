@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.combiners.base import (
-    GramCombiner,
+from dfs_jax.gradients.combiner import GramCombiner
+from dfs_jax.gradients.gram import (
     count_gradients,
     inverse_norms,
     norms_and_cosines,

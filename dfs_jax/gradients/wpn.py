@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,18 @@ import optax
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax.inference.budgeted import exit_distribution
-from dfs_jax.losses import Loss
-from dfs_jax.meta.base import (
+from dfs_jax.gradients.look_ahead import examples_weighted, learn, look_ahead, tried
+from dfs_jax.gradients.rule import (
     Batch,
-    MetaStep,
+    GradientRule,
     Outcome,
+    RuleStep,
     Setup,
     StepParts,
     Trained,
-    examples_weighted,
-    learn,
-    look_ahead,
-    tried,
 )
+from dfs_jax.inference.budgeted import exit_distribution
+from dfs_jax.losses import Loss
 from dfs_jax.types import ExitOutputs, PyTree, UserError, check_whole
 
 # Over which axes of `[exits, batch]` the predictions have mean 0.
@@ -68,7 +66,7 @@ class WeightPredictor(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class WPN:
+class WPN(GradientRule):
     """Weighs every example's loss at every exit; the weights learn from where examples will leave.
 
         loss = sum_i mean_n w_in l_in,   w = 1 + e (r - mean r),   r = tanh(network(l_1n .. l_Ln))
@@ -114,6 +112,8 @@ class WPN:
     exchange: bool = False
     interval: int = 1
 
+    looks_ahead: ClassVar[bool] = True
+
     def __post_init__(self):
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate!r}")
@@ -131,23 +131,22 @@ class WPN:
         """Raises UserError for what cannot be weighed by example, or halved."""
         if not hasattr(setup.loss, "example_losses"):
             raise UserError(
-                f"meta.name='wpn' weighs examples, and loss {type(setup.loss).__name__} does not "
-                f"say what each one's is: give it example_losses(outputs, labels), or choose "
-                f"another"
+                f"wpn weighs examples, and loss {type(setup.loss).__name__} does not say what each "
+                f"one's is: give it example_losses(outputs, labels), or choose another loss"
             )
         if setup.accumulate_steps > 1:
             raise UserError(
-                f"meta.name='wpn' weighs the examples of a batch against each other, not in "
+                f"wpn weighs the examples of a batch against each other, not in "
                 f"accumulate_steps={setup.accumulate_steps} micro batches: leave it unset"
             )
         if setup.batch_size % (2 * setup.batch_parts):
             raise UserError(
-                f"meta.name='wpn' tries a step on half of the batch: batch_size "
+                f"wpn tries a step on half of the batch: batch_size "
                 f"{setup.batch_size} must be a multiple of {2 * setup.batch_parts}"
             )
         if setup.batch_size // 2 % setup.batch_norm_groups:
             raise UserError(
-                f"meta.name='wpn' tries a step on half of the batch, {setup.batch_size // 2} "
+                f"wpn tries a step on half of the batch, {setup.batch_size // 2} "
                 f"examples, which batch_norm_groups={setup.batch_norm_groups} does not divide"
             )
 
@@ -165,7 +164,7 @@ class WPN:
         theta = self._network(num_exits).init(key, jnp.zeros((1, num_exits), dtype))
         return Prediction(theta, self._optimizer.init(theta), jnp.int32(0))
 
-    def wrap(self, parts: StepParts) -> MetaStep:
+    def wrap(self, parts: StepParts) -> RuleStep:
         """Returns the step: a trial that theta learns from, and a step by its weights."""
 
         def step(trained: Trained, state: Prediction, batch: Batch) -> Outcome:

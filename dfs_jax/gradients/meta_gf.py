@@ -9,17 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dfs_jax.meta.base import (
+from dfs_jax.gradients.look_ahead import exits_weighted, learn, look_ahead, tried
+from dfs_jax.gradients.rule import (
     Batch,
-    MetaStep,
+    GradientRule,
     Outcome,
+    RuleStep,
     Setup,
     StepParts,
     Trained,
-    exits_weighted,
-    learn,
-    look_ahead,
-    tried,
 )
 from dfs_jax.models.contract import split_trunk_and_heads
 from dfs_jax.types import PyTree, TrunkAndHeads, UserError, check_whole
@@ -63,7 +61,7 @@ class Rounds(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MetaGF:
+class MetaGF(GradientRule):
     """Fuses the exits' gradients by weights that learn from the losses after a trial step.
 
         fused_t = c sum_i a_it g_it,   a_it = e(v_it) / sum_j e(v_jt)       for each tensor t
@@ -116,6 +114,7 @@ class MetaGF:
     memory: float | None = None
 
     takes_exit_gradients: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -140,8 +139,8 @@ class MetaGF:
         steps = self._steps_a_round(setup.num_exits)
         if setup.total_steps % steps:
             raise UserError(
-                f"meta.window={self.window} makes rounds of {steps} steps for {setup.num_exits} "
-                f"exits, which do not divide the run's {setup.total_steps}: what is learned in the "
+                f"gradients.window={self.window} makes rounds of {steps} steps for "
+                f"{setup.num_exits} exits, which do not divide the run's {setup.total_steps}: the "
                 f"last one would be lost; choose another window or number of epochs"
             )
 
@@ -163,7 +162,7 @@ class MetaGF:
         rounds = None if self.window is None else _first_round(params, logits, num_exits)
         return Fusion(logits, self._optimizer.init(logits), rounds)
 
-    def wrap(self, parts: StepParts) -> MetaStep:
+    def wrap(self, parts: StepParts) -> RuleStep:
         """Returns the step: each a fusion, or a part of a round."""
         return self._step(parts) if self.window is None else self._step_of_round(parts)
 
@@ -176,14 +175,14 @@ class MetaGF:
         """
         return {**jax.tree.map(self._fuse, grads.trunk, logits), **grads.heads}
 
-    def _step(self, parts: StepParts) -> MetaStep:
+    def _step(self, parts: StepParts) -> RuleStep:
         def step(trained: Trained, state: Fusion, batch: Batch) -> Outcome:
             found = parts.exit_gradients(trained, batch)
 
             def trial(logits: PyTree) -> Trained:
                 return tried(parts, trained, self.fused(found.grads, logits))
 
-            again = batch._replace(key=jax.random.fold_in(batch.key, 1))
+            again = batch._replace(dropout_key=jax.random.fold_in(batch.dropout_key, 1))
             grads, _ = look_ahead(
                 trial, state.logits, lambda ahead: parts.gradients(ahead, again, parts.loss)
             )
@@ -196,7 +195,7 @@ class MetaGF:
 
         return step
 
-    def _step_of_round(self, parts: StepParts) -> MetaStep:
+    def _step_of_round(self, parts: StepParts) -> RuleStep:
         exits, window = parts.num_exits, self.window or 1
         others = AUXILIARY if self.auxiliary is None else self.auxiliary
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.combiners.base import GramCombiner, inverse_norms, norms_and_cosines
+from dfs_jax.gradients.combiner import GramCombiner
+from dfs_jax.gradients.gram import inverse_norms, norms_and_cosines
 
 ITERATIONS = 30
 # Added to the squares of the unit gradients: keeps weights finite where no bargain exists.
