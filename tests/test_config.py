@@ -100,7 +100,7 @@ def test_a_run_from_before_a_section_was_known_is_the_same_run(tmp_path):
     assert read_config(tmp_path).gradients.to_dict() == {"name": "sum", "exits": None}
     open_workdir(tmp_path, tiny_config())
     (tmp_path / "config.json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match="name \\(was 'weighted_sum', is 'pcgrad'\\)"):
+    with pytest.raises(UserError, match="name \\(was 'sum', is 'pcgrad'\\)"):
         open_workdir(tmp_path, tiny_config(**{"gradients.name": "pcgrad"}))
 
 
