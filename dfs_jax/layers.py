@@ -88,7 +88,7 @@ def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
 
 @_moments.defjvp
 def _moments_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-    """Leaves out how the variance depends on the mean: deviations from it sum to nothing."""
+    """Omits d var / d mean, which is zero because deviations from the mean sum to zero."""
     (x,), (dx,) = primals, tangents
     mean, var = _moments(x, axes)
     changes = (dx, 2 * (x - mean) * dx)
@@ -108,11 +108,12 @@ class BatchNorm(nn.Module):
     Attributes:
       momentum: weight of the old running value (PyTorch's momentum is 1 minus it).
       epsilon: added to the variance.
-      groups: in training, each of so many equal consecutive parts of the batch is normalised by its
-        own statistics, as on so many GPUs; the running ones take their mean.
+      groups: number of equal consecutive parts of a training batch that are each normalised by
+        their own statistics, as on so many GPUs; the running statistics take their mean.
 
     Raises:
-      UserError: (when called) a batch that cannot be divided into the groups.
+      UserError: (when called) a batch that cannot be divided into the groups, or, in training, a
+        single value per channel, whose variance is 0 whatever the value.
     """
 
     momentum: float = 0.9
@@ -134,9 +135,10 @@ class BatchNorm(nn.Module):
             parts = parts if self.groups == 1 else self._grouped(parts)
             axes = tuple(range(parts.ndim - x.ndim, parts.ndim - 1))
             mean, var = _moments(parts, axes)
+            n = x.size // channels // self.groups
+            self._check_values(n, x.shape)
             if not self.is_initializing():
-                n = x.size // channels // self.groups
-                unbiased = var * (n / max(n - 1, 1))
+                unbiased = var * (n / (n - 1))
                 running_mean.value = self._blend(running_mean.value, mean)
                 running_var.value = self._blend(running_var.value, unbiased)
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
@@ -150,6 +152,16 @@ class BatchNorm(nn.Module):
                 f"groups: choose a multiple of {self.groups}"
             )
         return x.reshape(self.groups, -1, *x.shape[1:])
+
+    def _check_values(self, n: int, shape: tuple[int, ...]) -> None:
+        if n < 2:
+            sides = "x".join(map(str, shape[1:-1])) or "1"
+            groups = "" if self.groups == 1 else f" in {self.groups} batch_norm_groups"
+            raise UserError(
+                f"BatchNorm takes its training statistics from more than 1 value per channel, but "
+                f"a batch of {shape[0]}{groups} with maps of {sides} has {n}: use larger images, a "
+                f"larger batch_size, or fewer accumulate_steps or batch_norm_groups"
+            )
 
     def _blend(self, running: jax.Array, by_group: jax.Array) -> jax.Array:
         batch = by_group.reshape(-1, len(running)).mean(axis=0)

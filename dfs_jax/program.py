@@ -85,6 +85,12 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", directory)
 
 
+def warn(text: str) -> None:
+    """Prints a line to the standard error stream."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def say(text: str) -> None:
     """Prints a line."""
     sys.stdout.write(f"{text}\n")

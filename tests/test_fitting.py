@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from dfs_jax.inference.fitting import fit_policy, outcome, split_for_calibration
+from dfs_jax.inference.fitting import (
+    few_examples_warning,
+    fit_policy,
+    outcome,
+    split_for_calibration,
+)
 from dfs_jax.inference.policy import last_exit_only, read_policy
 from dfs_jax.inference.temperature import fit_temperatures
 from dfs_jax.inference.thresholds import RISKS
@@ -118,3 +123,31 @@ MISTAKES = {
 def test_mistakes(message):
     with pytest.raises(UserError, match=message):
         fit_policy(LOGITS, LABELS, COSTS, **MISTAKES[message])
+
+
+def test_logits_that_are_not_finite_are_refused_by_exit():
+    logits = LOGITS.copy()
+    logits[1, [5, 9], 0] = np.nan, np.inf
+    message = "exit 2 gives logits that are not finite for 2 of 601 examples, the first.* number 6"
+    for target in ({"at_most": 6.0}, {"p": 1.0}, {"epsilon": 0.4}):
+        with pytest.raises(UserError, match=message):
+            fit_policy(logits, LABELS, COSTS, **target)
+
+
+@pytest.mark.parametrize(("n", "is_few"), [(30, True), (601, False)])
+def test_few_examples_are_told_with_an_interval(n, is_few):
+    fitted = fit_policy(LOGITS[:, :n], LABELS[:n], COSTS, at_most=6.0)
+    low, high = fitted.policy.fitted_on["fitted_risk_interval"]
+    assert low <= fitted.point.risk <= high
+    warning = few_examples_warning(fitted.policy)
+    assert (warning is not None) == is_few
+    if warning is not None:
+        assert "fitted on 30 examples" in warning
+
+
+def test_every_exit_unsure_alike_or_a_class_missing():
+    """All confidences equal: nobody can be told from another, and all leave together."""
+    flat = np.zeros((EXITS, 40, CLASSES), np.float32)
+    labels = np.zeros(40, int)
+    fitted = fit_policy(flat, labels, COSTS, at_most=COSTS[0])
+    assert outcome(fitted.policy, flat, labels, COSTS).cost == COSTS[0]

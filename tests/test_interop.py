@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import make_golden
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import linen as nn
 from flax import traverse_util
 
@@ -21,7 +22,7 @@ from dfs_jax.interop import (
     to_torch_gradients,
     to_torch_state_dict,
 )
-from dfs_jax.interop.torch_names import FAMILIES, family_of
+from dfs_jax.interop.torch_names import FAMILIES, family_of, unwrapped
 from dfs_jax.models import create_model
 from dfs_jax.types import UserError
 
@@ -251,6 +252,61 @@ def test_pytorchs_files(tmp_path, model, variables, state_dict):
     )
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match=r"is damaged or not a \.pth file"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
+)
+def test_names_that_wrappers_changed(tmp_path, model, variables, state_dict, prefix, ending):
+    wrapped = {f"{prefix}{name}": x for name, x in state_dict.items()}
+    chex.assert_trees_all_equal(
+        from_torch_state_dict(model, wrapped, partition_ratio=BETA), variables
+    )
+    path = tmp_path / f"w{ending}"
+    if ending == ".npz":
+        np.savez(path, **wrapped)
+    else:
+        safetensors.numpy.save_file(wrapped, path)
+    assert load_weights(path).keys() == state_dict.keys()
+
+
+def test_a_wrapper_within_the_model_and_a_state_dict_within_a_checkpoint(
+    model, variables, state_dict
+):
+    first = next(iter(state_dict)).partition(".")[0]
+    within = {
+        name.replace(f"{first}.", f"{first}._orig_mod.", 1): x for name, x in state_dict.items()
+    }
+    checkpoint = {"epoch": 3, "model": {"state_dict": within}}
+    chex.assert_trees_all_equal(
+        from_torch_state_dict(model, checkpoint, partition_ratio=BETA), variables
+    )
+
+
+def test_a_common_prefix_that_is_no_wrappers_is_named(model, state_dict):
+    other = {f"net.{name}": x for name, x in state_dict.items()}
+    with pytest.raises(UserError, match=r"all names begin with 'net\.', without which \d+ of \d+"):
+        from_torch_state_dict(model, other, partition_ratio=BETA)
+    with pytest.raises(UserError, match=r"missing") as error:
+        from_torch_state_dict(model, {"some.weight": np.zeros(3)}, partition_ratio=BETA)
+    assert "all names begin" not in str(error.value)
+
+
+def test_names_that_would_become_one_are_left_alone():
+    assert unwrapped({"module.a": 1, "a": 2}) == {"module.a": 1, "a": 2}
+    assert unwrapped({"module": 1}) == {"module": 1}
+
+
+def test_what_is_no_state_dict_is_told(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "w.pth"
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="holds no state_dict that can be found, but list"):
+        load_weights(path)
+    torch.save(torch.nn.Linear(2, 3), path)
+    with pytest.raises(UserError, match=r"holds more than weights.*save model.state_dict"):
         load_weights(path)
 
 

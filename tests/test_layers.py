@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dfs_jax.layers import BatchNorm, Conv1x1, Conv3x3, conv_init, upsample_bilinear
+from dfs_jax.types import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -85,10 +86,23 @@ def test_evaluation_uses_running_statistics_and_leaves_them_alone():
     np.testing.assert_array_equal(updated["batch_stats"]["var"], stats["var"])
 
 
-def test_statistics_of_one_value_a_channel_stay_finite():
-    x = jnp.ones((1, 1, 1, 2))
-    _, updated = BatchNorm().apply(batch_norm_variables(2), x, train=True, mutable=["batch_stats"])
-    assert np.isfinite(updated["batch_stats"]["var"]).all()
+ONE_VALUE = [
+    ((1, 7), 1, "a batch of 1 with maps of 1 has 1"),
+    ((1, 1, 1, 3), 1, "a batch of 1 with maps of 1x1 has 1"),
+    ((5, 1, 1, 3), 5, "a batch of 5 in 5 batch_norm_groups with maps of 1x1 has 1"),
+]
+
+
+@pytest.mark.parametrize(("shape", "groups", "message"), ONE_VALUE)
+def test_statistics_of_one_value_a_channel_are_refused_in_training_alone(shape, groups, message):
+    norm, x = BatchNorm(groups=groups), jnp.ones(shape)
+    variables = norm.init(jax.random.key(0), x, train=False)
+    with pytest.raises(UserError, match=message):
+        norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert jnp.isfinite(norm.apply(variables, x, train=False)).all()
+    two = jnp.concatenate([x, 2 * x] * groups)
+    y, _ = norm.apply(variables, two, train=True, mutable=["batch_stats"])
+    assert jnp.isfinite(y).all()
 
 
 def test_initialising_leaves_fresh_statistics():

@@ -39,7 +39,9 @@ def test_an_evaluation_line_by_hand():
         "step": 11,
         "epoch": 2,
         "split": "validation",
-        "loss": 5.0,  # mean 3 at the first exit, 2 at the second
+        "loss": 2.5,
+        "exit1/loss": 3.0,
+        "exit2/loss": 2.0,
         "exit1/accuracy": 0.4,
         "exit2/accuracy": 0.8,
         "ensemble/accuracy": 0.6,
@@ -50,7 +52,7 @@ def test_an_evaluation_line_by_hand():
 def test_a_training_line_by_hand():
     totals = EpochTotals(np.float32(21), np.array([2, 5]), np.int32(7))
     line = training_line(totals, step=13, epoch=1)
-    assert line["loss"] == 3.0
+    assert line["loss"] == 1.5  # 21 over 7 examples and 2 exits
     assert (line["exit1/accuracy"], line["exit2/accuracy"]) == pytest.approx((2 / 7, 5 / 7))
 
 

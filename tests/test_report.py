@@ -1,10 +1,12 @@
 """The report: its exact shape, strict JSON, whole files, a readable page and table."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from dfs_jax.analysis.confusion import class_section, worst_classes
 from dfs_jax.analysis.flops import ExitCost
 from dfs_jax.analysis.report import build_report, render_markdown, table_for_terminal, write_report
 from dfs_jax.inference.budgeted import budgeted_curve
@@ -29,12 +31,14 @@ def predictions(seed, n, exits=3):
 
 @pytest.fixture(scope="module")
 def report():
-    return build_report(predictions(0, 53), predictions(1, 31), COSTS, split="test", run=RUN)
+    test = predictions(1, 31)
+    names = ("cat", "dog | wolf", "newt")  # no example is a newt
+    return build_report(predictions(0, 53), test, COSTS, split="test", run=RUN, class_names=names)
 
 
 def test_shape(report):
     test = predictions(1, 31)
-    assert sorted(report) == ["anytime", "budgeted", "ensemble", "run"]
+    assert sorted(report) == ["anytime", "budgeted", "classes", "ensemble", "run"]
     assert report["run"] == {
         "split": "test",
         "examples": 31,
@@ -118,7 +122,9 @@ def test_page(report):
     assert f"**{100 * report['ensemble']['accuracy']:.2f} %**" in page
     for p in ("0.05", "2.00"):
         assert f"| {p} |" in page
-    assert page.count("\n| ") == 2 + 3 + 2 + 10  # two headers, two rules, exits and budgets
+    assert (
+        page.count("\n| ") == 2 * 4 + 3 + 10 + 2 + 2
+    )  # headers and rules; exits, budgets, classes
 
 
 def test_page_and_table_need_no_context():
@@ -139,3 +145,40 @@ def test_table(report):
     assert lines[-1].split()[0] == "ensemble"
     # The ensemble's accuracy stands under the exits'.
     assert lines[-1].index("%") == lines[2].index("%")
+
+
+def test_classes_by_hand():
+    predicted = np.array([[0, 1, 1, 2, 0], [0, 0, 1, 1, 1]], np.int32)
+    labels = np.array([0, 0, 1, 1, 1], np.int32)
+    some = ExitPredictions(np.ones((2, 5)), predicted, predicted[1], np.zeros((2, 5)), labels)
+    section = class_section(some, ("cat", "dog", "newt"))
+    assert section["examples"] == [2, 3, 0]
+    assert section["accuracy"][0] == {"exit": 1, "by_class": [1 / 2, 1 / 3, None]}
+    assert section["accuracy"][1] == {"exit": 2, "by_class": [1.0, 1.0, None]}
+    first, last = section["confusion"]
+    assert first == {"exit": 1, "counts": [[1, 1, 0], [1, 1, 1], [0, 0, 0]]}
+    assert last["counts"] == [[2, 0, 0], [0, 3, 0], [0, 0, 0]]
+    assert section["confusions"] == []
+    assert worst_classes(section, 1) == [("cat", 1.0)]
+    swapped = class_section(some._replace(predicted=predicted[::-1]), ("cat", "dog", "newt"))
+    assert swapped["confusions"][0] == {"exit": 2, "label": "cat", "predicted": "dog", "count": 1}
+    assert [row["count"] for row in swapped["confusions"]] == [1, 1, 1]
+
+
+def test_a_thousand_classes_have_no_matrices():
+    labels = np.arange(101, dtype=np.int32)
+    predicted = np.stack([labels, (labels + 1) % 101])
+    some = ExitPredictions(np.ones((2, 101)), predicted, labels, np.zeros((2, 101)), labels)
+    section = class_section(some, tuple(map(str, labels)))
+    assert section["confusion"] is None
+    assert len(section["confusions"]) == 20
+    assert len(section["accuracy"][1]["by_class"]) == 101
+
+
+def test_the_page_and_the_file_show_the_classes(report, tmp_path):
+    page = render_markdown(report)
+    assert "dog \\| wolf" in page
+    assert "newt" not in page
+    file, _ = write_report(report, tmp_path / "report.json")
+    assert json.loads(file.read_text()) == report
+    assert re.search(r"^ +\[\d+, \d+, 0\],$", file.read_text(), re.MULTILINE)

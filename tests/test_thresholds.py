@@ -131,6 +131,13 @@ def test_what_is_no_number_stays_to_the_end():
         assert Policy(point.thresholds).exits(predictions.confidence)[7] == 2
 
 
+def test_a_cost_that_nan_puts_out_of_reach_is_explained():
+    predictions = draw(3, 41)
+    predictions.confidence[0, :7] = np.nan
+    with pytest.raises(UserError, match=r"first exit alone costs .* 7 of 41 examples have no conf"):
+        point_for_cost(predictions, COSTS[:3], COSTS[0])
+
+
 def test_mistakes_by_hand():
     predicted = np.array([[1, 2, 0], [1, 1, 0]])
     p = ExitPredictions(np.ones((2, 3)), predicted, None, None, np.array([1, 2, 2]))

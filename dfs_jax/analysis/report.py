@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dfs_jax.analysis.confusion import class_section, worst_classes
 from dfs_jax.analysis.flops import ExitCost
 from dfs_jax.files import write_whole
 from dfs_jax.inference.budgeted import budgeted_curve
@@ -18,6 +20,7 @@ from dfs_jax.types import UserError
 
 JSON_FILE = "report.json"
 _SHOWN_BUDGETS = 10
+_SHOWN_CLASSES = 10
 
 Report = dict[str, Any]
 
@@ -29,12 +32,14 @@ def build_report(
     *,
     split: str,
     run: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Report:
     """Puts a checkpoint's accuracies and costs into one dictionary that is valid JSON.
 
         anytime    [{"exit", "accuracy", "macs", "params"}]       shallow first, exit 1-based
         ensemble   {"accuracy"}                                   mean of all exits' probabilities
         budgeted   [{"p", "thresholds", "accuracy", "macs"}]      see `dfs_jax.inference.budgeted`
+        classes    accuracy by class and confusion matrices       see `class_section`
         run        {"split", "examples", "thresholds_from", ...}  what was evaluated
 
     Accuracies are fractions. MACs are multiply-adds of one image, up to and including the exit in
@@ -48,6 +53,7 @@ def build_report(
       split: the name of the split that `test` is of.
       run: more context for the section `run`: `thresholds_from` (the split `validation` is of, by
         default "validation"), `step`, the names of `model`, `data`, `fork` and `loss`.
+      class_names: names of the classes; None leaves out the section `classes`.
 
     Raises:
       ValueError: predictions and costs of different counts of exits, or no examples.
@@ -71,6 +77,7 @@ def build_report(
         ],
         "ensemble": {"accuracy": float(ensemble_accuracy(test))},
         "budgeted": [{**point._asdict(), "thresholds": list(point.thresholds)} for point in points],
+        **({} if class_names is None else {"classes": class_section(test, class_names)}),
     }
 
 
@@ -147,6 +154,31 @@ Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were cho
 this page holds them all, with their thresholds.
 
 {budgets}
+{_classes_page(report["classes"]) if "classes" in report else ""}"""
+
+
+def _classes_page(section: Mapping[str, Any]) -> str:
+    worst = _table(
+        ["class", "accuracy"],
+        [[_cell(name), _percent(share)] for name, share in worst_classes(section, _SHOWN_CLASSES)],
+    )
+    confusions = _table(
+        ["class", "taken for", "images"],
+        [
+            [_cell(row["label"]), _cell(row["predicted"]), row["count"]]
+            for row in section["confusions"][:_SHOWN_CLASSES]
+        ],
+    )
+    return f"""
+## Classes, at the last exit
+
+The classes that it gets right least often:
+
+{worst}
+
+Its most frequent confusions; the JSON file has the accuracy by class of every exit:
+
+{confusions}
 """
 
 
@@ -169,8 +201,19 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ..
     page_path = path.with_suffix(".md")
     if page_path == path:
         raise UserError(f"{path} is the page's own name: give the JSON file another suffix")
-    page, data = render_markdown(report), json.dumps(report, indent=2, allow_nan=False)
+    page, data = render_markdown(report), _json(report)
     return write_whole(path, f"{data}\n".encode()), write_whole(page_path, page.encode())
+
+
+def _json(report: Report) -> str:
+    """Returns JSON with every list of numbers on one line."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    return re.sub(r"\[\s+([^\[\]{}\"]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+
+
+def _cell(name: str) -> str:
+    """Returns a name that cannot end a cell of a Markdown table."""
+    return name.replace("|", "\\|").replace("\n", " ")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

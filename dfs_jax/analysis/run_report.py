@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from dfs_jax.analysis.confusion_plots import plot_confusion
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.analysis.plots import plot_accuracy_against_operations, plot_accuracy_over_time
 from dfs_jax.analysis.report import (
@@ -24,6 +25,7 @@ from dfs_jax.training.sharding import gathered
 OVER_TIME_PICTURE = "accuracy_over_time.png"
 WEIGHTS_FILE = "weights.safetensors"
 OPERATIONS_PICTURE = "accuracy_against_operations.png"
+CONFUSION_PICTURE = "confusion.png"
 
 
 def report_run(
@@ -87,14 +89,18 @@ def report_evaluation(evaluation: RunEvaluation) -> Report:
             "fork": config.fork.name,
             "loss": config.loss.name,
         },
+        class_names=experiment.dataset.class_names,
     )
 
 
 def _draw(workdir: Path, report: Report) -> tuple[Path, ...]:
     over_time, operations = workdir / OVER_TIME_PICTURE, workdir / OPERATIONS_PICTURE
     plot_accuracy_against_operations(report, operations)
+    pictures = [operations]
+    if report["classes"]["confusion"] is not None:
+        pictures.append(plot_confusion(report, workdir / CONFUSION_PICTURE))
     lines = [line for line in read_metrics(workdir) if line["split"] == "validation"]
-    if not lines:
-        return (operations,)
-    plot_accuracy_over_time(lines, over_time, title=run_title(report["run"]))
-    return over_time, operations
+    if lines:
+        plot_accuracy_over_time(lines, over_time, title=run_title(report["run"]))
+        pictures.insert(0, over_time)
+    return tuple(pictures)

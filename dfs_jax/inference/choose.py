@@ -12,6 +12,7 @@ split is only reported.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from absl import flags
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.inference import policy as policies
-from dfs_jax.inference.fitting import FittedPolicy, fit_policy, outcome
+from dfs_jax.inference.fitting import FittedPolicy, few_examples_warning, fit_policy, outcome
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.timing import StageTimes
 from dfs_jax.training.staged import StagedRun, load_staged
@@ -63,6 +64,9 @@ def main() -> None:
         path = Path(output.value or Path(workdir.value) / policies.FILE).absolute()
         fitted.policy.save(path)
         program.say(describe(staged, fitted))
+        warning = few_examples_warning(fitted.policy)
+        if warning is not None:
+            program.warn(warning)
         program.say(f"wrote {path}")
 
     program.run(run)
@@ -74,10 +78,12 @@ def choose_policy(
     """Returns the policy of a run for one of `TARGETS`; `options` are those of `fit_policy`.
 
     Raises:
-      UserError: see `fit_policy`; a value that is not above 0.
+      UserError: see `fit_policy`; a value that is not above 0 and finite, or a speed-up below 1.
     """
-    if not value > 0:
-        raise UserError(f"--{target} must be above 0, got {value:g}")
+    if not 0 < value < math.inf:
+        raise UserError(f"--{target} must be above 0 and finite, got {value:g}")
+    if target == "speedup" and value < 1:
+        raise UserError(f"--speedup must be at least 1, the whole network's speed, got {value:g}")
     split = staged.experiment.score_split
     logits, labels = staged.logits(split)
     costs, wanted = _costs_and_target(staged, target, value, batch_size)

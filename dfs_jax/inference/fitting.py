@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from dfs_jax.inference.thresholds import (
     point_for_cost,
 )
 from dfs_jax.types import UserError
+
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
+WIDEST_INTERVAL = 0.1  # of a risk, a fraction; 380 examples or more are never too few
 
 
 class FittedPolicy(NamedTuple):
@@ -80,11 +84,12 @@ def fit_policy(
       seed: of the draw of those examples.
 
     Raises:
-      UserError: not one target, a value out of range, a target that cannot be met, or no policy
-        that qualifies.
+      UserError: not one target, logits that are not finite, a value out of range, a target that
+        cannot be met, or no policy that qualifies.
     """
     if sum(target is not None for target in (p, at_most, epsilon)) != 1:
         raise UserError("name one target: p, at_most or epsilon")
+    check_logits(logits)
     fitting, calibration = np.arange(len(labels)), np.arange(0)
     if epsilon is not None:
         fitting, calibration = split_for_calibration(len(labels), calibration_share, seed)
@@ -116,11 +121,56 @@ def fit_policy(
             "examples": len(fitting),
             "risk": risk,
             "fitted_risk": point.risk,
+            "fitted_risk_interval": list(risk_interval(point.risk, len(fitting))),
             "fitted_cost": point.cost,
             "guarantee": None if certificate is None else _guarantee(certificate, seed),
         },
     )
     return FittedPolicy(policy, point, certificate)
+
+
+def check_logits(logits: np.ndarray) -> None:
+    """Raises UserError if a logit of `logits` `[exits, n, classes]` is not finite.
+
+    Neither temperatures nor thresholds can be fitted to such an exit.
+    """
+    bad = ~np.isfinite(logits).all(axis=2)
+    if not bad.any():
+        return
+    exit_index = int(bad.any(axis=1).argmax())
+    example, count = int(bad[exit_index].argmax()), int(bad[exit_index].sum())
+    raise UserError(
+        f"exit {exit_index + 1} gives logits that are not finite for {count} of {bad.shape[1]} "
+        f"examples, the first of them number {example + 1}: a policy cannot be fitted to this "
+        f"checkpoint; look at these examples, or choose an earlier checkpoint"
+    )
+
+
+def risk_interval(risk: float, n: int) -> tuple[float, float]:
+    """Returns the 95 % Wilson score interval of a risk that was estimated on n examples.
+
+    >>> low, high = risk_interval(0.1, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.055, 0.174)
+    """
+    centre = (risk + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(risk * (1 - risk) / n + _Z**2 / (4 * n**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def few_examples_warning(policy: Policy) -> str | None:
+    """Returns a sentence if a policy was fitted on too few examples to be relied on, else None.
+
+    They are too few where the 95 % interval of the risk is wider than 10 percentage points.
+    """
+    low, high = policy.fitted_on["fitted_risk_interval"]
+    if high - low <= WIDEST_INTERVAL:
+        return None
+    return (
+        f"warning: the policy was fitted on {policy.fitted_on['examples']} examples, on which its "
+        f"risk is known only to lie between {100 * low:.1f} and {100 * high:.1f} % (95 % "
+        f"interval): hold out more with data.validation_examples"
+    )
 
 
 def split_for_calibration(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -119,12 +119,21 @@ def point_for_cost(
     above = [point for point in curve if point.cost > at_most]
     below = [point for point in curve if point.cost <= at_most]
     if not below:
-        raise UserError(
-            f"a mean cost of {at_most:g} cannot be met: the first exit alone costs {costs[0]:g}"
-        )
+        raise UserError(_cannot_be_met(at_most, curve[-1], family))
     if above:
         below += family.up_to(at_most, above[-1], below[0])
     return min(below, key=lambda point: (point.risk, point.cost))
+
+
+def _cannot_be_met(at_most: float, cheapest: OperatingPoint, family: _Family) -> str:
+    unsure = int(np.isnan(family.confidence[0]).sum())
+    told = f"a mean cost of {at_most:g} cannot be met: the first exit alone costs "
+    if not unsure:
+        return f"{told}{family.costs[0]:g}"
+    return (
+        f"{told}{family.costs[0]:g}, and {unsure} of {family.n} examples have no confidence there "
+        f"(NaN), so that the cheapest policy costs {cheapest.cost:g}"
+    )
 
 
 def operating_curve(

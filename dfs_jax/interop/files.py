@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,8 @@ from dfs_jax.interop.torch_names import (
     convert_from_torch,
     family_of,
     flatten,
+    inner_state_dict,
+    unwrapped,
 )
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.types import UserError
@@ -29,8 +32,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a file of named arrays: `.safetensors`, `.npz`, `.pth` or `.pt`.
 
     PyTorch's files need torch, which is imported for them alone, and are read without running any
-    code that they hold; a state_dict inside a checkpoint is found, and `module.`, which wrappers
-    for several devices put before every name, is taken off.
+    code that they hold; a state_dict inside a checkpoint is found. Parts of names that wrappers of
+    modules add (`module.`, `_orig_mod.` and the like) are removed, whatever the format.
 
     Returns:
       name -> array; `flax.traverse_util.unflatten_dict(flat, sep="/")` makes variables of ours.
@@ -48,7 +51,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"there is no file of weights {path}: check the path")
     try:
-        return reader(path)
+        return unwrapped(reader(path))
     except UserError:
         raise
     except Exception as error:  # parsers of damaged files raise exceptions of every kind
@@ -152,14 +155,22 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"reading {path} needs PyTorch: pip install torch, or convert it to .safetensors"
         ) from error
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        loaded = loaded[key] if isinstance(loaded.get(key), Mapping) else loaded
-    wide = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in loaded.items()}
-    arrays = {name: x.detach().numpy() for name, x in wide.items()}
-    if all(name.startswith("module.") for name in arrays):
-        return {name.removeprefix("module."): array for name, array in arrays.items()}
-    return arrays
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "nsupported" not in str(error):  # "Unsupported global ...": anything else is damage
+            raise
+        raise UserError(
+            f"{path} holds more than weights, which is not read because it can run code: save "
+            f"model.state_dict() instead of the model"
+        ) from error
+    weights = inner_state_dict(loaded) if isinstance(loaded, Mapping) else {}
+    tensors = {name: x for name, x in weights.items() if isinstance(x, torch.Tensor)}
+    if not tensors:
+        found = ", ".join(map(str, weights)) or type(loaded).__name__
+        raise UserError(f"{path} holds no state_dict that can be found, but {found[:200]}")
+    wide = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in tensors.items()}
+    return {name: x.detach().numpy() for name, x in wide.items()}
 
 
 def _write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:

@@ -29,6 +29,13 @@ FAMILIES = Registry(
 Key = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 COUNTER = "num_batches_tracked"  # PyTorch's count of updates, which nothing of ours reads
+# Parts of names that wrappers add: data parallel and distributed modules, compiled ones, shards,
+# recomputed blocks and engines.
+_WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+# Keys under which checkpoints of training programs keep the weights.
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema", "ema")
 
 
 def from_torch_state_dict(
@@ -46,7 +53,9 @@ def from_torch_state_dict(
 
     Args:
       model: one of a family with published names.
-      state_dict: PyTorch name -> array or tensor; counts of batches are ignored.
+      state_dict: PyTorch name -> array or tensor; counts of batches are ignored, and so are the
+        parts of names that wrappers add, such as `module.` and `_orig_mod.`; a state_dict within
+        a checkpoint is found.
       partition_ratio: beta, which says how wide the halves must be; None takes any width.
       image_shape: `(height, width, channels)` of the images; None for those of the published model.
 
@@ -59,7 +68,11 @@ def from_torch_state_dict(
     family = family_of(model)
     shapes = _variable_shapes(model, image_shape or family.image_shape)
     flat = convert_from_torch(
-        family.entries(model), shapes, state_dict, partition_ratio, what="state_dict"
+        family.entries(model),
+        shapes,
+        unwrapped(inner_state_dict(state_dict)),
+        partition_ratio,
+        what="state_dict",
     )
     return {"params": {}, "batch_stats": {}, **traverse_util.unflatten_dict(flat)}
 
@@ -119,6 +132,33 @@ def flatten(variables: Mapping[str, Any]) -> dict[Key, Any]:
     return cast(dict[Key, Any], traverse_util.flatten_dict(dict(variables)))
 
 
+def inner_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the state_dict within a checkpoint of a training program, however deep it lies.
+
+    >>> inner_state_dict({"epoch": 3, "model": {"state_dict": {"fc.bias": 0}}})
+    {'fc.bias': 0}
+    """
+    for key in _NESTED:
+        if isinstance(checkpoint.get(key), Mapping):
+            return inner_state_dict(checkpoint[key])
+    return checkpoint
+
+
+def unwrapped(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes from names the parts that wrappers of PyTorch modules add, wherever they stand.
+
+    Names are left as they are where two of them would become one.
+
+    >>> unwrapped({"_orig_mod.module.stem.weight": 0, "_orig_mod.module.block._orig_mod.bias": 1})
+    {'stem.weight': 0, 'block.bias': 1}
+    """
+    plain = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): value
+        for name, value in weights.items()
+    }
+    return plain if len(plain) == len(weights) and "" not in plain else dict(weights)
+
+
 def is_counter(name: str) -> bool:
     """Whether a PyTorch name is that of a count of batches."""
     return name.rpartition(".")[2] == COUNTER
@@ -136,7 +176,23 @@ def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     told = [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
     if told:
+        told += _common_prefix(expected, given)
         raise UserError(f"{what} does not fit the model, nothing was loaded; {'; '.join(told)}")
+
+
+def _common_prefix(expected: Shapes, given: Shapes) -> list[str]:
+    """Names the first part of all given names if some of them would be expected without it."""
+    prefixes = {name.partition(".")[0] for name in given}
+    if len(prefixes) != 1:
+        return []
+    prefix = f"{prefixes.pop()}."
+    fitting = sum(name.removeprefix(prefix) in expected for name in given)
+    if not fitting:
+        return []
+    return [
+        f"all names begin with {prefix!r}, without which {fitting} of {len(expected)} would fit: "
+        f"remove it from the names"
+    ]
 
 
 def convert_from_torch(

@@ -99,7 +99,8 @@ def build_experiment(
     augment = augmentation_from_config(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     model = model_for_mesh(_configured(model, config), mesh)
-    _check_shapes(model, fork, loss, dataset, mesh)
+    micro_batch = config.batch_size // accumulate_steps(config)
+    _check_shapes(model, fork, loss, dataset, mesh, micro_batch)
     sampler = TrainSampler(dataset.train.num_examples, config.batch_size, config.seed)
     schedule = create_schedule(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
@@ -273,14 +274,20 @@ def _configured(model: MultiExitModel, config: Config) -> MultiExitModel:
 
 
 def _check_shapes(
-    model: MultiExitModel, fork: Fork, loss: Loss, dataset: Dataset, mesh: Mesh
+    model: MultiExitModel,
+    fork: Fork,
+    loss: Loss,
+    dataset: Dataset,
+    mesh: Mesh,
+    micro_batch: int,
 ) -> None:
-    """Traces one small pass, so that options that do not fit the model are named at once."""
+    """Traces one training pass, so that options that do not fit the model are named at once."""
 
     def trace(key: jax.Array):
-        images = jax.numpy.zeros((2, *dataset.image_shape))
-        outputs, variables = model.init_with_output({"params": key}, images, fork)
-        return loss(outputs, jax.numpy.zeros(2, int)), variables["params"]
+        images = jax.numpy.zeros((micro_batch, *dataset.image_shape))
+        rngs = {"params": key, "dropout": key}
+        outputs, variables = model.init_with_output(rngs, images, fork, train=True)
+        return loss(outputs, jax.numpy.zeros(micro_batch, int)), variables["params"]
 
     try:
         _, params = jax.eval_shape(on_mesh(trace, mesh), jax.random.key(0))

@@ -76,27 +76,45 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 def evaluation_line(
     predictions: ExitPredictions, *, step: int, epoch: int, split: str
 ) -> dict[str, Any]:
-    """Returns one evaluation's line: loss in nats summed over exits, accuracies as fractions."""
+    """Returns the line of one evaluation.
+
+        loss              cross-entropy in nats, mean over examples and exits; chance is ln(classes)
+        exit1/loss        the same of one exit
+        exit1/accuracy    fraction of the examples
+
+    Args:
+      predictions: predictions of every exit on the split.
+      step: number of steps taken.
+      epoch: number of epochs completed.
+      split: name of the split.
+    """
+    losses = predictions.loss.mean(axis=1)
     return {
         "step": step,
         "epoch": epoch,
         "split": split,
-        "loss": float(predictions.loss.mean(axis=1).sum()),
+        "loss": float(losses.mean()),
+        **{f"exit{i}/loss": float(loss) for i, loss in enumerate(losses, start=1)},
         **exit_accuracies(anytime_accuracy(predictions)),
         "ensemble/accuracy": float(ensemble_accuracy(predictions)),
     }
 
 
 def training_line(totals: EpochTotals, *, step: int, epoch: int) -> dict[str, Any]:
-    """Returns the line of one epoch of training: the training loss and the exits' accuracies."""
+    """Returns the line of one epoch of training: mean training loss of an exit, and accuracies."""
     examples = max(int(totals.examples), 1)
     return {
         "step": step,
         "epoch": epoch,
         "split": "train",
-        "loss": float(totals.loss) / examples,
+        "loss": mean_exit_loss(totals),
         **exit_accuracies(totals.correct / examples),
     }
+
+
+def mean_exit_loss(totals: EpochTotals) -> float:
+    """Returns the training loss of an epoch so far, mean over examples and exits."""
+    return float(totals.loss) / max(int(totals.examples), 1) / len(totals.correct)
 
 
 def exit_accuracies(accuracies: Iterable[Any]) -> dict[str, float]:

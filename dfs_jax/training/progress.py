@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dfs_jax.training.experiment import Experiment
+from dfs_jax.training.metrics import mean_exit_loss
 from dfs_jax.training.state import EpochTotals
 
 _BAR = "{desc} |{bar:16}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}"
@@ -56,7 +57,7 @@ class Progress:
         rate = self._bar.format_dict["rate"] or 0.0
         speed = rate * self._experiment.config.batch_size
         self._bar.set_postfix_str(
-            f"{speed:.0f} images/s, loss {float(totals.loss) / examples:.3f}, "
+            f"{speed:.0f} images/s, loss {mean_exit_loss(totals):.3f} per exit, "
             f"exits {percents(totals.correct / examples)}"
         )
 
@@ -66,9 +67,9 @@ class Progress:
         if line is None:
             self._say(f"{label}  saved (no validation data is held out)")
             return
-        exits = [value for name, value in line.items() if name.startswith("exit")]
+        exits = [value for name, value in line.items() if _is_exit_accuracy(name)]
         self._say(
-            f"{label}  validation: loss {line['loss']:.3f}, exits {percents(exits)}, "
+            f"{label}  validation: loss {line['loss']:.3f} per exit, accuracy {percents(exits)}, "
             f"ensemble {100 * line['ensemble/accuracy']:.1f} %"
         )
 
@@ -89,6 +90,10 @@ def percents(fractions: Iterable[float]) -> str:
     '50.0 98.7 %'
     """
     return " ".join(f"{100 * float(fraction):.1f}" for fraction in fractions) + " %"
+
+
+def _is_exit_accuracy(name: str) -> bool:
+    return name.startswith("exit") and name.endswith("/accuracy")
 
 
 def _describe(experiment: Experiment) -> str:
