@@ -73,6 +73,8 @@ def regrouped(dataset: Dataset, part_of: Callable[[str, ImageFile], str]) -> Dat
         for i, file in enumerate(some)
     }
     changed = {part for (old, _), new in now.items() if old != new for part in (old, new)}
+    if not changed:
+        return dataset
     splits: dict[str, Any] = {}
     files = dict(dataset.origin.files)
     for part in sorted(changed):

@@ -131,6 +131,10 @@ class Checkpoints:
             others = [s for s in self._manager.all_steps() if s != step]
             raise UserError(f"{error}; others here: {others or 'none'}") from error
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
     def best_step(self) -> int | None:
         """Returns the step with the highest score, the latest of equals; None without any."""
         return max(self._manager.all_steps(), key=lambda s: (self._score(s), s), default=None)

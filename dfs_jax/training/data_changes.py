@@ -239,13 +239,13 @@ def _by_files(
         for file in some:
             if file.class_name in counts:
                 counts[file.class_name][_within_class(file), file.size] += 1
+    shared = {(old, new): (before[old] & after[new]).total() for old in before for new in after}
     found: dict[str, str] = {}
-    for old, counts in before.items():
-        shared = {name: (counts & other).total() for name, other in after.items()}
-        best = max(shared, key=shared.__getitem__)
-        is_sure = list(shared.values()).count(shared[best]) == 1
-        if is_sure and shared[best] > _SAME_CLASS * counts.total() and best not in found.values():
-            found[old] = best
+    for (old, name), count in shared.items():
+        rivals = [n for pair, n in shared.items() if (pair[0] == old) != (pair[1] == name)]
+        is_most = count > _SAME_CLASS * before[old].total()
+        if is_most and all(count > rival for rival in rivals):
+            found[old] = name
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from dfs_jax.data import Dataset
@@ -17,14 +18,16 @@ from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.gradients import GradientRule, Setup
 from dfs_jax.interop import load_trunk
+from dfs_jax.interop.files import STEP, weights_notes
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
+from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
-from dfs_jax.training.rule_config import check_rule, rule_from_config
 from dfs_jax.training.recorded import recorded_dataset
+from dfs_jax.training.rule_config import check_rule, rule_from_config
 from dfs_jax.training.run_data import read_run_data
 from dfs_jax.training.sharding import (
     batch_parts,
@@ -159,6 +162,7 @@ def initial_state(experiment: Experiment) -> TrainState:
         finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
+        _warn_of_old_weights(Path(e.config.init_from))
         variables = load_trunk(Path(e.config.init_from), e.model, variables)
         variables = variables if where is None else put_where(variables, split)
     state = finish(variables)
@@ -240,6 +244,23 @@ def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> Multi
     return create_model(
         section.name, num_classes=num_classes, adapt_features=adapt, **options(section)
     )
+
+
+def _warn_of_old_weights(path: Path) -> None:
+    """Says in the log if a run has a better checkpoint than the weights that lie beside it."""
+    step = weights_notes(path).get(STEP)
+    if step is None or not has_steps(path.parent):
+        return
+    best = Checkpoints(path.parent, read_only=True).best_step()
+    if best is not None and str(best) != step:
+        logging.warning(
+            "%s holds step %s, the best checkpoint there is now step %d: "
+            "python eval.py --workdir=%s writes its weights",
+            path,
+            step,
+            best,
+            path.parent,
+        )
 
 
 def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:

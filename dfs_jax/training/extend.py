@@ -26,28 +26,28 @@ def check_extension(workdir: Path, known: Config, config: Config) -> None:
       config: the same but for its epochs, and what its section `schedule` says of later steps.
     """
     data, steps = read_run_data(workdir), latest_saved_step(workdir)
+    change = f"epochs cannot change from {known.epochs} to {config.epochs}"
     if data is None:
         raise UserError(
-            f"epochs cannot change from {known.epochs} to {config.epochs}: the run in {workdir}, of "
-            f"an earlier version, did not record its data; start it once with the old epochs, which "
-            f"records them"
+            f"{change}: the run in {workdir}, of an earlier version, did not record its data; "
+            f"start it once with the old epochs, which records them"
         )
     steps_per_epoch = data.splits["train"].examples // known.batch_size
     if config.epochs * steps_per_epoch < steps:
         raise UserError(
-            f"epochs cannot change from {known.epochs} to {config.epochs}: the run in {workdir} has "
-            f"taken {steps} steps of {steps_per_epoch} an epoch; name another --workdir"
+            f"{change}: the run in {workdir} has taken {steps} steps of {steps_per_epoch} an "
+            f"epoch; name another --workdir"
         )
     before, after = (_rates(some, steps_per_epoch, steps) for some in (known, config))
     different = np.flatnonzero(before != after)
     if len(different):
-        step = different[0]
+        i = different[0]
         raise UserError(
-            f"epochs cannot change from {known.epochs} to {config.epochs}: the {config.schedule.name}"
-            f" schedule of {config.epochs} epochs has the learning rate {after[step]:.6g} at step "
-            f"{step + 1}, which the run in {workdir} took at {before[step]:.6g}; name another "
-            f"--workdir to train anew (--config.init_from={workdir}/weights.safetensors starts the "
-            f"new trunk from this run's best weights)"
+            f"{change}: by the {config.schedule.name} schedule of {config.epochs} epochs step "
+            f"{i + 1} has the learning rate {after[i]:.6g}, and the run in {workdir} took it at "
+            f"{before[i]:.6g}; name another --workdir to train anew, with "
+            f"--config.init_from={workdir}/weights.safetensors for a trunk that starts from this "
+            f"run's best weights"
         )
 
 
