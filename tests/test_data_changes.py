@@ -8,8 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfs_jax.data import Dataset, RawDataset, Split, StreamedSplit, Streaming
+from dfs_jax.data import (
+    Dataset,
+    RawDataset,
+    Split,
+    StreamedSplit,
+    Streaming,
+    TrainSampler,
+    eval_batches,
+    train_batches,
+)
 from dfs_jax.data.dataset import ImageFile, Origin
+from dfs_jax.data.deferred import DeferredSplit
 from dfs_jax.data.regroup import regrouped, relabelled
 from dfs_jax.training.data_changes import as_known
 from dfs_jax.training.recorded import recorded_dataset
@@ -104,6 +114,28 @@ def test_inference_reads_a_set_without_files_when_it_must_and_notices_other_size
     assert recorded.test.take(np.array([1, 10])).labels.tolist() == [1, 1]
     with pytest.raises(UserError, match=r"validation split .* has 11 examples, the run's had 5"):
         recorded.validation.take(np.arange(2))
+
+
+def test_a_deferred_split_is_read_once_and_is_the_split():
+    whole, reads = examples(17), []
+
+    def read():
+        reads.append(1)
+        return whole
+
+    deferred = DeferredSplit(17, (5, 7, 3), read)
+    assert not reads
+    sampler = TrainSampler(17, 3, seed=1)
+    for batches in (
+        lambda split: train_batches(split, sampler, 2, stop_step=7),
+        lambda split: eval_batches(split, 4),
+    ):
+        for found, expected in zip(batches(deferred), batches(whole), strict=True):
+            for array, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(array, other)
+    rows = np.array([11, 2])
+    assert deferred.part(rows).labels.tolist() == deferred.take(rows).labels.tolist() == [2, 2]
+    assert len(reads) == 1
 
 
 def filed(dataset):

@@ -277,6 +277,10 @@ def test_a_report_needs_no_training_images(root, caplog):
 
 def test_a_network_is_exported_without_any_data(root):
     shutil.rmtree(root / "data")
+    with pytest.raises(UserError, match=r"test images are not in .*data/test: put them there, or"):
+        evaluated(root)
+    with pytest.raises(UserError, match=r"train images are not in .*data/train: put them there"):
+        check_unchanged(root / "run", config_for(root).data)
     export_run(root / "run", root / "exported")
     network = load_exported(root / "exported")
     known = read_run_data(root / "run")

@@ -50,7 +50,7 @@ class SplitOnDisk(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
 
-    def part(self, indices: np.ndarray) -> SplitOnDisk: ...
+    def part(self, indices: np.ndarray) -> AnySplit: ...
 
     def take(self, indices: np.ndarray) -> Split: ...
 
@@ -162,7 +162,8 @@ def check_raw_dataset(name: str, raw: Any) -> RawDataset:
     """
     try:
         train, test, class_names, *rest = raw
-        validation, origin = (*rest, *(None, NO_ORIGIN)[len(rest) :])
+        absent: tuple[Any, Any] = (None, NO_ORIGIN)
+        validation, origin = (*rest, *absent[len(rest) :])
         named = {"train": Split(*train), "test": Split(*test)}
         if validation is not None:
             named["validation"] = Split(*validation)

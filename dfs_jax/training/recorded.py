@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dfs_jax.data import Dataset
@@ -85,6 +85,7 @@ def check_unchanged(workdir: Path, section: Config, *, accept: bool = False) -> 
         return
     root = _root(section)
     tops = sorted({_top(file) for file in training_files(known.files)})
+    _check_there(root, tops, TRAIN)
     files = {"train": tuple(file for top in tops for file in list_files(root / top))}
     names = tuple(dict.fromkeys(file.class_name for file in files["train"]))
     match = match_classes(known, names, files["train"])
@@ -97,6 +98,7 @@ def _read_files(known: RunData, section: Config, part: str) -> AnySplit:
     root, files = _root(section), known.files[part]
     tops = {_top(file) for file in files}
     if part == "test" and TRAIN not in tops:
+        _check_there(root, tops, part)
         files = tuple(file for top in sorted(tops) for file in list_files(root / top))
         names = tuple(dict.fromkeys(file.class_name for file in files))
         _check_outputs(known, names, f"{part} split in {root}")
@@ -110,6 +112,15 @@ def _read_files(known: RunData, section: Config, part: str) -> AnySplit:
         )
     split = read_files(root, files, known.class_names, section.image_size)
     return _checked_shape(split, known, f"{part} split in {root}")
+
+
+def _check_there(root: Path, tops: Iterable[str], part: str) -> None:
+    for top in tops:
+        if not (root / top).is_dir():
+            raise UserError(
+                f"the run's {part} images are not in {root / top}: put them there, or name the "
+                f"directory that holds {top}/ with --data_dir"
+            )
 
 
 def _read_whole(known: RunData, section: Config) -> Dataset:

@@ -126,8 +126,9 @@ def labels_fingerprint(labels: np.ndarray) -> str:
 def _fingerprint(dataset: Dataset, part: str, split: AnySplit) -> str | None:
     if part in dataset.origin.files:
         return files_fingerprint(dataset.origin.files[part])
-    is_known_by_labels = dataset.origin.version is None and isinstance(split, Split)
-    return labels_fingerprint(split.labels) if is_known_by_labels else None
+    if dataset.origin.version is None and isinstance(split, Split):
+        return labels_fingerprint(split.labels)
+    return None
 
 
 def record_data(workdir: Path, data: RunData) -> None:

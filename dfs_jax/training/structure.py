@@ -52,7 +52,7 @@ def difference(saved: Mapping[str, str], needed: Mapping[str, str]) -> str | Non
       'w is float32 [3, 5] there and float32 [3, 7] in this run'
     """
     absent = "absent"
-    different = [name for name in sorted(saved | needed) if saved.get(name) != needed.get(name)]
+    different = [name for name in sorted({*saved, *needed}) if saved.get(name) != needed.get(name)]
     if not different:
         return None
     # The network's own parameters say most; what an optimizer keeps follows from them.
