@@ -17,6 +17,11 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
 )
+ACCEPT_DATA_CHANGES = flags.DEFINE_bool(
+    "accept_data_changes",
+    False,
+    "Go on with data that changed since the run began; its statistics and held-out images stay.",
+)
 LAUNCH = launch.define_flags()
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the training step, without data, and print what it costs."
@@ -52,7 +57,7 @@ def train_and_report() -> None:
 
     workdir = Path(WORKDIR.value or Path("runs") / _config_name()).absolute()
     with joined(launched):
-        result = train(CONFIG.value, workdir)
+        result = train(CONFIG.value, workdir, accept_data_changes=ACCEPT_DATA_CHANGES.value)
         if result.stopped_by is not None:
             program.say(f"stopped after step {result.step}: the same command continues")
         else:

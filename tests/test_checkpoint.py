@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, leaf_checksums
+from dfs_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    has_steps,
+    leaf_checksums,
+)
 from dfs_jax.types import UserError
 
 
@@ -173,3 +178,69 @@ def test_a_full_disk_is_noticed_before_anything_is_written(checkpoints, tmp_path
     with pytest.raises(UserError, match=message):
         checkpoints.save(make_state(2), 2, 0.2)
     assert kept(tmp_path) == [1]
+
+
+OTHERS = {
+    "shape": (lambda s: {**s, "w": s["w"][:, :5]}, r"w is float32 \[53, 59\] there .*\[53, 5\] in"),
+    "type": (lambda s: {**s, "w": s["w"].astype(jnp.bfloat16)}, r"w is float32 .* and bfloat16 \["),
+    "more": (lambda s: {**s, "nothing": s["w"]}, r"nothing is absent there and float32 \[53, 59\]"),
+    "fewer": (
+        lambda s: {"step": s["step"], "nothing": None},
+        r"w is float32 .* and absent in this",
+    ),
+    "deeper": (lambda s: {**s, "w": {"v": s["w"]}}, r"w is float32 .*absent in this run \(1 more"),
+    "renamed": (lambda s: {"v": s["w"], "step": s["step"], "nothing": None}, "v is absent there"),
+}
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_network_is_a_mismatch_and_nothing_is_moved(
+    checkpoints, tmp_path, name, has_manifest
+):
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    if not has_manifest:
+        (tmp_path / "checkpoints" / "2" / "files.json").unlink()
+    change, message = OTHERS[name]
+    target = target_of(change(make_state(0)))
+    with pytest.raises(
+        UserError, match=rf"2 is a checkpoint of another network.*{message}"
+    ) as told:
+        Checkpoints(tmp_path).restore_latest(target)
+    assert "damaged" not in str(told.value)
+    with pytest.raises(UserError, match=rf"1 is a checkpoint of another network.*{message}"):
+        Checkpoints(tmp_path, read_only=True).restore("1", target)
+    assert kept(tmp_path) == [1, 2]
+    assert not (tmp_path / "damaged_checkpoints").exists()
+    assert Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))[1] == 2
+
+
+def test_damage_before_a_mismatch_moves_nothing(checkpoints, tmp_path):
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    flip_bytes(tmp_path, 2)
+    other = target_of({**make_state(0), "w": jnp.zeros((3, 5))})
+    with pytest.raises(UserError, match="1 is a checkpoint of another network"):
+        Checkpoints(tmp_path).restore_latest(other)
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_damaged_metadata_is_damage(checkpoints, tmp_path):
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    (tmp_path / "checkpoints" / "2" / "files.json").unlink()
+    (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").write_text("{")
+    assert Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))[1] == 1
+
+
+def test_a_run_whose_checkpoints_were_all_set_aside_does_not_start_over(checkpoints, tmp_path):
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    flip_bytes(tmp_path, 1)
+    flip_bytes(tmp_path, 2)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"every checkpoint .* damaged \(steps \[2, 1\]\)"):
+            Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))
+    (tmp_path / "damaged_checkpoints").mkdir()
+    for step in ("1", "2"):
+        shutil.move(tmp_path / "checkpoints" / step, tmp_path / "damaged_checkpoints" / step)
+    assert has_steps(tmp_path)
+    with pytest.raises(UserError, match=r"was set aside as damaged: delete .*damaged_checkpoints"):
+        Checkpoints(tmp_path).restore_latest(target_of(make_state(0)))

@@ -135,8 +135,10 @@ def test_newest_version_unless_one_is_named(tmp_path):
         splits = {"train": examples(0, 4), "test": examples(0, count)}
         write_set(tmp_path / "small_set" / version, splits)
     (tmp_path / "small_set" / "2.0.0").mkdir()
-    assert len(load_dataset("small_set", data_dir=str(tmp_path)).test.labels) == 5
-    assert len(load_dataset("small_set:1.9.0", data_dir=str(tmp_path)).test.labels) == 3
+    newest = load_dataset("small_set", data_dir=str(tmp_path))
+    named = load_dataset("small_set:1.9.0", data_dir=str(tmp_path))
+    assert (len(newest.test.labels), len(named.test.labels)) == (5, 3)
+    assert (newest.origin.version, named.origin.version) == ("1.10.0", "1.9.0")
 
 
 def test_known_sets_are_known_with_a_version_too(tmp_path):

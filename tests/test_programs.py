@@ -98,7 +98,7 @@ def test_a_run_leaves_everything_it_should(finished):
     workdir, out = finished
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        *("config.json", "metrics.jsonl", "tensorboard", "checkpoints"),
+        *("config.json", "data.json", "metrics.jsonl", "tensorboard", "checkpoints"),
         *("report.json", "report.md", "weights.safetensors", *PICTURES),
     }
     assert all((workdir / picture).read_bytes().startswith(b"\x89PNG") for picture in PICTURES)

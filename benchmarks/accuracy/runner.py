@@ -186,6 +186,7 @@ def _cores() -> int:
 
 def _accuracies(evaluation: RunEvaluation) -> Record:
     report = report_evaluation(evaluation)
+    assert evaluation.fitting is not None, "validation data are in memory"
     return {
         "exits": [round(row["accuracy"], _DIGITS) for row in report["anytime"]],
         "ensemble": round(float(ensemble_accuracy(evaluation.reported)), _DIGITS),

@@ -91,13 +91,14 @@ def plot_accuracy_against_operations(report: Report, path: str | os.PathLike[str
     figure, axes = _new_figure(run_title(report["run"]), describe_evaluation(report["run"]))
     level = report["ensemble"]["accuracy"]
     axes.axhline(level, color=_ENSEMBLE_COLOR, linestyle="--", label="ensemble of all exits")
-    axes.plot(
-        [point["macs"] / 1e6 for point in points],
-        [point["accuracy"] for point in points],
-        color=_CURVE_COLOR,
-        marker=".",
-        label="budgeted batch: mean over images",
-    )
+    if points:
+        axes.plot(
+            [point["macs"] / 1e6 for point in points],
+            [point["accuracy"] for point in points],
+            color=_CURVE_COLOR,
+            marker=".",
+            label="budgeted batch: mean over images",
+        )
     operations = [row["macs"] / 1e6 for row in anytime]
     accuracies = [row["accuracy"] for row in anytime]
     colors = _exit_colors(len(anytime))

@@ -26,7 +26,7 @@ Report = dict[str, Any]
 
 
 def build_report(
-    validation: ExitPredictions,
+    validation: ExitPredictions | None,
     test: ExitPredictions,
     costs: Sequence[ExitCost],
     *,
@@ -47,7 +47,7 @@ def build_report(
     -1e8 takes everybody left.
 
     Args:
-      validation: the predictions that thresholds are chosen on.
+      validation: the predictions that thresholds are chosen on; None for no budgets.
       test: the predictions that everything else comes from.
       costs: `exit_costs` of the network.
       split: the name of the split that `test` is of.
@@ -58,7 +58,8 @@ def build_report(
     Raises:
       ValueError: predictions and costs of different counts of exits, or no examples.
     """
-    points = budgeted_curve(validation, test, [cost.macs for cost in costs])
+    macs = [cost.macs for cost in costs]
+    points = [] if validation is None else budgeted_curve(validation, test, macs)
     return {
         "run": {
             "split": split,
@@ -127,7 +128,8 @@ def render_markdown(report: Report) -> str:
             for row in report["anytime"]
         ],
     )
-    shown = np.unique(np.linspace(0, len(points) - 1, _SHOWN_BUDGETS).round().astype(int))
+    count = min(_SHOWN_BUDGETS, len(points))
+    shown = np.unique(np.linspace(0, len(points) - 1, count).round().astype(int))
     budgets = _table(
         ["p", "accuracy", "mean M MACs"],
         [
@@ -135,6 +137,15 @@ def render_markdown(report: Report) -> str:
             for point in (points[i] for i in shown)
         ],
     )
+    budgeted = f"""
+## Budgeted batch: each image leaves at the first exit that is confident enough
+
+Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
+{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file beside \
+this page holds them all, with their thresholds.
+
+{budgets}
+"""
     return f"""# {run_title(run)}
 
 {describe_evaluation(run).capitalize()}. One MAC is a multiply-add of one image, 2 FLOPs.
@@ -147,13 +158,7 @@ Operations and parameters are those up to and including the exit, with the heads
 
 Ensemble (mean of all exits' probabilities): **{_percent(report["ensemble"]["accuracy"])}**
 
-## Budgeted batch: each image leaves at the first exit that is confident enough
-
-Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
-{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file beside \
-this page holds them all, with their thresholds.
-
-{budgets}
+{budgeted if points else ""}
 {_classes_page(report["classes"]) if "classes" in report else ""}"""
 
 

@@ -16,6 +16,8 @@ from dfs_jax.analysis.report import (
     write_report,
 )
 from dfs_jax.interop import save_weights
+from dfs_jax.interop.files import STEP
+from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment, rebuild_experiment
 from dfs_jax.training.metrics import read_metrics
@@ -38,16 +40,17 @@ def report_run(
 ) -> Report:
     """Evaluates a checkpoint of a run, writes what was found and prints a table.
 
-    The test split's report lies in the run's directory, with the pictures and the checkpoint's
-    weights under flat names; another split's, or one with an `output` of its own, comes alone.
+    The best checkpoint's report on the test split lies in the run's directory, with the pictures
+    and its weights under flat names; that of another split or checkpoint, or one with an `output`
+    of its own, comes alone.
 
     Args:
       workdir: the run's directory.
       split: what is reported; thresholds always come from validation data (from the training data
         of a run that holds none out).
       checkpoint: "best", "latest" or a step's number.
-      output: the JSON file, with a readable page beside it; `report.json` in `workdir` for the test
-        split, `report_SPLIT.json` for others.
+      output: the JSON file, with a readable page beside it; in `workdir` `report.json` for the test
+        split, `report_SPLIT.json` for others, with `_stepN` for a checkpoint that is not the best.
       experiment: what the run's config describes, where it is at hand; None builds it.
 
     Returns:
@@ -62,10 +65,12 @@ def report_run(
     variables = gathered(evaluation.variables)
     if not is_writer():
         return report
-    name = "report.json" if split == "test" else f"report_{split}.json"
-    written = write_report(report, output or workdir / name)
-    if output is None and split == "test":
-        save_weights(workdir / WEIGHTS_FILE, variables)
+    best = Checkpoints(workdir, read_only=True).best_step()
+    name = "report" if split == "test" else f"report_{split}"
+    name = name if evaluation.step == best else f"{name}_step{evaluation.step}"
+    written = write_report(report, output or workdir / f"{name}.json")
+    if output is None and name == "report":
+        save_weights(workdir / WEIGHTS_FILE, variables, about={STEP: str(evaluation.step)})
         written += (workdir / WEIGHTS_FILE, *_draw(workdir, report))
     sys.stdout.write(f"{table_for_terminal(report)}\n")
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))
@@ -82,7 +87,7 @@ def report_evaluation(evaluation: RunEvaluation) -> Report:
         exit_costs(experiment.model, experiment.dataset.image_shape),
         split=evaluation.reported_split,
         run={
-            "thresholds_from": evaluation.fitting_split,
+            "thresholds_from": None if evaluation.fitting is None else evaluation.fitting_split,
             "step": evaluation.step,
             "model": config.model.name,
             "data": config.data.name,

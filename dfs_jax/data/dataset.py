@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -50,7 +50,7 @@ class SplitOnDisk(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
 
-    def part(self, indices: np.ndarray) -> SplitOnDisk: ...
+    def part(self, indices: np.ndarray) -> AnySplit: ...
 
     def take(self, indices: np.ndarray) -> Split: ...
 
@@ -66,6 +66,38 @@ class SplitOnDisk(Protocol):
 AnySplit: TypeAlias = Split | SplitOnDisk
 
 
+class ImageFile(NamedTuple):
+    """One example's file.
+
+    Attributes:
+      path: relative to the set's directory, `SPLIT/CLASS/...` with forward slashes.
+      size: in bytes.
+    """
+
+    path: str
+    size: int
+
+    @property
+    def class_name(self) -> str:
+        """The directory of its class."""
+        return self.path.split("/")[1]
+
+
+class Origin(NamedTuple):
+    """What tells a set from a changed one, without reading its images.
+
+    Attributes:
+      files: for each split that lies in files, its files in the order of its examples.
+      version: version of a prepared TFDS set.
+    """
+
+    files: Mapping[str, tuple[ImageFile, ...]] = {}
+    version: str | None = None
+
+
+NO_ORIGIN = Origin()
+
+
 class RawDataset(NamedTuple):
     """What a source returns: the set as it was published, before anything is held out.
 
@@ -74,12 +106,14 @@ class RawDataset(NamedTuple):
       test: the examples that are reported on once.
       class_names: one for each class.
       validation: the set's own validation part, or None.
+      origin: files of `train`, `test` and `validation`, or the version.
     """
 
     train: AnySplit
     test: AnySplit
     class_names: tuple[str, ...]
     validation: AnySplit | None = None
+    origin: Origin = NO_ORIGIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +128,7 @@ class Dataset:
       class_names: one for each class.
       mean: by channel, in units in which white is 1.
       std: likewise.
+      origin: files of each split, or the version.
     """
 
     name: str
@@ -103,6 +138,7 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    origin: Origin = NO_ORIGIN
 
     @property
     def num_classes(self) -> int:
@@ -126,7 +162,8 @@ def check_raw_dataset(name: str, raw: Any) -> RawDataset:
     """
     try:
         train, test, class_names, *rest = raw
-        (validation,) = rest or [None]
+        absent: tuple[Any, Any] = (None, NO_ORIGIN)
+        validation, origin = (*rest, *absent[len(rest) :])
         named = {"train": Split(*train), "test": Split(*test)}
         if validation is not None:
             named["validation"] = Split(*validation)
@@ -140,7 +177,7 @@ def check_raw_dataset(name: str, raw: Any) -> RawDataset:
         key: _check_split(f"{name} {key}", split, size, len(class_names))
         for key, split in named.items()
     }
-    return RawDataset(class_names=tuple(str(c) for c in class_names), **checked)
+    return RawDataset(class_names=tuple(str(c) for c in class_names), origin=origin, **checked)
 
 
 def _check_split(where: str, split: Split, size: tuple[int, ...], num_classes: int) -> Split:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dfs_jax.data.dataset import RawDataset, Split
+from dfs_jax.data.dataset import ImageFile, Origin, RawDataset, Split
 from dfs_jax.data.images import decode_images
 from dfs_jax.types import UserError
 
@@ -42,10 +43,42 @@ def load_folder(data_dir: str | None = None, image_size: int | None = None) -> R
             raise UserError(f"{root} holds neither test/ nor validation/ nor val/")
         test_dir, validation_dir = validation_dir, None
     class_names = _classes(root / "train")
-    train = _read_split(root / "train", class_names, image_size)
-    test = _read_split(test_dir, class_names, image_size)
-    validation = validation_dir and _read_split(validation_dir, class_names, image_size)
-    return RawDataset(train, test, class_names, validation)
+    directories = {"train": root / "train", "test": test_dir}
+    if validation_dir is not None:
+        directories["validation"] = validation_dir
+    files = {split: _files_of(where, class_names) for split, where in directories.items()}
+    splits = {
+        split: read_files(root, some, class_names, image_size) for split, some in files.items()
+    }
+    return RawDataset(class_names=class_names, origin=Origin(files), **splits)
+
+
+def list_files(directory: Path) -> tuple[ImageFile, ...]:
+    """Returns the files of one split's directory, class by class, without reading the images.
+
+    Raises:
+      UserError: a directory that is missing or holds no images.
+    """
+    return tuple(
+        ImageFile(path.relative_to(directory.parent).as_posix(), path.stat().st_size)
+        for name in _classes(directory)
+        for path in _image_paths(directory / name)
+    )
+
+
+def read_files(
+    root: Path, files: Sequence[ImageFile], class_names: Sequence[str], image_size: int | None
+) -> Split:
+    """Reads files below `root`; a file's label is the place of its class in `class_names`.
+
+    Raises:
+      UserError: a file that is missing or is not an image; sizes that vary without `image_size`.
+    """
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = np.array([number[file.class_name] for file in files], np.int32)
+    # Named by path: every message about an image then says which file it is.
+    paths = [root / file.path for file in files]
+    return Split(decode_images(paths, len(paths), image_size, lambda i: str(paths[i])), labels)
 
 
 def _validation_directory(root: Path) -> Path | None:
@@ -64,7 +97,7 @@ def _classes(directory: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_split(directory: Path, class_names: tuple[str, ...], image_size: int | None) -> Split:
+def _files_of(directory: Path, class_names: tuple[str, ...]) -> tuple[ImageFile, ...]:
     found = _classes(directory)
     if found != class_names:
         different = ", ".join(sorted(set(found) ^ set(class_names)))
@@ -72,14 +105,7 @@ def _read_split(directory: Path, class_names: tuple[str, ...], image_size: int |
             f"{directory} holds {len(found)} classes and train/ {len(class_names)}; "
             f"these are in one of them only: {different}"
         )
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        images = _image_paths(directory / name)
-        paths += images
-        labels += [label] * len(images)
-    # Named by path: every message about an image then says which file it is.
-    pixels = decode_images(paths, len(paths), image_size, lambda i: str(paths[i]))
-    return Split(pixels, np.array(labels, np.int32))
+    return list_files(directory)
 
 
 def _image_paths(directory: Path) -> list[Path]:

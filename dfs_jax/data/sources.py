@@ -6,7 +6,14 @@ import re
 
 import numpy as np
 
-from dfs_jax.data.dataset import AnySplit, Dataset, RawDataset, Split, check_raw_dataset
+from dfs_jax.data.dataset import (
+    AnySplit,
+    Dataset,
+    Origin,
+    RawDataset,
+    Split,
+    check_raw_dataset,
+)
 from dfs_jax.data.shapes import known_shape, known_splits
 from dfs_jax.data.statistics import (
     NAMED_STATISTICS,
@@ -110,7 +117,21 @@ def _divided(
     held_out = _default_held_out(_known_as(name), raw, validation_examples)
     train, validation = hold_out(raw, held_out, split_seed)
     mean, std = chosen or _own_statistics(train)
-    return Dataset(name, train, validation, raw.test, raw.class_names, mean, std)
+    origin = _divided_origin(raw, held_out, split_seed)
+    return Dataset(name, train, validation, raw.test, raw.class_names, mean, std, origin)
+
+
+def _divided_origin(raw: RawDataset, validation_examples: int | None, split_seed: int) -> Origin:
+    """Returns the files of each part, divided as `hold_out` divides the examples."""
+    if validation_examples is None or "train" not in raw.origin.files:
+        return raw.origin
+    files = dict(raw.origin.files)
+    whole = (*files["train"], *files.pop("validation", ()))
+    kept, held_out = held_out_indices(len(whole), validation_examples, split_seed)
+    files["train"] = tuple(whole[i] for i in kept)
+    if len(held_out):
+        files["validation"] = tuple(whole[i] for i in held_out)
+    return raw.origin._replace(files=files)
 
 
 def _statistics_of(name: str, asked: str | None) -> ChannelStatistics | None:
@@ -181,10 +202,21 @@ def hold_out(
         )
     if validation_examples == 0:
         return whole, None
-    order = np.random.Generator(np.random.Philox(split_seed)).permutation(whole.num_examples)
-    # Sorted, so that reading them later goes through memory in order.
-    held_out, kept = np.sort(order[:validation_examples]), np.sort(order[validation_examples:])
+    kept, held_out = held_out_indices(whole.num_examples, validation_examples, split_seed)
     return whole.part(kept), whole.part(held_out)
+
+
+def held_out_indices(
+    count: int, validation_examples: int, split_seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which of `count` examples are kept and which are held out, both ascending.
+
+    >>> [len(part) for part in held_out_indices(7, 2, split_seed=0)]
+    [5, 2]
+    """
+    order = np.random.Generator(np.random.Philox(split_seed)).permutation(count)
+    # Sorted, so that reading them later goes through memory in order.
+    return np.sort(order[validation_examples:]), np.sort(order[:validation_examples])
 
 
 def _join(first: AnySplit, second: AnySplit) -> Split:

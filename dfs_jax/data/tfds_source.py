@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from dfs_jax.data.dataset import RawDataset, Split
+from dfs_jax.data.dataset import Origin, RawDataset, Split
 from dfs_jax.data.images import MAX_BYTES, decode_images
 from dfs_jax.data.streaming import StreamedSplit, Streaming
 from dfs_jax.types import UserError
@@ -208,6 +208,7 @@ def _read(
         split("test" if has_test else "validation"),
         reader.class_names,
         split("validation") if own_validation else None,
+        Origin(version=reader.version),
     )
 
 
@@ -266,6 +267,10 @@ class _SplitReader:
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self._builder.info.features[self._label_key].names)
+
+    @property
+    def version(self) -> str:
+        return str(self._builder.info.version)
 
     @property
     def split_sizes(self) -> dict[str, int]:

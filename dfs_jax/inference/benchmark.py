@@ -31,17 +31,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.files import write_whole
 from dfs_jax.inference import policy as policies
 from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, outcome
-from dfs_jax.inference.policy import Policy, last_exit_only, read_policy
+from dfs_jax.inference.policy import Policy, last_exit_only
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
-from dfs_jax.training.staged import StagedRun, load_staged
+from dfs_jax.training.run_policy import load_with_policy
+from dfs_jax.training.staged import StagedRun
 from dfs_jax.types import UserError
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -90,7 +91,12 @@ def main() -> None:
     """Runs the program."""
     workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
     data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
-    checkpoint = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
+    checkpoint = flags.DEFINE_string(
+        "checkpoint", None, "best, latest or a step; the one that the policy was fitted on."
+    )
+    own = flags.DEFINE_string(
+        "policy", None, "The policy's file, or none; policy.json in the workdir."
+    )
     output = flags.DEFINE_string("output", None, "The JSON file; benchmark.json in the workdir.")
     batches = flags.DEFINE_multi_integer("batch", [1, 32, 256], "Batch sizes; may be repeated.")
     examples = flags.DEFINE_integer("examples", 5120, "Of the test split, that are timed.")
@@ -101,9 +107,11 @@ def main() -> None:
         program.use_compilation_cache()
         root = Path(workdir.value).absolute()
         path = Path(output.value or root / "benchmark.json").absolute()
-        staged = load_staged(root, checkpoint=checkpoint.value, data_dir=data_dir.value)
+        staged, chosen = load_with_policy(
+            root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
+        )
         images = staged.images("test", examples.value)
-        candidates = find_candidates(staged, root / policies.FILE, measure.value, len(images))
+        candidates = find_candidates(staged, chosen, measure.value, len(images))
         rows: list[Row] = []
         for batch in batches.value:
             some = benchmark(staged, candidates, images, batch=batch, rounds=rounds.value)
@@ -117,10 +125,13 @@ def main() -> None:
     program.run(run)
 
 
-def find_candidates(staged: StagedRun, own: Path, measure: str, timed: int) -> list[Candidate]:
+def find_candidates(
+    staged: StagedRun, own: Policy | None, measure: str, timed: int
+) -> list[Candidate]:
     """Returns the whole network, every exit, policies of ever fewer operations, and the run's own.
 
-    Policies are fitted on validation data; what they give is told of the test split.
+    Policies are fitted on validation data, where those are at hand; what they give is told of the
+    test split.
 
     Args:
       staged: the run.
@@ -130,7 +141,6 @@ def find_candidates(staged: StagedRun, own: Path, measure: str, timed: int) -> l
     """
     macs = _macs(staged)
     last = len(macs) - 1
-    validation = staged.logits(staged.experiment.score_split)
     logits, labels = staged.logits("test")
 
     def candidate(name: str, policy: Policy, exit_index: int | None = None) -> Candidate:
@@ -143,11 +153,16 @@ def find_candidates(staged: StagedRun, own: Path, measure: str, timed: int) -> l
     found = [candidate("full", last_exit_only(last + 1), last)]
     found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
     found.append(candidate("nobody leaves", last_exit_only(last + 1)))
+    try:
+        validation = staged.logits(staged.experiment.score_split)
+    except UserError as error:
+        logging.warning("no policies are fitted: %s", error)
+        validation = None
     for speedup in SPEEDUPS:
-        if macs[-1] / speedup > macs[0]:
+        if validation is not None and macs[-1] / speedup > macs[0]:
             fitted = fit_policy(*validation, macs, at_most=macs[-1] / speedup, measure=measure)
             found.append(candidate(f"{speedup:g}x", fitted.policy))
-    return [*found, candidate(own.name, read_policy(own))] if own.exists() else found
+    return found if own is None else [*found, candidate(policies.FILE, own)]
 
 
 def benchmark(

@@ -24,6 +24,8 @@ from dfs_jax.inference import policy as policies
 from dfs_jax.inference.fitting import FittedPolicy, few_examples_warning, fit_policy, outcome
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.timing import StageTimes
+from dfs_jax.training.recorded import check_unchanged
+from dfs_jax.training.run_policy import fitting_record
 from dfs_jax.training.staged import StagedRun, load_staged
 from dfs_jax.types import UserError
 
@@ -45,6 +47,9 @@ def main() -> None:
     flags.DEFINE_string("risk", "error", "error, or disagreement with the last exit.")
     flags.DEFINE_string("measure", "max_softmax", "max_softmax, entropy, margin or patience.")
     flags.DEFINE_bool("temperatures", True, "Fit the exits' temperatures first.")
+    accept = flags.DEFINE_bool(
+        "accept_data_changes", False, "Choose on the run's held-out images though others changed."
+    )
 
     def run() -> None:
         program.use_compilation_cache()
@@ -53,17 +58,18 @@ def main() -> None:
         if len(given) != 1:
             named = ", ".join(f"--{name}" for name in TARGETS)
             raise UserError(f"name one target of {named}; got {len(given)}")
-        staged = load_staged(
-            Path(workdir.value).absolute(), checkpoint=checkpoint.value, data_dir=data_dir.value
-        )
+        root = Path(workdir.value).absolute()
+        staged = load_staged(root, checkpoint=checkpoint.value, data_dir=data_dir.value)
+        check_unchanged(root, staged.experiment.config.data, accept=accept.value)
         ((target, value),) = given.items()
         names = ("delta", "calibration_share", "seed", "risk", "measure")
         options = {name: flags.FLAGS[name].value for name in names}
         options["scale_temperatures"] = flags.FLAGS["temperatures"].value
         fitted = choose_policy(staged, target, value, batch_size=batch_size.value, **options)
-        path = Path(output.value or Path(workdir.value) / policies.FILE).absolute()
+        path = Path(output.value or root / policies.FILE).absolute()
+        description = describe(staged, fitted)
         fitted.policy.save(path)
-        program.say(describe(staged, fitted))
+        program.say(description)
         warning = few_examples_warning(fitted.policy)
         if warning is not None:
             program.warn(warning)
@@ -88,7 +94,16 @@ def choose_policy(
     logits, labels = staged.logits(split)
     costs, wanted = _costs_and_target(staged, target, value, batch_size)
     fitted = fit_policy(logits, labels, costs, **wanted, **options)
-    about = {**staged.about(), "split": split, "target": {target: value}, **fitted.policy.fitted_on}
+    about = {
+        **staged.about(),
+        **fitting_record(staged, split),
+        "split": split,
+        "target": {target: value},
+        "measure": fitted.policy.measure,
+        "temperatures": list(fitted.policy.temperatures),
+        "thresholds": list(fitted.policy.thresholds),
+        **fitted.policy.fitted_on,
+    }
     return fitted._replace(policy=dataclasses.replace(fitted.policy, fitted_on=about))
 
 

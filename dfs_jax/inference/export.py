@@ -3,7 +3,8 @@
     python -m dfs_jax.inference.export --workdir=DIR --output=DIR2
 
 DIR2 then holds each stage as StableHLO (any batch size; CPU, CUDA, TPU), the weights, the policy,
-labels and preprocessing: see `dfs_jax.inference.exported`.
+labels and preprocessing: see `dfs_jax.inference.exported`. The checkpoint is the one that the
+policy was fitted on, the best where there is no policy. No data is read.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from absl import flags
 
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.inference import policy as policies
 from dfs_jax.inference.exported import export_network
-from dfs_jax.inference.policy import Policy, read_policy
-from dfs_jax.training.staged import load_staged
+from dfs_jax.training.run_policy import load_with_policy
 
 
 def main() -> None:
     """Runs the program."""
     workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
     output = flags.DEFINE_string("output", None, "The directory to write.", required=True)
-    checkpoint = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
-    policy = flags.DEFINE_string("policy", None, "When to stop; policy.json in the workdir.")
+    checkpoint = flags.DEFINE_string(
+        "checkpoint", None, "best, latest or a step; the one that the policy was fitted on."
+    )
+    policy = flags.DEFINE_string(
+        "policy", None, "The policy's file, or none; policy.json in the workdir."
+    )
     data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
 
     def run() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
             Path(workdir.value).absolute(),
             Path(output.value).absolute(),
             checkpoint=checkpoint.value,
-            policy=None if policy.value is None else Path(policy.value),
+            policy=policy.value,
             data_dir=data_dir.value,
         )
         program.say("".join(f"wrote {path}\n" for path in files).rstrip())
@@ -46,8 +49,8 @@ def export_run(
     workdir: Path,
     output: Path,
     *,
-    checkpoint: str = "best",
-    policy: Path | None = None,
+    checkpoint: str | None = None,
+    policy: str | Path | None = None,
     data_dir: str | None = None,
 ) -> tuple[Path, ...]:
     """Exports a checkpoint of a run; returns the files.
@@ -55,16 +58,19 @@ def export_run(
     Args:
       workdir: the run's directory.
       output: the directory to write.
-      checkpoint: "best", "latest" or a step's number.
-      policy: the policy's file; None for the one in `workdir`, and where there is none, for the
-        last exit alone.
+      checkpoint: "best", "latest" or a step's number; None for the one that the policy was fitted
+        on, and the best without a policy.
+      policy: the policy's file; None for the one in `workdir`. Where there is none, and for "none",
+        the last exit answers alone.
       data_dir: where the data lies now, if it has moved.
 
     Raises:
-      UserError: no run, no such checkpoint, a policy that cannot be read or is of another network.
+      UserError: no run, no such checkpoint, a policy that cannot be read or was fitted on another
+        network, step or data.
     """
-    chosen = _policy(workdir, policy)
-    staged = load_staged(workdir, checkpoint=checkpoint, data_dir=data_dir)
+    staged, chosen = load_with_policy(
+        workdir, policy=policy, checkpoint=checkpoint, data_dir=data_dir
+    )
     dataset = staged.experiment.dataset
     costs = exit_costs(staged.experiment.model, dataset.image_shape)
     about = {**staged.about(), "exits": [{"exit": c.exit, "macs": c.macs} for c in costs]}
@@ -76,13 +82,6 @@ def export_run(
         policy=chosen,
         about=about,
     )
-
-
-def _policy(workdir: Path, path: Path | None) -> Policy | None:
-    if path is not None:
-        return read_policy(path)
-    own = workdir / policies.FILE
-    return read_policy(own) if own.exists() else None
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from jax.tree_util import Partial
 
 from dfs_jax.files import write_whole
 from dfs_jax.inference import policy as policies
+from dfs_jax.inference.identity import check_network, named_weights, weight_name
 from dfs_jax.inference.policy import Policy, last_exit_only, read_policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.stages import Stage, check_stages
@@ -93,11 +94,8 @@ def export_network(
     if len(labels) != classes:
         raise UserError(f"{classes} classes take {classes} labels, got {len(labels)}")
     policy = last_exit_only(len(stages)) if policy is None else policy
-    if policy.num_exits != len(stages):
-        raise UserError(
-            f"the policy is for {policy.num_exits} exits, the network has {len(stages)}"
-        )
-    weights = [_named(stage) for stage in stages]
+    check_network(policy, stages)
+    weights = [named_weights(stage) for stage in stages]
     contents = {WEIGHTS: safetensors.numpy.save({k: v for w in weights for k, v in w.items()})}
     contents[policies.FILE] = policy.to_json().encode()
     for i, program in enumerate(_export_stages(stages, weights, example)):
@@ -173,7 +171,7 @@ def _export_stages(
 def _flat(stage: Stage, structure: Any) -> Callable[..., Any]:
     """Returns the stage as a function of named weights and of a tuple of arrays, to the same."""
     leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
-    names, whole = [_name(path) for path, _ in leaves], jax.tree.structure(stage)
+    names, whole = [weight_name(path) for path, _ in leaves], jax.tree.structure(stage)
 
     def run(weights: dict[str, jax.Array], carry: tuple[jax.Array, ...]):
         bound = whole.unflatten([weights[name] for name in names])
@@ -185,17 +183,6 @@ def _flat(stage: Stage, structure: Any) -> Callable[..., Any]:
 
 def _from_images(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda weights, images: call(weights, (images,))
-
-
-def _named(stage: Stage) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
-    return {_name(path): np.asarray(leaf, order="C") for path, leaf in leaves}
-
-
-def _name(path: Sequence[Any]) -> str:
-    """Returns a leaf's name: the keys of the dictionaries on the way to it."""
-    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-    return "/".join(map(str, keys))
 
 
 def _checksum(content: bytes) -> str:

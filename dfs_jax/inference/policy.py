@@ -193,7 +193,26 @@ def _from_content(content: Any) -> Policy:
     for name, kind in (("fitted_on", dict), ("falls_back", bool)):
         if not isinstance(content.get(name, kind()), kind):
             raise UserError(f"{name} must be {_JSON_KINDS[kind]}, got {content[name]!r}")
-    return Policy(**{name: content[name] for name in given})
+    policy = Policy(**{name: content[name] for name in given})
+    _check_as_fitted(policy)
+    return policy
+
+
+def _check_as_fitted(policy: Policy) -> None:
+    """Raises UserError if somebody changed what the fitting gave; a policy may not say what it was.
+
+    Thresholds may be moved by hand where no guarantee rests on them.
+    """
+    fitted_on = policy.fitted_on
+    given = {"measure": policy.measure, "temperatures": list(policy.temperatures)}
+    if fitted_on.get("guarantee") is not None:
+        given["thresholds"] = list(policy.thresholds)
+    for name, value in given.items():
+        if name in fitted_on and fitted_on[name] != value:
+            raise UserError(
+                f"its {name} were {fitted_on[name]!r} when it was fitted and are {value!r} now: "
+                f"restore them, or choose again"
+            )
 
 
 def _check(what: str, values: Sequence[Any], *, low: float, count: int | None = None) -> None:

@@ -22,6 +22,7 @@ from dfs_jax.inference.answers import (
     check_images,
     one_answer,
 )
+from dfs_jax.inference.identity import check_network
 from dfs_jax.inference.pipeline import Counts, Engine, Pipeline
 from dfs_jax.inference.policy import ROUNDING, Policy, last_exit_only
 from dfs_jax.inference.programs import Programs
@@ -57,8 +58,8 @@ class EarlyExitPredictor:
         `falls_back` must agree.
 
     Raises:
-      UserError: stages that do not fit together, a policy for another count of exits, shapes that
-        are not ascending up to `batch_size`.
+      UserError: stages that do not fit together, a policy for another count of exits or fitted on
+        another network, shapes that are not ascending up to `batch_size`.
 
     Example: two stages on numbers, of which the first is sure of those far from 0.
       >>> stage = lambda x: (x, jax.numpy.concatenate([x, -x], axis=-1))
@@ -82,7 +83,7 @@ class EarlyExitPredictor:
     ):
         check_whole("batch_size", batch_size)
         policy = last_exit_only(len(stages)) if policy is None else policy
-        _check_exits(policy, len(stages))
+        check_network(policy, stages)
         self.programs = Programs(stages, policy.measure_function, policy.temperatures, example)
         self.shapes = _check_shapes(shapes, batch_size)
         self.times: dict[int, StageTimes] = {}
@@ -110,14 +111,14 @@ class EarlyExitPredictor:
         What is compiled and measured stays so.
 
         Raises:
-          UserError: a policy of another measure, which is compiled in, or count of exits.
+          UserError: a policy of another measure, which is compiled in, or of another network.
         """
         if policy.measure != self.policy.measure:
             raise UserError(
                 f"the programs are compiled for the measure {self.policy.measure!r}, not "
                 f"{policy.measure!r}: make a new predictor"
             )
-        _check_exits(policy, self.programs.num_exits)
+        check_network(policy, self.programs.stages)
         predictor = copy.copy(self)
         predictor.programs = self.programs.with_temperatures(policy.temperatures)
         predictor._set_policy(policy, self._fall_back)
@@ -256,11 +257,6 @@ class EarlyExitPredictor:
             k, answers = last, self.programs.run(last, carry)[1]
         self.counts.exits[k] += 1
         return one_answer(answers, k, now)
-
-
-def _check_exits(policy: Policy, num_exits: int) -> None:
-    if policy.num_exits != num_exits:
-        raise UserError(f"the policy is for {policy.num_exits} exits, the network has {num_exits}")
 
 
 def _check_shapes(shapes: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ class Programs:
       carries: what each stage takes, shapes and types of one example, without the batch.
       classes: how many.
       num_exits: how many.
+      stages: the functions, with their weights on the device.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Programs:
         self.example = example
         self.classes = check_stages(stages, example)
         self.num_exits = len(stages)
-        self._stages = _free(as_pytrees(stages))
+        self.stages = _free(as_pytrees(stages))
         self._temperatures = [jnp.float32(t) for t in temperatures]
         # A function of its own for each stage: their caches stay small, and lookups quick.
         last, options = self.num_exits - 1, compiler_options(jax.default_backend())
@@ -79,18 +80,18 @@ class Programs:
           What the next stage takes (None after the last), still on the device, and the answers
           `[batch, classes + 2]`, on the host; everything is computed when it returns.
         """
-        carry, answers = self._run[k](self._stages[k], self._temperatures[k], carry)
+        carry, answers = self._run[k](self.stages[k], self._temperatures[k], carry)
         return carry, np.asarray(answers)
 
     def run_whole(self, images: Any) -> np.ndarray:
         """Runs the whole network as one program; returns the last exit's answers."""
-        return np.asarray(self._whole(self._stages, self._temperatures[-1], images))
+        return np.asarray(self._whole(self.stages, self._temperatures[-1], images))
 
     def _trace_carries(self) -> list[PyTree]:
         taken: list[PyTree] = [self.example]
         batch: PyTree = jax.ShapeDtypeStruct((1, *self.example.shape), self.example.dtype)
         for k in range(self.num_exits - 1):
-            batch, _ = jax.eval_shape(self._run[k], self._stages[k], self._temperatures[k], batch)
+            batch, _ = jax.eval_shape(self._run[k], self.stages[k], self._temperatures[k], batch)
             taken.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
         return taken
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
@@ -26,6 +27,7 @@ from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.types import UserError
 
 COLLECTIONS = ("params", "batch_stats")
+STEP = "step"  # what a run notes beside its weights: the checkpoint that they come from
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -61,12 +63,18 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
 
 
-def save_weights(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> None:
+def save_weights(
+    path: str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    *,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Writes variables under flat names like `params/block1/conv/kernel`, all of them or nothing.
 
     Args:
       path: ends in `.safetensors` or `.npz`.
       variables: `{"params": ..., "batch_stats": ...}`.
+      about: notes for the file's header (`weights_notes` reads them); safetensors alone has one.
 
     Raises:
       UserError: another ending, or the directory cannot be written.
@@ -79,11 +87,22 @@ def save_weights(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> 
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with unfinished.open("wb") as file:
-            writer(file, arrays)
+            writer(file, arrays, dict(about or {}))
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write weights to {path}: {error.strerror}") from error
+
+
+def weights_notes(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns what `save_weights` noted in a file's header; nothing for files without one."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except safetensors.SafetensorError:  # who reads the weights is told
+        return {}
 
 
 def load_trunk(
@@ -173,11 +192,14 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     return {name: x.detach().numpy() for name, x in wide.items()}
 
 
-def _write_safetensors(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
-    file.write(safetensors.numpy.save(arrays))
+def _write_safetensors(
+    file: BinaryIO, arrays: dict[str, np.ndarray], about: dict[str, str]
+) -> None:
+    file.write(safetensors.numpy.save(arrays, metadata=about or None))
 
 
-def _write_npz(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+def _write_npz(file: BinaryIO, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
+    del about
     np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
@@ -187,7 +209,7 @@ _READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".pth": _read_torch,
     ".pt": _read_torch,
 }
-_WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray]], None]] = {
+_WRITERS: dict[str, Callable[[BinaryIO, dict[str, np.ndarray], dict[str, str]], None]] = {
     ".safetensors": _write_safetensors,
     ".npz": _write_npz,
 }

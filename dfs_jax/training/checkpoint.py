@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from dfs_jax.training.processes import by_writer
 from dfs_jax.training.sharding import gathered
+from dfs_jax.training.structure import Structure, difference, saved_structure, structure_of
 from dfs_jax.types import PyTree, UserError
 
 DIRECTORY = "checkpoints"
@@ -84,26 +85,36 @@ class Checkpoints:
     def restore_latest(self, target: PyTree) -> tuple[PyTree, int] | None:
         """Returns the newest state that is whole and its step; None when none was ever saved.
 
-        Damaged checkpoints are named in the log, set aside in `DIR/damaged_checkpoints`, and the
-        one before is used.
+        Damaged checkpoints are named in the log, and the one before is used; once a whole one is
+        found, they are set aside in `DIR/damaged_checkpoints`.
 
         Args:
           target: a pytree of `jax.ShapeDtypeStruct` with shardings, shaped as the state.
 
         Raises:
-          UserError: there are checkpoints and every one is damaged.
+          UserError: there are checkpoints and every one is damaged, or the newest whole one is of
+            another network or optimizer (nothing is moved then).
         """
         steps = by_writer(self._steps_newest_first)
-        for step in steps:
+        for i, step in enumerate(steps):
             try:
-                return self._restore(step, target), step
+                state = self._restore(step, target)
             except DamagedCheckpoint as error:
                 logging.error("%s; using the one before it", error)
-                self._set_aside(step)
+                continue
+            for damaged in steps[:i]:
+                self._set_aside(damaged)
+            return state, step
         if steps:
             raise UserError(
                 f"every checkpoint in {self._directory.parent} is damaged (steps {steps}): "
                 f"start again in another --workdir"
+            )
+        if has_steps(self._directory.parent):
+            aside = self._directory.parent / DAMAGED_DIRECTORY
+            raise UserError(
+                f"every checkpoint of this run was set aside as damaged: delete {aside} to train "
+                f"from the start, or move what is whole back to {self._directory}"
             )
         return None
 
@@ -111,7 +122,7 @@ class Checkpoints:
         """Returns the state and the step of `"best"`, `"latest"` or a step's number.
 
         Raises:
-          UserError: there is no such checkpoint, or it is damaged.
+          UserError: there is no such checkpoint, it is damaged, or of another network.
         """
         step = self._step_of(which)
         try:
@@ -119,6 +130,10 @@ class Checkpoints:
         except DamagedCheckpoint as error:
             others = [s for s in self._manager.all_steps() if s != step]
             raise UserError(f"{error}; others here: {others or 'none'}") from error
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
         """Returns the step with the highest score, the latest of equals; None without any."""
@@ -151,7 +166,9 @@ class Checkpoints:
             raise UserError(f"cannot write to {self._directory}: {first_line(error)}") from error
 
     def _restore(self, step: int, target: PyTree) -> PyTree:
-        by_writer(_check_files, self._directory / str(step), errors=(DamagedCheckpoint,))
+        directory = self._directory / str(step)
+        by_writer(_check_files, directory, errors=(DamagedCheckpoint,))
+        self._check_structure(step, target)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), document=ocp.args.JsonRestore()
         )
@@ -159,10 +176,15 @@ class Checkpoints:
             restored: Any = self._manager.restore(step, args=items)
             state, expected = restored.state, restored.document["checksums"]
         except Exception as error:  # truncated files raise many kinds
+            if (directory / MANIFEST).is_file():  # the files are those that were written
+                raise UserError(
+                    f"{directory} does not fit this run ({first_line(error)}): restore the code "
+                    f"and the packages that wrote it, or name another --workdir"
+                ) from error
             damage = f"the checkpoint of step {step} is damaged ({first_line(error)})"
             if jax.process_count() > 1:  # the others may not have met it, and wait
                 raise UserError(
-                    f"{damage}; move {self._directory / str(step)} away and start the same "
+                    f"{damage}; move {directory} away and start the same "
                     f"command again, to go on from the one before it"
                 ) from error
             raise DamagedCheckpoint(damage) from error
@@ -174,6 +196,17 @@ class Checkpoints:
                 f"(checksums differ: {', '.join(wrong[:3])})"
             )
         return state
+
+    def _check_structure(self, step: int, target: PyTree) -> None:
+        """Raises UserError unless the checkpoint holds arrays of the target's shapes and types."""
+        directory = self._directory / str(step)
+        saved = by_writer(_saved_structure, directory, errors=(DamagedCheckpoint,))
+        mismatch = difference(saved, structure_of(target))
+        if mismatch is not None:
+            raise UserError(
+                f"{directory} is a checkpoint of another network, optimizer or method: {mismatch}; "
+                f"restore the code and the data that it was trained with, or name another --workdir"
+            )
 
     def _check_space(self, state_bytes: int, step: int) -> None:
         """Asks before writing: libraries that meet a full disk fill the screen with tracebacks."""
@@ -222,7 +255,14 @@ class Checkpoints:
 
 def has_steps(workdir: Path) -> bool:
     """Whether a run has saved anything in `workdir`, whole or damaged."""
-    return any(path.name.isdigit() for path in (workdir / DIRECTORY).glob("*"))
+    directories = (workdir / DIRECTORY, workdir / DAMAGED_DIRECTORY)
+    return any(path.name.isdigit() for directory in directories for path in directory.glob("*"))
+
+
+def latest_saved_step(workdir: Path) -> int:
+    """Returns the newest step that a run has saved in `workdir`, whole or damaged; 0 for none."""
+    steps = (int(p.name) for p in (workdir / DIRECTORY).glob("*") if p.name.isdigit())
+    return max(steps, default=0)
 
 
 def leaf_checksums(state: PyTree) -> dict[str, int]:
@@ -249,6 +289,15 @@ def _move_away(checkpoint: Path) -> None:
     shutil.rmtree(destination, ignore_errors=True)
     destination.parent.mkdir(exist_ok=True)
     shutil.move(checkpoint, destination)
+
+
+def _saved_structure(directory: Path) -> Structure:
+    try:
+        return saved_structure(directory / "state")
+    except Exception as error:  # damaged files raise many kinds
+        raise DamagedCheckpoint(
+            f"the checkpoint of step {directory.name} is damaged ({first_line(error)})"
+        ) from error
 
 
 def _write_manifest(directory: Path) -> None:

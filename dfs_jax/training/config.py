@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dfs_jax.training import extend
 from dfs_jax.training.checkpoint import has_steps
 from dfs_jax.training.optimizer import check_optimizer
 from dfs_jax.training.processes import by_writer, is_writer
@@ -69,6 +70,8 @@ def options(section: Config) -> dict[str, Any]:
 
 def open_workdir(workdir: Path, config: Config) -> None:
     """Makes the run's directory and records its config; compares the two where steps were saved.
+
+    The number of epochs may change as long as every learning rate so far stays the same.
 
     Raises:
       UserError: the path is a file or cannot be written, or holds a run of another config, or is
@@ -138,11 +141,14 @@ def read_config(workdir: Path) -> Config:
 
 def _check_same_run(workdir: Path, known: Config, config: Config) -> None:
     before, now = dict(_flatten(known.to_dict())), dict(_flatten(config.to_dict()))
-    different = [
-        f"{field} (was {before.get(field)!r}, is {now.get(field)!r})"
+    changed = [
+        field
         for field in sorted(before.keys() | now)
         if before.get(field) != now.get(field) and field not in MAY_CHANGE
     ]
+    if "epochs" in changed and all(field.startswith(extend.FIELDS) for field in changed):
+        return extend.check_extension(workdir, known, config)
+    different = [f"{field} (was {before.get(field)!r}, is {now.get(field)!r})" for field in changed]
     if different:
         raise UserError(
             f"{workdir} holds a run of another config: {'; '.join(different)}; "

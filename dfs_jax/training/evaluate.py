@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from dfs_jax.data.dataset import AnySplit
@@ -25,14 +26,17 @@ SPLITS = ("train", "validation", "test")
 
 
 class RunEvaluation(NamedTuple):
-    """One checkpoint's answers, on the split that is reported and the one that sets thresholds."""
+    """One checkpoint's answers, on the split that is reported and the one that sets thresholds.
+
+    `fitting` is None where the images that set thresholds are not at hand.
+    """
 
     experiment: Experiment
     step: int
     variables: dict[str, Any]
     reported: ExitPredictions
     reported_split: str
-    fitting: ExitPredictions
+    fitting: ExitPredictions | None
     fitting_split: str
 
 
@@ -80,8 +84,13 @@ def evaluate_run(
         )
 
     fitting_split = experiment.score_split
-    fitting = answers(getattr(experiment.dataset, fitting_split))
-    reported = fitting if split == fitting_split else answers(data)
+    reported = fitting = answers(data)
+    if split != fitting_split:
+        try:
+            fitting = answers(getattr(experiment.dataset, fitting_split))
+        except UserError as error:
+            logging.warning("no thresholds are fitted: %s", error)
+            fitting = None
     return RunEvaluation(
         experiment, step, state.eval_variables, reported, split, fitting, fitting_split
     )

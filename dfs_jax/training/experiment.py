@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from dfs_jax.data import Dataset
@@ -16,13 +18,17 @@ from dfs_jax.data.pipeline import TrainSampler
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.gradients import GradientRule, Setup
 from dfs_jax.interop import load_trunk
+from dfs_jax.interop.files import STEP, weights_notes
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
+from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
+from dfs_jax.training.recorded import recorded_dataset
 from dfs_jax.training.rule_config import check_rule, rule_from_config
+from dfs_jax.training.run_data import read_run_data
 from dfs_jax.training.sharding import (
     batch_parts,
     check_batch_size,
@@ -70,7 +76,11 @@ class Experiment(NamedTuple):
 
 
 def build_experiment(
-    config: Config, dataset: Dataset | None = None, *, mesh: Mesh | None = None
+    config: Config,
+    dataset: Dataset | None = None,
+    *,
+    mesh: Mesh | None = None,
+    prepare: Callable[[Dataset], Dataset] = lambda dataset: dataset,
 ) -> Experiment:
     """Builds every part that `config` names; what can fail without the data set fails first.
 
@@ -78,6 +88,7 @@ def build_experiment(
       config: of a run.
       dataset: to use instead of the one that the config names.
       mesh: to use instead of the one that the config names, for what does not train.
+      prepare: maps the data set to the one to use, such as the one that a run knows.
 
     Raises:
       UserError: an unknown name, an option that its component lacks, a value out of range, a
@@ -95,7 +106,7 @@ def build_experiment(
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     _configured(model_from_config(config.model, loss, num_classes=2), config)
-    dataset = dataset or dataset_from_config(config.data)
+    dataset = prepare(dataset or dataset_from_config(config.data))
     augment = augmentation_from_config(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
     model = model_for_mesh(_configured(model, config), mesh)
@@ -115,7 +126,9 @@ def build_experiment(
 def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experiment:
     """Builds what the run in `workdir` was made of, to evaluate it on the devices at hand.
 
-    Where they cannot make the mesh that it was trained on, all of them divide the batch.
+    Classes, statistics and shapes are those that the run recorded; a split's images are read when
+    they are first used. (A run that recorded nothing, of an earlier version, reads its data set.)
+    Where the devices cannot make the mesh that it was trained on, all of them divide the batch.
 
     Args:
       workdir: the run's directory.
@@ -131,7 +144,9 @@ def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experim
         mesh = create_mesh(config.get("mesh"))
     except UserError:
         mesh = create_mesh()
-    return build_experiment(config, mesh=mesh)
+    known = read_run_data(workdir)
+    dataset = None if known is None else recorded_dataset(known, config.data)
+    return build_experiment(config, dataset, mesh=mesh)
 
 
 def initial_state(experiment: Experiment) -> TrainState:
@@ -148,6 +163,7 @@ def initial_state(experiment: Experiment) -> TrainState:
         finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
+        _warn_of_old_weights(Path(e.config.init_from))
         variables = load_trunk(Path(e.config.init_from), e.model, variables)
         variables = variables if where is None else put_where(variables, split)
     state = finish(variables)
@@ -229,6 +245,23 @@ def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> Multi
     return create_model(
         section.name, num_classes=num_classes, adapt_features=adapt, **options(section)
     )
+
+
+def _warn_of_old_weights(path: Path) -> None:
+    """Says in the log if a run has a better checkpoint than the weights that lie beside it."""
+    step = weights_notes(path).get(STEP)
+    if step is None or not has_steps(path.parent):
+        return
+    best = Checkpoints(path.parent, read_only=True).best_step()
+    if best is not None and str(best) != step:
+        logging.warning(
+            "%s holds step %s, the best checkpoint there is now step %d: "
+            "python eval.py --workdir=%s writes its weights",
+            path,
+            step,
+            best,
+            path.parent,
+        )
 
 
 def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from dfs_jax.data.pipeline import train_batches
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import check_config, open_workdir
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
+from dfs_jax.training.data_changes import as_known
 from dfs_jax.training.evaluate import evaluate
 from dfs_jax.training.experiment import (
     Experiment,
@@ -37,6 +39,7 @@ from dfs_jax.training.metrics import (
 )
 from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
+from dfs_jax.training.run_data import RunData, describe_data, known_data, record_data
 from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import Config, UserError
@@ -50,7 +53,13 @@ class TrainResult(NamedTuple):
     stopped_by: int | None
 
 
-def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> TrainResult:
+def train(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset | None = None,
+    *,
+    accept_data_changes: bool = False,
+) -> TrainResult:
     """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
 
     Started again with the same config, a run that was stopped at any moment ends with the same
@@ -60,13 +69,21 @@ def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> Trai
       config: of the run.
       workdir: its directory.
       dataset: the config's own, where it is in memory already; None reads it.
+      accept_data_changes: whether to go on where the data changed since the run began, as far as
+        that is possible (see `dfs_jax.training.data_changes`).
 
     Raises:
-      UserError: a mistake in the config or the directory, or a loss that became non-finite.
+      UserError: a mistake in the config or the directory, data that changed since the run began, a
+        checkpoint of another network, or a loss that became non-finite.
     """
     check_config(config)
     open_workdir(workdir, config)
-    experiment = build_experiment(config, dataset)
+    known = known_data(workdir)
+    as_before = functools.partial(
+        _as_before, known=known, workdir=workdir, section=config.data, accept=accept_data_changes
+    )
+    experiment = build_experiment(config, dataset, prepare=as_before)
+    record_data(workdir, describe_data(experiment.dataset, config.data))
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_latest(abstract_state(experiment))
     state, start = restored or (initial_state(experiment), 0)
@@ -77,6 +94,10 @@ def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> Trai
             return run.steps(state, start)
         finally:
             run.close()
+
+
+def _as_before(dataset: Dataset, *, known: RunData | None, **options: Any) -> Dataset:
+    return dataset if known is None else as_known(dataset, known, **options)
 
 
 class StopSignals:

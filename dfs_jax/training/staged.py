@@ -14,6 +14,7 @@ from dfs_jax.data import eval_batches, normalise
 from dfs_jax.inference.stages import Stage, model_stages, recorded_logits
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.experiment import Experiment, abstract_state, rebuild_experiment
+from dfs_jax.training.run_data import RunData, read_run_data
 from dfs_jax.types import UserError
 
 _BATCH = 250
@@ -27,12 +28,14 @@ class StagedRun(NamedTuple):
       step: of the checkpoint.
       stages: of its network; the first takes uint8 images and normalises them.
       example: one image's shape and type.
+      data: what the run recorded of its data; None for runs of earlier versions.
     """
 
     experiment: Experiment
     step: int
     stages: tuple[Stage, ...]
     example: jax.ShapeDtypeStruct
+    data: RunData | None = None
 
     def logits(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns every exit's logits `[exits, n, classes]` on a split, and the labels `[n]`."""
@@ -106,4 +109,4 @@ def load_staged(
         prepare=functools.partial(normalise, mean=dataset.mean, std=dataset.std),
     )
     example = jax.ShapeDtypeStruct(dataset.image_shape, np.uint8)
-    return StagedRun(experiment, step, stages, example)
+    return StagedRun(experiment, step, stages, example, read_run_data(workdir))

@@ -1,0 +1,58 @@
+"""Splits that are read when they are first used: what is known of them before needs no images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.data.dataset import AnySplit, Split
+from dfs_jax.data.pipeline import eval_batches, train_batches
+
+
+class DeferredSplit:
+    """Some examples of a set; stands where a `Split` would, and reads it on first use.
+
+    Args:
+      num_examples: how many examples there were when the split was recorded.
+      image_shape: `(height, width, channels)`.
+      read: returns the examples.
+
+    Example:
+      >>> empty = Split(np.zeros((2, 5, 7, 3), np.uint8), np.zeros(2, np.int32))
+      >>> split = DeferredSplit(2, (5, 7, 3), lambda: empty)
+      >>> split.take(np.array([1])).labels.tolist()
+      [0]
+    """
+
+    def __init__(
+        self, num_examples: int, image_shape: tuple[int, int, int], read: Callable[[], AnySplit]
+    ):
+        self.num_examples, self.image_shape, self._read = num_examples, image_shape, read
+
+    @functools.cached_property
+    def split(self) -> AnySplit:
+        """The examples; reads them where nobody has."""
+        return self._read()
+
+    def part(self, indices: np.ndarray) -> AnySplit:
+        """Returns the examples at `indices`, in that order."""
+        return self.split.part(indices)
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Returns the examples at `indices`, in memory."""
+        return self.split.take(indices)
+
+    def train_batches(
+        self, sampler: Any, start_step: int, stop_step: int | None, rows: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields what `dfs_jax.data.pipeline.train_batches` yields for the examples."""
+        return train_batches(self.split, sampler, start_step, stop_step=stop_step, rows=rows)
+
+    def eval_batches(
+        self, batch_size: int, rows: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields what `dfs_jax.data.pipeline.eval_batches` yields for the examples."""
+        return eval_batches(self.split, batch_size, rows)

@@ -1,0 +1,79 @@
+"""Which network a policy was fitted on: thresholds mean nothing to another one's confidences."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dfs_jax.inference.policy import Policy
+from dfs_jax.inference.stages import Stage
+from dfs_jax.types import UserError
+
+NETWORK = "network"  # the record's name in a policy's `fitted_on`
+
+
+def named_weights(stage: Stage) -> dict[str, np.ndarray]:
+    """Returns a stage's weights under names such as `params/block1/conv/kernel`.
+
+    Args:
+      stage: a `jax.tree_util.Partial` whose weights are leaves; others have none.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
+    return {
+        weight_name(path): np.asarray(leaf, order="C")
+        for path, leaf in leaves
+        if hasattr(leaf, "dtype")
+    }
+
+
+def weight_name(path: Sequence[Any]) -> str:
+    """Returns a leaf's name: the keys of the dictionaries on the way to it."""
+    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return "/".join(map(str, keys))
+
+
+def weights_fingerprint(stages: Sequence[Stage]) -> str | None:
+    """Returns a checksum of a network's weights, the same before and after export.
+
+    None for stages that do not bring their weights as leaves.
+    """
+    weights = {name: array for stage in stages for name, array in named_weights(stage).items()}
+    if not weights:
+        return None
+    checksum = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        checksum.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        checksum.update(array.tobytes())
+    return checksum.hexdigest()
+
+
+def network_record(stages: Sequence[Stage], classes: int) -> dict[str, Any]:
+    """Returns what a policy records of the network that it was fitted on, as plain data."""
+    return {"exits": len(stages), "classes": classes, "weights": weights_fingerprint(stages)}
+
+
+def check_network(policy: Policy, stages: Sequence[Stage]) -> None:
+    """Raises UserError if a policy says that it was fitted on another network.
+
+    Policies that say nothing (a user's own) go with every network of as many exits.
+    """
+    if policy.num_exits != len(stages):
+        raise UserError(
+            f"the policy is for {policy.num_exits} exits, the network has {len(stages)}"
+        )
+    record = policy.fitted_on.get(NETWORK)
+    expected = record.get("weights") if isinstance(record, Mapping) else None
+    if expected is None:
+        return
+    found = weights_fingerprint(stages)
+    if found is not None and found != expected:
+        step = policy.fitted_on.get("step")
+        of_step = "" if step is None else f", of step {step}"
+        raise UserError(
+            f"the policy was fitted on a network with other weights (checksum {expected[:8]}"
+            f"{of_step}; this one's is {found[:8]}): choose a policy for this network"
+        )
