@@ -18,6 +18,7 @@ from dfs_jax.files import write_whole
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.paths import output_file
 from dfs_jax.training.config import options
 from dfs_jax.training.experiment import model_from_config
 from dfs_jax.training.input_config import dataset_from_config
@@ -31,7 +32,12 @@ def main() -> None:
     config = config_flags.DEFINE_config_file("config", None, "A run's configuration file.")
     output = flags.DEFINE_string("output", None, "The JSON file to write.")
     flags.mark_flag_as_required("config")
-    program.run(lambda: _print_and_write(config.value, output.value))
+
+    def run() -> None:
+        path = None if output.value is None else output_file(output.value, "--output")
+        _print_and_write(config.value, path)
+
+    program.run(run)
 
 
 def cost_report(config: Config) -> CostReport:
@@ -104,12 +110,12 @@ theory: without the gradients of inputs that train nothing.
 {_table(("", "forward", "weight gradients", "input gradients", "total"), steps)}{speedup}"""
 
 
-def _print_and_write(config: Config, output: str | None) -> None:
+def _print_and_write(config: Config, output: Path | None) -> None:
     report = cost_report(config)
     program.say(table_for_terminal(report))
     if output is not None:
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        written = write_whole(Path(output).absolute(), content.encode())
+        written = write_whole(output, content.encode())
         program.say(f"wrote {written}")
 
 

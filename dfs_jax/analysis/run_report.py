@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from dfs_jax.analysis.flops import exit_costs
@@ -15,6 +14,7 @@ from dfs_jax.analysis.report import (
     write_report,
 )
 from dfs_jax.interop import save_weights
+from dfs_jax.output import say
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment, rebuild_experiment
 from dfs_jax.training.metrics import read_metrics
@@ -65,8 +65,7 @@ def report_run(
     if output is None and split == "test":
         save_weights(workdir / WEIGHTS_FILE, variables)
         written += (workdir / WEIGHTS_FILE, *_draw(workdir, report))
-    sys.stdout.write(f"{table_for_terminal(report)}\n")
-    sys.stdout.write("".join(f"wrote {path}\n" for path in written))
+    say("\n".join([table_for_terminal(report), *(f"wrote {path}" for path in written)]))
     return report
 
 

@@ -32,6 +32,7 @@ from dfs_jax.analysis.method_costs import (
     measure_training_cost,
 )
 from dfs_jax.analysis.report import write_whole
+from dfs_jax.paths import output_file
 from dfs_jax.types import UserError
 
 
@@ -48,7 +49,7 @@ def main() -> None:
 
     def run() -> None:
         program.use_compilation_cache()
-        path = None if output.value is None else check_output(Path(output.value).absolute())
+        path = None if output.value is None else check_output(output.value)
         rows = measure_training_cost(
             config.value,
             batch_sizes=_numbers("batch_sizes", batch_sizes.value or (), int),
@@ -63,18 +64,16 @@ def main() -> None:
     program.run(run)
 
 
-def check_output(path: Path) -> Path:
+def check_output(output: str | Path) -> Path:
     """Returns the path of a JSON file if it, and a picture beside it, can be written.
 
     Raises:
       UserError: they cannot; better told before measuring than after.
     """
+    path = output_file(output, "output")
     if path.suffix != ".json":
         raise UserError(f"output {path} must end in .json: the picture beside it ends in .png")
-    for file in (path, path.with_suffix(".png")):
-        if file.is_dir():
-            raise UserError(f"output {file} is a directory: name a file")
-    write_whole(path.with_name(f".{path.name}.probe"), b"").unlink()
+    output_file(path.with_suffix(".png"), "output")
     return path
 
 

@@ -41,6 +41,7 @@ from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, ou
 from dfs_jax.inference.policy import Policy, last_exit_only, read_policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
+from dfs_jax.paths import input_directory, output_file
 from dfs_jax.training.staged import StagedRun, load_staged
 from dfs_jax.types import UserError
 
@@ -99,8 +100,9 @@ def main() -> None:
 
     def run() -> None:
         program.use_compilation_cache()
-        root = Path(workdir.value).absolute()
-        path = Path(output.value or root / "benchmark.json").absolute()
+        root = input_directory(workdir.value, "--workdir")
+        path = root / "benchmark.json" if output.value is None else output.value
+        path = output_file(path, "--output")
         staged = load_staged(root, checkpoint=checkpoint.value, data_dir=data_dir.value)
         images = staged.images("test", examples.value)
         candidates = find_candidates(staged, root / policies.FILE, measure.value, len(images))

@@ -12,7 +12,6 @@ split is only reported.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -23,6 +22,7 @@ from dfs_jax.inference import policy as policies
 from dfs_jax.inference.fitting import FittedPolicy, fit_policy, outcome
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.timing import StageTimes
+from dfs_jax.paths import input_directory, output_file
 from dfs_jax.training.staged import StagedRun, load_staged
 from dfs_jax.types import UserError
 
@@ -52,15 +52,16 @@ def main() -> None:
         if len(given) != 1:
             named = ", ".join(f"--{name}" for name in TARGETS)
             raise UserError(f"name one target of {named}; got {len(given)}")
-        staged = load_staged(
-            Path(workdir.value).absolute(), checkpoint=checkpoint.value, data_dir=data_dir.value
+        root = input_directory(workdir.value, "--workdir")
+        path = output_file(
+            root / policies.FILE if output.value is None else output.value, "--output"
         )
+        staged = load_staged(root, checkpoint=checkpoint.value, data_dir=data_dir.value)
         ((target, value),) = given.items()
         names = ("delta", "calibration_share", "seed", "risk", "measure")
         options = {name: flags.FLAGS[name].value for name in names}
         options["scale_temperatures"] = flags.FLAGS["temperatures"].value
         fitted = choose_policy(staged, target, value, batch_size=batch_size.value, **options)
-        path = Path(output.value or Path(workdir.value) / policies.FILE).absolute()
         fitted.policy.save(path)
         program.say(describe(staged, fitted))
         program.say(f"wrote {path}")

@@ -17,6 +17,7 @@ from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.inference import policy as policies
 from dfs_jax.inference.exported import export_network
 from dfs_jax.inference.policy import Policy, read_policy
+from dfs_jax.paths import input_directory, input_file, output_directory
 from dfs_jax.training.staged import load_staged
 
 
@@ -31,10 +32,10 @@ def main() -> None:
     def run() -> None:
         program.use_compilation_cache()
         files = export_run(
-            Path(workdir.value).absolute(),
-            Path(output.value).absolute(),
+            input_directory(workdir.value, "--workdir"),
+            output_directory(output.value, "--output"),
             checkpoint=checkpoint.value,
-            policy=None if policy.value is None else Path(policy.value),
+            policy=None if policy.value is None else input_file(policy.value, "--policy"),
             data_dir=data_dir.value,
         )
         program.say("".join(f"wrote {path}\n" for path in files).rstrip())

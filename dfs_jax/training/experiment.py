@@ -147,7 +147,7 @@ def initial_state(experiment: Experiment) -> TrainState:
         finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
-        variables = load_trunk(Path(e.config.init_from), e.model, variables)
+        variables = load_trunk(e.config.init_from, e.model, variables)
         variables = variables if where is None else put_where(variables, split)
     state = finish(variables)
     return put_replicated(state, e.mesh) if where is None else put_where(state, where)

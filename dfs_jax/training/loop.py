@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from dfs_jax.data import Dataset
 from dfs_jax.data.pipeline import train_batches
+from dfs_jax.guard import usual_numerics
+from dfs_jax.paths import output_directory
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import check_config, open_workdir
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
@@ -28,6 +29,7 @@ from dfs_jax.training.experiment import (
     initial_state,
     training_step,
 )
+from dfs_jax.training.lock import WorkdirLock, locked
 from dfs_jax.training.metrics import (
     MetricsWriter,
     NoMetrics,
@@ -38,19 +40,30 @@ from dfs_jax.training.metrics import (
 from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
 from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
+from dfs_jax.training.signals import StopSignals
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import Config, UserError
 
 
 class TrainResult(NamedTuple):
-    """How a run ended: after its last step, or stopped by a signal (its number) and resumable."""
+    """How a run ended: after its last step, or stopped by a signal (its number) and resumable.
+
+    A run that was stopped by its event has `signal.SIGINT` there, and `signal.SIGPIPE` one whose
+    standard output nobody reads any more.
+    """
 
     experiment: Experiment
     step: int
     stopped_by: int | None
 
 
-def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> TrainResult:
+def train(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset | None = None,
+    *,
+    stop: threading.Event | None = None,
+) -> TrainResult:
     """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
 
     Started again with the same config, a run that was stopped at any moment ends with the same
@@ -60,59 +73,38 @@ def train(config: Config, workdir: Path, dataset: Dataset | None = None) -> Trai
       config: of the run.
       workdir: its directory.
       dataset: the config's own, where it is in memory already; None reads it.
+      stop: an event that, once set, stops the run as Ctrl-C does; the way to stop one that does not
+        train in the main thread, where alone Python receives signals.
 
     Raises:
-      UserError: a mistake in the config or the directory, or a loss that became non-finite.
+      UserError: a mistake in the config or the directory, another process that trains there, or a
+        loss that became non-finite.
     """
     check_config(config)
+    workdir = output_directory(workdir, "workdir")
+    with usual_numerics(), locked(workdir) as lock:
+        return _train(config, workdir, dataset, StopSignals(stop), lock)
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset | None,
+    stop_signals: StopSignals,
+    lock: WorkdirLock,
+) -> TrainResult:
     open_workdir(workdir, config)
     experiment = build_experiment(config, dataset)
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_latest(abstract_state(experiment))
     state, start = restored or (initial_state(experiment), 0)
-    with StopSignals() as signals:
+    with stop_signals as signals:
         metrics = MetricsWriter(workdir, start) if is_writer() else NoMetrics()
-        run = _Run(experiment, checkpoints, metrics, signals)
+        run = _Run(experiment, checkpoints, metrics, signals, lock)
         try:
             return run.steps(state, start)
         finally:
             run.close()
-
-
-class StopSignals:
-    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps.
-
-    Of several processes one that is asked to stop is enough, and all stop after the same step. JAX
-    sees to that: SIGTERM is its notice of preemption, which must be left to it.
-    """
-
-    def __init__(self):
-        self._received: int | None = None
-        self._is_alone = jax.process_count() == 1
-
-    def __enter__(self) -> StopSignals:
-        caught = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
-        self._before = {number: signal.signal(number, self._request) for number in caught}
-        return self
-
-    def stop_after(self, step: int) -> int | None:
-        """Returns the signal that ends the run after this step; has to be asked after each one."""
-        if self._is_alone:
-            return self._received
-        return signal.SIGTERM if reached_preemption_sync_point(step) else None
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self._received is not None:  # asked twice: the user will not wait
-            signal.signal(number, self._before[signal.Signals(number)])
-            signal.raise_signal(number)
-        self._received = number
-        if not self._is_alone:
-            signal.raise_signal(signal.SIGTERM)
 
 
 class _Run:
@@ -124,15 +116,17 @@ class _Run:
         checkpoints: Checkpoints,
         metrics: MetricsWriter | NoMetrics,
         signals: StopSignals,
+        lock: WorkdirLock,
     ):
         self._experiment = experiment
         self._config = experiment.config
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._signals = signals
+        self._lock = lock
         self._train_step = training_step(experiment)
         self._eval_step = evaluation_step(experiment)
-        self._progress = Progress(experiment)
+        self._progress = Progress(experiment, lambda: signals.request(signal.SIGPIPE))
         self._probe = _create_probe(experiment)
         self._clock = _Clock()
 
@@ -226,6 +220,7 @@ class _Run:
 
     def _save(self, state: TrainState, step: int, score: float | None) -> None:
         self._check_finite(state)
+        self._lock.check()
         self._checkpoints.save(state, step, score)
 
     def _check_finite(self, state: TrainState) -> None:
