@@ -10,13 +10,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from dfs_jax import launch, program
+from dfs_jax.config_file import define_config_flag
 from dfs_jax.output import CLOSED_PIPE_STATUS
 from dfs_jax.paths import output_directory, output_file
 from dfs_jax.types import UserError
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's configuration: FILE.py or FILE.py:METHOD."
-)
+CONFIG = define_config_flag("The run's configuration: FILE.py or FILE.py:METHOD.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
 )

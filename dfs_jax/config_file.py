@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
+from dfs_jax.guard import fail
 from dfs_jax.paths import input_file, shown
 from dfs_jax.types import Config, UserError
 
@@ -45,10 +47,14 @@ def load_config(file: Path, *arguments: str) -> Config:
     return config
 
 
-def prepare_config_flag() -> None:
-    """Has the flag `--config`, where a program defines it, read its file by `load_config`."""
-    if "config" in flags.FLAGS:
-        flags.FLAGS["config"].parser = _Parser()
+def define_config_flag(help_text: str) -> flags.FlagHolder:
+    """Defines the flag `--config`, whose file is read by `load_config`."""
+    try:
+        flag = config_flags.DEFINE_config_file("config", None, help_text)
+    except flags.Error as error:  # it reads files of flags at once
+        sys.exit(fail(str(error)))
+    flags.FLAGS["config"].parser = _Parser()
+    return flag
 
 
 class _Parser(flags.ArgumentParser):

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from dfs_jax.config_file import BadConfig, prepare_config_flag
+from dfs_jax.config_file import BadConfig
 from dfs_jax.guard import INTERRUPTED_STATUS, fail, guarded
 from dfs_jax.output import lasting_streams, say
 from dfs_jax.types import UserError
@@ -24,10 +24,7 @@ COMPILATION_CACHE = "~/.cache/dfs_jax/compiled"
 def run(main: Callable[[], int | None]) -> None:
     """Parses absl flags, calls `main()` and exits with what it returns, see `guarded`."""
     with lasting_streams():
-        try:
-            app.run(lambda argv: guarded(_without_arguments(main, argv)), flags_parser=_parse_flags)
-        except flags.Error as error:  # a file of flags that is not there
-            sys.exit(fail(_innermost(error)))
+        app.run(lambda argv: guarded(_without_arguments(main, argv)), flags_parser=_parse_flags)
 
 
 def _without_arguments(
@@ -45,7 +42,6 @@ def _without_arguments(
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; ml_collections answers unknown fields and bad values with a traceback."""
-    prepare_config_flag()
     try:
         return app.parse_flags_with_usage(argv)
     except BadConfig as error:

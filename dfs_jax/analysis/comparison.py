@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from dfs_jax import program
 from dfs_jax.analysis.report import JSON_FILE, Report, write_report
 from dfs_jax.analysis.run_report import report_evaluation
-from dfs_jax.config_file import load_config
+from dfs_jax.config_file import define_config_flag, load_config
 from dfs_jax.files import write_whole
 from dfs_jax.paths import output_directory
 from dfs_jax.training.evaluate import evaluate_run
@@ -63,7 +63,7 @@ class Summary(NamedTuple):
 
 def main() -> None:
     """Runs the program."""
-    config = config_flags.DEFINE_config_file("config", None, "The configuration file of all runs.")
+    config = define_config_flag("The configuration file of all runs.")
     methods = flags.DEFINE_list("methods", ["dsn", "dfs"], "What to put after its colon, in turn.")
     seeds = flags.DEFINE_list("seeds", ["0"], "A run of every method from each.")
     workdir = flags.DEFINE_string("workdir", "runs/comparison", "The runs' directory.")

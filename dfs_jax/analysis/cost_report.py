@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.analysis.step_operations import StepCost, theoretical_step_cost, traced_step_cost
+from dfs_jax.config_file import define_config_flag
 from dfs_jax.data.shapes import DatasetShape, known_shape
 from dfs_jax.files import write_whole
 from dfs_jax.forks import Fork, create_fork
@@ -29,7 +29,7 @@ CostReport = dict[str, Any]
 
 def main() -> None:
     """Runs the program: prints the costs of `--config`, and writes them to `--output`."""
-    config = config_flags.DEFINE_config_file("config", None, "A run's configuration file.")
+    config = define_config_flag("A run's configuration file.")
     output = flags.DEFINE_string("output", None, "The JSON file to write.")
     flags.mark_flag_as_required("config")
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.analysis.cost_table import CostRow
@@ -32,13 +31,14 @@ from dfs_jax.analysis.method_costs import (
     measure_training_cost,
 )
 from dfs_jax.analysis.report import write_whole
+from dfs_jax.config_file import define_config_flag
 from dfs_jax.paths import output_file
 from dfs_jax.types import UserError
 
 
 def main() -> None:
     """Runs the program."""
-    config = config_flags.DEFINE_config_file("config", None, "A run's configuration file.")
+    config = define_config_flag("A run's configuration file.")
     batch_sizes = flags.DEFINE_list("batch_sizes", None, "Images a step; None: the config's own.")
     methods = flags.DEFINE_list("methods", None, f"Methods, or of {', '.join(VARIANTS)}.")
     ratios = flags.DEFINE_list("partition_ratios", list(map(str, DEFAULT_RATIOS)), "Betas of DFS.")
