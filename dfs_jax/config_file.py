@@ -52,7 +52,7 @@ def define_config_flag(help_text: str) -> flags.FlagHolder:
     try:
         flag = config_flags.DEFINE_config_file("config", None, help_text)
     except flags.Error as error:  # it reads files of flags at once
-        sys.exit(fail(str(error)))
+        sys.exit(fail(str(error).removeprefix("ERROR:: ")))
     flags.FLAGS["config"].parser = _Parser()
     return flag
 

@@ -106,9 +106,15 @@ def output_directory(path: UserPath, name: str) -> Path:
     """Returns the path of a directory to write in, see `local_path`; makes nothing.
 
     Raises:
-      UserError: the path is a file, or the directory cannot be made or written.
+      UserError: the path is a file, or no UTF-8, which the libraries that write there need, or the
+        directory cannot be made or written.
     """
-    return _writable(local_path(path, name), name)
+    found = local_path(path, name)
+    try:
+        str(found).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} {shown(found)} is no UTF-8: name another directory") from error
+    return _writable(found, name)
 
 
 def make_directory(path: Path, name: str) -> None:

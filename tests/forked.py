@@ -95,6 +95,7 @@ def _be(case: Case, out: int, err: int) -> int:
         if is_file:
             runpy.run_path(str(REPOSITORY / program), run_name="__main__")
         else:
+            sys.modules.pop(program, None)
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:

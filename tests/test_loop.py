@@ -274,8 +274,10 @@ def test_a_seed_reaches_each_purpose_by_a_key_of_its_own():
 )
 def test_mistakes_are_one_sentence(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        train(tiny_config(**changes), tmp_path)
+        train(tiny_config(**changes), tmp_path / "run")
     assert "\n" not in str(error.value)
+    if "init_from" in changes:
+        assert not (tmp_path / "run").exists()
 
 
 def test_report_files_are_strict_json(uninterrupted):

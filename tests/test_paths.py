@@ -77,6 +77,7 @@ def test_what_is_no_local_path(place, function, path, message):
         (output_file, "/dev/null", "is no regular file"),
         (input_directory, "file", "is a file: name a directory"),
         (output_directory, "file", "is a file: name a directory"),
+        (output_directory, "caf\udce9/run", "is no UTF-8: name another directory"),
         (output_directory, "file/", "is a file: name a directory"),
         (input_file, "missing", "does not exist: name a file"),
         (input_directory, "missing", "does not exist: name a directory"),

@@ -101,7 +101,7 @@ def test_config_files_and_flags(tmp_path):
         (["--config="], "--config is empty"),
         ([f"--config={tmp_path}"], "there is no config file"),
         ([f"--config={tmp_path / 'directory.py'}"], "is a directory: name a file"),
-        ([f"{CONFIG}:luck"], "unknown method 'luck' after the colon"),
+        ([f"{CONFIG}:luck"], "unknown method 'luck'"),
         ([CONFIG, "--config.model.wdth=3"], "no such field: 'wdth'"),
     ]
     flags = [

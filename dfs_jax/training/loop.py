@@ -16,8 +16,8 @@ import numpy as np
 from dfs_jax.data import Dataset
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.guard import usual_numerics
-from dfs_jax.paths import output_directory
-from dfs_jax.training.checkpoint import Checkpoints
+from dfs_jax.paths import input_file, output_directory
+from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import check_config, open_workdir
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
 from dfs_jax.training.evaluate import evaluate
@@ -82,6 +82,8 @@ def train(
     """
     check_config(config)
     workdir = output_directory(workdir, "workdir")
+    if config.init_from is not None and not has_steps(workdir):
+        input_file(config.init_from, "init_from")
     with usual_numerics(), locked(workdir) as lock:
         return _train(config, workdir, dataset, StopSignals(stop), lock)
 
