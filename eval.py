@@ -1,10 +1,9 @@
 """Evaluates a run: python eval.py --workdir=DIR [--split=test] [--checkpoint=best]"""
 
-from pathlib import Path
-
 from absl import flags
 
 from dfs_jax import launch, program
+from dfs_jax.paths import input_directory, output_directory, output_file
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
 SPLIT = flags.DEFINE_string("split", "test", "What is reported: test, validation or train.")
@@ -15,20 +14,25 @@ LAUNCH = launch.define_flags()
 
 
 def main() -> None:
+    workdir = input_directory(WORKDIR.value, "--workdir")
+    if OUTPUT.value is None:
+        output_directory(workdir, "--workdir")
+        output = None
+    else:
+        output = output_file(OUTPUT.value, "--output", inside="report.json")
     launched = LAUNCH()
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.experiment import rebuild_experiment
     from dfs_jax.training.processes import joined
 
-    workdir = Path(WORKDIR.value).absolute()
     with joined(launched):
         report_run(
             workdir,
             experiment=rebuild_experiment(workdir, data_dir=DATA_DIR.value),
             split=SPLIT.value,
             checkpoint=CHECKPOINT.value,
-            output=None if OUTPUT.value is None else Path(OUTPUT.value).absolute(),
+            output=output,
         )
 
 

@@ -3,17 +3,19 @@
 With --dry_run the training step is compiled, without data, and what it costs is printed.
 """
 
+import signal
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from dfs_jax import launch, program
+from dfs_jax.config_file import define_config_flag
+from dfs_jax.output import CLOSED_PIPE_STATUS
+from dfs_jax.paths import output_directory, output_file
 from dfs_jax.types import UserError
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's configuration: FILE.py or FILE.py:METHOD."
-)
+CONFIG = define_config_flag("The run's configuration: FILE.py or FILE.py:METHOD.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
 )
@@ -31,13 +33,13 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Dry run: for a TPU slice, such
 OUTPUT = flags.DEFINE_string("output", None, "Dry run: the JSON file to write.")
 
 
-def main() -> None:
+def main() -> int | None:
     if DRY_RUN.value:
         return dry_run()
     for flag in (DEVICES, TOPOLOGY, OUTPUT):
         if flag.present:
             raise UserError(f"--{flag.name} is for a dry run: add --dry_run or leave it out")
-    train_and_report()
+    return train_and_report()
 
 
 def dry_run() -> None:
@@ -45,19 +47,23 @@ def dry_run() -> None:
         raise UserError("a dry run is one process, whatever it compiles for: start it alone")
     from dfs_jax.analysis.dry_run import run_dry
 
-    run_dry(CONFIG.value, devices=DEVICES.value, topology=TOPOLOGY.value, output=OUTPUT.value)
+    output = None if OUTPUT.value is None else output_file(OUTPUT.value, "--output")
+    run_dry(CONFIG.value, devices=DEVICES.value, topology=TOPOLOGY.value, output=output)
 
 
-def train_and_report() -> None:
+def train_and_report() -> int | None:
+    default = Path("runs") / _config_name()
+    workdir = output_directory(default if WORKDIR.value is None else WORKDIR.value, "--workdir")
     launched = LAUNCH()
     program.use_compilation_cache()
     from dfs_jax.analysis.run_report import report_run
     from dfs_jax.training.loop import train
     from dfs_jax.training.processes import joined
 
-    workdir = Path(WORKDIR.value or Path("runs") / _config_name()).absolute()
     with joined(launched):
         result = train(CONFIG.value, workdir, accept_data_changes=ACCEPT_DATA_CHANGES.value)
+        if result.stopped_by == signal.SIGPIPE:
+            return CLOSED_PIPE_STATUS
         if result.stopped_by is not None:
             program.say(f"stopped after step {result.step}: the same command continues")
         else:

@@ -10,7 +10,6 @@ leaves the unlucky images to the rest.)
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.risk import certify
 from dfs_jax.inference.temperature import fit_temperatures
 from dfs_jax.inference.thresholds import OperatingPoint, mistakes, operating_curve
+from dfs_jax.paths import input_directory
 from dfs_jax.training.staged import load_staged
 
 
@@ -55,7 +55,8 @@ def main() -> None:
 
     def run() -> None:
         program.use_compilation_cache()
-        staged = load_staged(Path(workdir.value).absolute(), data_dir=data_dir.value)
+        root = input_directory(workdir.value, "--workdir")
+        staged = load_staged(root, data_dir=data_dir.value)
         logits, labels = staged.logits(staged.experiment.score_split)
         temperatures = fit_temperatures(logits, labels)
         options = {"measure": "max_softmax", "temperatures": temperatures}

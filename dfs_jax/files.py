@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import threading
 from pathlib import Path
 
+from dfs_jax.paths import reason, shown
 from dfs_jax.types import UserError
+
+# What libraries in other languages say of a full disk, in exceptions without a number.
+_FULL = re.compile("no space left|quota exceeded", re.IGNORECASE)
 
 
 def write_whole(path: Path, content: bytes) -> Path:
@@ -15,7 +22,7 @@ def write_whole(path: Path, content: bytes) -> Path:
     Raises:
       UserError: it could not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident():x}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
@@ -23,5 +30,28 @@ def write_whole(path: Path, content: bytes) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} could not be written: {error.strerror}") from error
+        raise UserError(f"{shown(path)} could not be written: {reason(error)}") from error
     return path
+
+
+def what_helps(error: BaseException) -> str:
+    """Returns what to do when a run's file could not be written: room is short on full disks only.
+
+    >>> what_helps(OSError(errno.ENOSPC, "No space left on device"))
+    'make room and start the same command again'
+    >>> what_helps(OSError(errno.EROFS, "Read-only file system"))
+    'start the same command again when it can be written'
+    """
+    if _is_full(error):
+        return "make room and start the same command again"
+    return "start the same command again when it can be written"
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or a used-up quota lies behind an exception."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or _FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

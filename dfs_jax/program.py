@@ -2,96 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
+from dfs_jax.config_file import BadConfig
+from dfs_jax.guard import INTERRUPTED_STATUS, fail, guarded
+from dfs_jax.output import lasting_streams, say, warn
 from dfs_jax.types import UserError
 
-USAGE_STATUS = 2
-COMPILATION_CACHE = Path("~/.cache/dfs_jax/compiled")
+__all__ = ["run", "say", "use_compilation_cache", "warn"]
 
-
-def fail(message: str) -> int:
-    """Prints `error: MESSAGE` and returns the exit status of a user's mistake."""
-    sys.stderr.write(f"error: {message}\n")
-    return USAGE_STATUS
+COMPILATION_CACHE = "~/.cache/dfs_jax/compiled"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses absl flags, calls `main()` and exits with what it returns.
-
-    A user's mistake ends the program with one sentence and status 2; everything else keeps its
-    traceback.
-    """
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    """Parses absl flags, calls `main()` and exits with what it returns, see `guarded`."""
+    with lasting_streams():
+        app.run(lambda argv: guarded(_without_arguments(main, argv)), flags_parser=_parse_flags)
 
 
-def _guarded(main: Callable[[], int | None], argv: Sequence[str]) -> int:
-    if not flags.FLAGS["verbosity"].present:  # libraries say much at the default level
-        logging.set_verbosity(logging.WARNING)
-    try:
+def _without_arguments(
+    main: Callable[[], int | None], argv: Sequence[str]
+) -> Callable[[], int | None]:
+    def checked() -> int | None:
+        if not flags.FLAGS["verbosity"].present:  # libraries say much at the default level
+            logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
-        return main() or 0
-    except UserError as error:
-        return fail(str(error))
+        return main()
+
+    return checked
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; ml_collections answers unknown fields and missing files with a traceback."""
+    """Parses flags; ml_collections answers unknown fields and bad values with a traceback."""
     try:
-        _check_config_file(argv)
         return app.parse_flags_with_usage(argv)
-    except UserError as error:
+    except BadConfig as error:
         sys.exit(fail(str(error)))
     except AttributeError as error:
         sys.exit(fail(f"the config has no such field: {_innermost(error)}"))
-    except KeyError as error:  # what a config file says of the argument after its colon
-        sys.exit(fail(_innermost(error)))
-    except TypeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        sys.exit(fail(f"the config takes no such value: {reason}"))
-
-
-def _check_config_file(argv: Sequence[str]) -> None:
-    for argument in argv:
-        name, is_given, value = argument.lstrip("-").partition("=")
-        path = Path(value.partition(":")[0])  # what follows a colon is the config's own argument
-        if name == "config" and is_given and (path.suffix != ".py" or not path.is_file()):
-            raise UserError(f"there is no config file {path}: give the path of a .py file")
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(INTERRUPTED_STATUS)
+    except Exception as error:  # values are read as Python, which fails in many ways
+        sys.exit(fail(f"the config takes no such value: {_innermost(error)}"))
 
 
 def _innermost(error: BaseException) -> str:
     """Returns on one line what was said first: the library wraps one exception in another."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
-    return ". ".join(str(error.args[0] if error.args else error).splitlines())
+    lines = str(error.args[0] if error.args else error).strip().splitlines()
+    return ". ".join(lines[-1:] if len(lines) > 3 else lines)
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or ~/.cache/dfs_jax/compiled.
 
     A run that is started again then begins at once. An empty `JAX_COMPILATION_CACHE_DIR` turns it
-    off.
+    off, and so does a directory that cannot be written.
     """
-    import jax
-
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE.expanduser()))
-    if directory:
-        jax.config.update("jax_compilation_cache_dir", directory)
-
-
-def warn(text: str) -> None:
-    """Prints a line to the standard error stream."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE)
+    directory = os.path.expanduser(given)
+    if "://" not in directory and not _can_hold_files(directory):
+        directory = ""
+    jax.config.update("jax_compilation_cache_dir", directory or None)
 
 
-def say(text: str) -> None:
-    """Prints a line."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def _can_hold_files(directory: str) -> bool:
+    with contextlib.suppress(OSError):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    return os.access(directory, os.W_OK | os.X_OK)

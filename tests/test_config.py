@@ -135,7 +135,7 @@ def test_paths_and_logging_may_change(tmp_path):
 def test_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"workdir .*file.* is a file: name a directory"):
+        with pytest.raises(UserError, match=r"workdir .*file.* is a file: name "):
             open_workdir(workdir, tiny_config())
 
 

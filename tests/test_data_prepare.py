@@ -163,7 +163,7 @@ def test_other_sets_by_hand_give_their_own_instructions(tmp_path):
 @pytest.mark.usefixtures("with_tensorflow")
 def test_data_dir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot prepare 'cifar10' in .*file"):
+    with pytest.raises(UserError, match=r"data_dir .*file, which is a file: name another"):
         prepare("cifar10", str(tmp_path / "file" / "below"))
 
 

@@ -230,7 +230,7 @@ def test_mistakes(tmp_path, stages):
     assert not list(tmp_path.iterdir())
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match=r"file/model.json cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"file is a file: name a directory"):
         export_network(file, stages, EXAMPLE, labels=LABELS)
 
 

@@ -113,13 +113,22 @@ def test_killed_and_started_again_ends_the_same(uninterrupted, tmp_path, monkeyp
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(6, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_the_run_goes_on(uninterrupted, tmp_path, monkeypatch, step):
-    handler = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        (5, signal.SIGHUP),
+        *(
+            pytest.param(step, number, marks=pytest.mark.slow)
+            for step, number in ((5, signal.SIGTERM), (6, signal.SIGTERM), (6, signal.SIGINT))
+        ),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on(uninterrupted, tmp_path, monkeypatch, step, number):
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert ending(train(CONFIG, tmp_path)) == (step, signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == handler
+        interrupt_at(patch, step, lambda: os.kill(os.getpid(), number))
+        assert ending(train(CONFIG, tmp_path)) == (step, number)
+    assert signal.getsignal(number) == handler
     assert final_state(tmp_path)[1] == step
     train(CONFIG, tmp_path)
     assert_same_run(tmp_path, uninterrupted)
@@ -265,8 +274,10 @@ def test_a_seed_reaches_each_purpose_by_a_key_of_its_own():
 )
 def test_mistakes_are_one_sentence(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        train(tiny_config(**changes), tmp_path)
+        train(tiny_config(**changes), tmp_path / "run")
     assert "\n" not in str(error.value)
+    if "init_from" in changes:
+        assert not (tmp_path / "run").exists()
 
 
 def test_report_files_are_strict_json(uninterrupted):

@@ -266,7 +266,7 @@ def test_outputs_that_cannot_be_written(tmp_path):
     (tmp_path / "taken.png").mkdir()
     for name, message in (
         ("cost.txt", "must end in .json"),
-        ("file/cost.json", "could not be written"),
+        ("file/cost.json", "which is a file: name another path"),
         ("taken.json", "taken.png is a directory"),
     ):
         with pytest.raises(UserError, match=message):

@@ -26,6 +26,7 @@ from benchmarks.accuracy.cells import Cell, Suite, cell_config, choose, config_h
 from benchmarks.accuracy.results import DIRECTORY, FAILED, Record, Results, finished_record
 from benchmarks.accuracy.suites import create_suite
 from dfs_jax import program
+from dfs_jax.paths import input_directory
 from dfs_jax.types import UserError, check_whole
 
 REPOSITORY = DIRECTORY.parent.parent
@@ -55,6 +56,8 @@ def main() -> None:
             program.say(listing(chosen, cells, results.read()))
             return None
         check_whole("workers", workers.value)
+        if data_dir.value is not None:
+            input_directory(data_dir.value, "--data_dir")
         if times.value:
             status = _time(chosen, cells, results, data_dir.value)
         elif workers.value > 1:

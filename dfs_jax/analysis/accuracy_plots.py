@@ -1,6 +1,6 @@
 """Methods side by side in pictures: panels of curves that share their colors.
 
-Imported where it is drawn, since it imports matplotlib.
+Imported where it is drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
-from dfs_jax.analysis.plots import save_figure
+from dfs_jax.analysis.figures import (
+    Axes,
+    MaxNLocator,
+    PercentFormatter,
+    ScalarFormatter,
+    colormaps,
+    in_standard_style,
+    new_figure,
+    save_figure,
+)
 
 _PANEL_INCHES = (5.6, 4.2)
 _LEGEND_INCHES = 0.8
@@ -66,6 +70,7 @@ class Panel(NamedTuple):
     are_points: bool = False
 
 
+@in_standard_style
 def plot_panels(
     rows: Sequence[Sequence[Panel]],
     path: Path,
@@ -92,8 +97,7 @@ def plot_panels(
         raise ValueError("there is nothing to draw: no panel has a curve")
     width, height = _PANEL_INCHES
     size = (width * len(rows[0]), height * len(rows) + _LEGEND_INCHES)
-    figure = Figure(size, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size, _DOTS_PER_INCH)
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     styles = _styles(names, emphasised, ordered)
     for panels, row in zip(rows, grid, strict=True):
@@ -117,7 +121,7 @@ def plot_panels(
 def _styles(names: Sequence[str], emphasised: Sequence[str], ordered: bool) -> dict[str, Any]:
     others = [name for name in names if name not in emphasised]
     places = np.linspace(0.2, 1, max(len(others), 1))
-    colors = matplotlib.colormaps["viridis_r"](places) if ordered else _distinct(len(others))
+    colors = colormaps["viridis_r"](places) if ordered else _distinct(len(others))
     looks = zip(others, colors, _MARKERS * len(others), strict=False)
     styles: dict[str, Any] = {
         # Colors that come again are told by their lines.
@@ -130,7 +134,7 @@ def _styles(names: Sequence[str], emphasised: Sequence[str], ordered: bool) -> d
 
 
 def _distinct(count: int) -> list[Any]:
-    colormap = matplotlib.colormaps["tab10"]
+    colormap = colormaps["tab10"]
     return [colormap(i % 10) for i in range(count)]
 
 

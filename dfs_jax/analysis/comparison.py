@@ -10,7 +10,6 @@ where it was. Prints a table of test accuracies, methods by exits, and writes `c
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,9 @@ from ml_collections import config_flags
 from dfs_jax import program
 from dfs_jax.analysis.report import JSON_FILE, Report, write_report
 from dfs_jax.analysis.run_report import report_evaluation
+from dfs_jax.config_file import define_config_flag, load_config
 from dfs_jax.files import write_whole
+from dfs_jax.paths import output_directory
 from dfs_jax.training.evaluate import evaluate_run
 from dfs_jax.training.loop import train
 from dfs_jax.types import Config, UserError
@@ -62,7 +63,7 @@ class Summary(NamedTuple):
 
 def main() -> None:
     """Runs the program."""
-    config = config_flags.DEFINE_config_file("config", None, "The configuration file of all runs.")
+    config = define_config_flag("The configuration file of all runs.")
     methods = flags.DEFINE_list("methods", ["dsn", "dfs"], "What to put after its colon, in turn.")
     seeds = flags.DEFINE_list("seeds", ["0"], "A run of every method from each.")
     workdir = flags.DEFINE_string("workdir", "runs/comparison", "The runs' directory.")
@@ -72,12 +73,15 @@ def main() -> None:
         program.use_compilation_cache()
         flag = flags.FLAGS["config"]
         file, _, _ = config_flags.get_config_filename(flag).partition(":")
-        configs = method_configs(Path(file), methods.value, config_flags.get_override_values(flag))
-        finished = compare(configs, _numbers(seeds.value), Path(workdir.value).absolute())
+        root = output_directory(workdir.value, "--workdir")
+        configs = method_configs(
+            Path(file).expanduser(), methods.value, config_flags.get_override_values(flag)
+        )
+        finished = compare(configs, _numbers(seeds.value), root)
         if finished is None:
             program.say("stopped: the same command continues")
             return
-        written = _write(finished, Path(workdir.value).absolute())
+        written = _write(finished, root)
         program.say(f"{table(finished)}\nwrote {written}")
 
     del config  # read through its flag: one file gives a config a method
@@ -94,17 +98,9 @@ def method_configs(
     """
     if not methods or len(set(methods)) < len(methods):
         raise UserError(f"methods must be named, each once, got {','.join(methods) or 'none'}")
-    spec = importlib.util.spec_from_file_location("_compared_config", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"there is no config file {file}: give the path of a .py file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     configs = {}
     for method in methods:
-        try:
-            configs[method] = module.get_config(method)
-        except KeyError as error:
-            raise UserError(str(error.args[0])) from error
+        configs[method] = load_config(file, method)
         configs[method].update_from_flattened_dict(dict(overrides))
     return configs
 

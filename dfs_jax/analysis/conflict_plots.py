@@ -1,6 +1,6 @@
 """Pictures of `gradient_conflict`: which exits pull apart in which layer, and how that went.
 
-Imported where it is drawn, since it imports matplotlib.
+Imported where it is drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dfs_jax.analysis.plots import save_figure
+from dfs_jax.analysis.figures import (
+    Axes,
+    MaxNLocator,
+    Normalize,
+    Patch,
+    PercentFormatter,
+    Rectangle,
+    ScalarMappable,
+    colormaps,
+    in_standard_style,
+    new_figure,
+    save_figure,
+)
 
 _DOTS_PER_INCH = 100
 _PANEL_INCHES, _BARS_INCHES, _FRAME_INCHES = 1.8, 2.2, 1.4
@@ -33,6 +37,7 @@ _TITLE = "How the gradients of two exits agree: deeper exit (down) against shall
 _DISJOINT = "cosine exactly 0: the two exits train different channels"
 
 
+@in_standard_style
 def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draws the cosines exit by exit, a column a layer and a row a run, and the conflicting pairs.
 
@@ -55,8 +60,7 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
     exits = len(measurements[0]["trunk"]["norms"])
     heights = [_PANEL_INCHES] * len(measurements) + [_BARS_INCHES]
     size = (_PANEL_INCHES * max(len(columns), 4) + _FRAME_INCHES, sum(heights) + _FRAME_INCHES)
-    figure = Figure(size, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size, _DOTS_PER_INCH)
     figure.suptitle(_TITLE, fontweight="bold", fontsize=12)
     grid = figure.add_gridspec(len(heights), len(columns), height_ratios=heights)
     for i, measurement in enumerate(measurements):
@@ -69,7 +73,7 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
             if j == 0:
                 axes.set_ylabel(_run_name(measurement), fontweight="bold")
     _draw_shares(figure.add_subplot(grid[-1, :]), measurements, columns)
-    colors = ScalarMappable(Normalize(-1, 1), matplotlib.colormaps["RdBu"])
+    colors = ScalarMappable(Normalize(-1, 1), colormaps["RdBu"])
     panels = figure.axes[: len(columns) * len(measurements)]
     bar = figure.colorbar(colors, ax=panels, aspect=15 * len(measurements), pad=0.01)
     bar.set_label("cosine (red: conflict)")
@@ -85,6 +89,7 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
     return save_figure(figure, path)
 
 
+@in_standard_style
 def plot_conflict_over_time(
     probes: Sequence[Sequence[Mapping[str, Any]]], titles: Sequence[str], path: Path
 ) -> Path:
@@ -104,8 +109,7 @@ def plot_conflict_over_time(
     if not all(probes):
         raise ValueError("there is no conflict over time: a run was trained without measuring it")
     width, height = _TIME_PANEL_INCHES
-    figure = Figure((width * len(probes), 2 * height), dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((width * len(probes), 2 * height), _DOTS_PER_INCH)
     panels = figure.subplots(2, len(probes), squeeze=False, sharex="col", sharey="row")
     for j, (lines, title) in enumerate(zip(probes, titles, strict=True)):
         shares, norms = panels[0, j], panels[1, j]
@@ -142,7 +146,7 @@ def _draw_cosines(axes: Axes, cosines: np.ndarray) -> None:
     axes.set_aspect("equal")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8)
-    colormap = matplotlib.colormaps["RdBu"]
+    colormap = colormaps["RdBu"]
     for deep in range(1, exits):
         for shallow in range(deep):
             cosine = cosines[deep, shallow]
@@ -201,7 +205,7 @@ def _draw_curves(
     curves = {name: [line[f"{name}{ending}"] for line in lines] for name in names}
     shown = [name for name in curves if any(value is not None for value in curves[name])]
     others = [name for name in shown if name != first]
-    colors = matplotlib.colormaps["viridis_r"](np.linspace(0.2, 1, max(len(others), 1)))
+    colors = colormaps["viridis_r"](np.linspace(0.2, 1, max(len(others), 1)))
     for name, color in zip(others, colors, strict=False):
         axes.plot(steps, np.array(curves[name], float), color=color, label=name, linewidth=1.2)
     if first in shown:

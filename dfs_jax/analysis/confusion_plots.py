@@ -1,7 +1,4 @@
-"""A picture of a run's classes: what each exit gets right, and the last exit's confusion matrix.
-
-Imported where it is drawn, since it imports matplotlib.
-"""
+"""A picture of a run's classes: what each exit gets right, and the last exit's confusion matrix."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.ticker import PercentFormatter
 
-from dfs_jax.analysis.plots import save_figure
+from dfs_jax.analysis.figures import (
+    Axes,
+    AxesImage,
+    PercentFormatter,
+    in_standard_style,
+    new_figure,
+    save_figure,
+)
 from dfs_jax.analysis.report import Report, describe_evaluation, run_title
 
 _DOTS_PER_INCH = 120
@@ -27,6 +26,7 @@ _MOST_NUMBERED = 20  # classes whose cells have room for a number
 _LONGEST_NAME = 16
 
 
+@in_standard_style
 def plot_confusion(report: Report, path: str | os.PathLike[str]) -> Path:
     """Draws the accuracy of every exit by class, and the confusion matrix of the last exit.
 
@@ -43,8 +43,7 @@ def plot_confusion(report: Report, path: str | os.PathLike[str]) -> Path:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     by_exit = np.array([row["by_class"] for row in section["accuracy"]], float).T
 
-    figure = Figure((12.5, 7.5), dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((12.5, 7.5), _DOTS_PER_INCH)
     widths = [max(0.08 * by_exit.shape[1], 0.25), 1]
     left, right = figure.subplots(1, 2, width_ratios=widths)
     title = f"{run_title(report['run'])}\n{describe_evaluation(report['run'])}"

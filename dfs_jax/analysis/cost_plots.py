@@ -1,6 +1,6 @@
 """The picture of `training_cost`: where a step's time goes, and images/s against beta.
 
-Imported where it is drawn, since it imports matplotlib.
+Imported where it is drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from dfs_jax.analysis.cost_table import CostRow
-from dfs_jax.analysis.plots import save_figure
+from dfs_jax.analysis.figures import Axes, in_standard_style, new_figure, save_figure
 
 _WIDTH_INCHES, _DOTS_PER_INCH = 14, 100
 _BAR_INCHES, _LEAST_INCHES, _FRAME_INCHES = 0.3, 2.7, 1.2
@@ -30,6 +26,7 @@ _NAMES = {
 }
 
 
+@in_standard_style
 def plot_training_cost(rows: Sequence[CostRow], path: Path) -> Path:
     """Draws two panels for each batch size: step time by method, and images/s against beta.
 
@@ -45,8 +42,7 @@ def plot_training_cost(rows: Sequence[CostRow], path: Path) -> Path:
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     by_batch = [[row for row in rows if row["batch"] == batch] for batch in batches]
     heights = [max(_BAR_INCHES * len(some), _LEAST_INCHES) + _FRAME_INCHES for some in by_batch]
-    figure = Figure((_WIDTH_INCHES, sum(heights)), dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((_WIDTH_INCHES, sum(heights)), _DOTS_PER_INCH)
     panels = figure.subplots(
         len(batches), 2, squeeze=False, width_ratios=[3, 2], height_ratios=heights
     )

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.analysis.step_operations import StepCost, theoretical_step_cost, traced_step_cost
+from dfs_jax.config_file import define_config_flag
 from dfs_jax.data.shapes import DatasetShape, known_shape
 from dfs_jax.files import write_whole
 from dfs_jax.forks import Fork, create_fork
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.paths import output_file
 from dfs_jax.training.config import options
 from dfs_jax.training.experiment import model_from_config
 from dfs_jax.training.input_config import dataset_from_config
@@ -28,10 +29,15 @@ CostReport = dict[str, Any]
 
 def main() -> None:
     """Runs the program: prints the costs of `--config`, and writes them to `--output`."""
-    config = config_flags.DEFINE_config_file("config", None, "A run's configuration file.")
+    config = define_config_flag("A run's configuration file.")
     output = flags.DEFINE_string("output", None, "The JSON file to write.")
     flags.mark_flag_as_required("config")
-    program.run(lambda: _print_and_write(config.value, output.value))
+
+    def run() -> None:
+        path = None if output.value is None else output_file(output.value, "--output")
+        _print_and_write(config.value, path)
+
+    program.run(run)
 
 
 def cost_report(config: Config) -> CostReport:
@@ -104,12 +110,12 @@ theory: without the gradients of inputs that train nothing.
 {_table(("", "forward", "weight gradients", "input gradients", "total"), steps)}{speedup}"""
 
 
-def _print_and_write(config: Config, output: str | None) -> None:
+def _print_and_write(config: Config, output: Path | None) -> None:
     report = cost_report(config)
     program.say(table_for_terminal(report))
     if output is not None:
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        written = write_whole(Path(output).absolute(), content.encode())
+        written = write_whole(output, content.encode())
         program.say(f"wrote {written}")
 
 

@@ -50,7 +50,7 @@ def run_dry(
     *,
     devices: int | None = None,
     topology: str | None = None,
-    output: str | None = None,
+    output: Path | None = None,
 ) -> None:
     """Prints what a training step costs, and writes it to `output`, a JSON file.
 
@@ -75,7 +75,7 @@ def run_dry(
     program.say(table_for_terminal(found))
     if output is not None:
         content = json.dumps(report(found), indent=2, allow_nan=False) + "\n"
-        program.say(f"wrote {write_whole(Path(output).absolute(), content.encode())}")
+        program.say(f"wrote {write_whole(output, content.encode())}")
 
 
 def dry_run(config: Config, devices: Sequence[Any]) -> DryRun:

@@ -25,6 +25,7 @@ from absl import flags
 from dfs_jax import program
 from dfs_jax.files import write_whole
 from dfs_jax.gradients.conflict import count_pairs, gradient_norms, joint_gram, pair_cosines
+from dfs_jax.paths import input_directory, output_file
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.conflict import SPLIT, ConflictProbe, mean_cosines, rows_by_prefix
 from dfs_jax.training.experiment import abstract_state, rebuild_experiment
@@ -49,7 +50,7 @@ def main() -> None:
     def run() -> None:
         program.use_compilation_cache()
         directories = [*filter(None, [workdir.value]), *workdirs.value]
-        paths = [Path(directory).absolute() for directory in directories]
+        paths = [input_directory(directory, "--workdir") for directory in directories]
         path = _output_path(paths, output.value)
         measurements = [measure_run(run, checkpoint.value, examples.value) for run in paths]
         check_comparable(measurements)
@@ -203,7 +204,7 @@ def _output_path(workdirs: Sequence[Path], output: str | None) -> Path:
         raise UserError("name a run with --workdir=DIR, or several with --workdirs=DIR,DIR")
     if output is None and len(workdirs) > 1:
         raise UserError("several runs are compared in a file of their own: name it with --output")
-    path = workdirs[0] / JSON_FILE if output is None else Path(output).absolute()
+    path = output_file(workdirs[0] / JSON_FILE if output is None else output, "--output")
     if path.suffix != ".json":
         raise UserError(f"output {path} must end in .json: the pictures beside it end in .png")
     return path

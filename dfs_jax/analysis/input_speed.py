@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from dfs_jax import program
+from dfs_jax.config_file import define_config_flag
 from dfs_jax.data import Dataset, StreamedSplit, TrainSampler, train_batches
 from dfs_jax.data.photographs import cut_out, decode_photograph, random_box
 from dfs_jax.types import UserError
@@ -99,7 +99,7 @@ def _line(speed: Speed) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The run's configuration.")
+    define_config_flag("The run's configuration.")
     flags.DEFINE_integer("batches", 8, "How many batches are timed.")
     flags.mark_flag_as_required("config")
     program.run(main)

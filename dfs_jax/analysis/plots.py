@@ -1,26 +1,28 @@
 """Pictures of a run: how its exits learned, and what they give for what they cost.
 
-With `cost_plots` the only module that imports matplotlib; programs import it where they plot.
+Programs import it where they plot, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-
+from dfs_jax.analysis.figures import (
+    Axes,
+    Figure,
+    MaxNLocator,
+    PercentFormatter,
+    colormaps,
+    in_standard_style,
+    new_figure,
+    save_figure,
+    withStroke,
+)
 from dfs_jax.analysis.report import Report, describe_evaluation, run_title
-from dfs_jax.files import write_whole
 
 _SIZE_INCHES, _DOTS_PER_INCH = (10, 6.5), 120  # 1200 x 780 pixels
 _ENSEMBLE_COLOR = "#c2185b"
@@ -29,6 +31,7 @@ _LABEL_GAP = 0.033  # a line of text, as a fraction of the axis
 _MOST_MARKED_EPOCHS = 40  # dots on longer curves would run together
 
 
+@in_standard_style
 def plot_accuracy_over_time(
     lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> Path:
@@ -77,6 +80,7 @@ def plot_accuracy_over_time(
     return save_figure(figure, path)
 
 
+@in_standard_style
 def plot_accuracy_against_operations(report: Report, path: str | os.PathLike[str]) -> Path:
     """Draws accuracy against multiply-adds: each exit, the budgeted curve, the ensemble's level.
 
@@ -130,9 +134,7 @@ def plot_accuracy_against_operations(report: Report, path: str | os.PathLike[str
 
 
 def _new_figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
-    # Without pyplot: no global state, and a backend of its own whatever the machine's default is.
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_SIZE_INCHES, _DOTS_PER_INCH)
     axes = figure.add_subplot()
     pad = 24 if subtitle else 10
     axes.set_title(title, loc="left", fontweight="bold", pad=pad, parse_math=False)
@@ -144,7 +146,7 @@ def _new_figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
 
 def _exit_colors(num_exits: int) -> list[Any]:
     """Returns a color an exit, light (shallow) to dark (deep)."""
-    colormap = matplotlib.colormaps["viridis_r"]
+    colormap = colormaps["viridis_r"]
     # The palest fifth is hard to see on white.
     return [colormap(0.2 + 0.8 * i / max(num_exits - 1, 1)) for i in range(num_exits)]
 
@@ -190,10 +192,3 @@ def _move_apart(values: Sequence[float], gap: float, low: float, high: float) ->
     pooled = [fmean(group) for group in groups for _ in group]
     top = high - (len(pooled) - 1) * gap
     return [max(min(height, top), low) + rank * gap for rank, height in enumerate(pooled)]
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes a figure as PNG, all of it or nothing, and returns the path."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return write_whole(Path(path), png.getvalue())

@@ -16,6 +16,7 @@ from dfs_jax.analysis.flops import ExitCost
 from dfs_jax.files import write_whole
 from dfs_jax.inference.budgeted import budgeted_curve
 from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
+from dfs_jax.paths import local_path
 from dfs_jax.types import UserError
 
 JSON_FILE = "report.json"
@@ -157,9 +158,7 @@ Operations and parameters are those up to and including the exit, with the heads
 {anytime}
 
 Ensemble (mean of all exits' probabilities): **{_percent(report["ensemble"]["accuracy"])}**
-
-{budgeted if points else ""}
-{_classes_page(report["classes"]) if "classes" in report else ""}"""
+{budgeted if points else ""}{_classes_page(report["classes"]) if "classes" in report else ""}"""
 
 
 def _classes_page(section: Mapping[str, Any]) -> str:
@@ -201,7 +200,7 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ..
       ValueError: the report holds a number that is not finite.
       UserError: a file could not be written, or the JSON file would be called `.md` itself.
     """
-    path = Path(path)
+    path = local_path(path, "report")
     path = path / JSON_FILE if path.is_dir() else path
     page_path = path.with_suffix(".md")
     if page_path == path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from dfs_jax.analysis.confusion_plots import plot_confusion
@@ -17,6 +16,7 @@ from dfs_jax.analysis.report import (
 )
 from dfs_jax.interop import save_weights
 from dfs_jax.interop.files import STEP
+from dfs_jax.output import say
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment, rebuild_experiment
@@ -72,8 +72,7 @@ def report_run(
     if output is None and name == "report":
         save_weights(workdir / WEIGHTS_FILE, variables, about={STEP: str(evaluation.step)})
         written += (workdir / WEIGHTS_FILE, *_draw(workdir, report))
-    sys.stdout.write(f"{table_for_terminal(report)}\n")
-    sys.stdout.write("".join(f"wrote {path}\n" for path in written))
+    say("\n".join([table_for_terminal(report), *(f"wrote {path}" for path in written)]))
     return report
 
 

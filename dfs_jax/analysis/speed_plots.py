@@ -1,6 +1,6 @@
 """The picture of `dfs_jax.inference.benchmark`: what stopping early gains, when answers come.
 
-Imported where it is drawn, since it imports matplotlib.
+Imported where it is drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-
-from dfs_jax.analysis.plots import save_figure
+from dfs_jax.analysis.figures import (
+    Axes,
+    LogLocator,
+    in_standard_style,
+    new_figure,
+    save_figure,
+)
 
 _SIZE_INCHES, _DOTS_PER_INCH = (13, 5.5), 110
 _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756")
 
 
+@in_standard_style
 def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draws speed-ups, measured and ideal, and latencies against the operations saved.
 
@@ -30,8 +32,7 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     Returns:
       The path.
     """
-    figure = Figure(_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_SIZE_INCHES, _DOTS_PER_INCH)
     speeds, latencies = figure.subplots(1, 2)
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     most = max(row["ideal_speedup_by_macs"] for row in rows if not _is_fixed(row))

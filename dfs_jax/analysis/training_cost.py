@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dfs_jax import program
 from dfs_jax.analysis.cost_table import CostRow
@@ -32,12 +31,14 @@ from dfs_jax.analysis.method_costs import (
     measure_training_cost,
 )
 from dfs_jax.analysis.report import write_whole
+from dfs_jax.config_file import define_config_flag
+from dfs_jax.paths import output_file
 from dfs_jax.types import UserError
 
 
 def main() -> None:
     """Runs the program."""
-    config = config_flags.DEFINE_config_file("config", None, "A run's configuration file.")
+    config = define_config_flag("A run's configuration file.")
     batch_sizes = flags.DEFINE_list("batch_sizes", None, "Images a step; None: the config's own.")
     methods = flags.DEFINE_list("methods", None, f"Methods, or of {', '.join(VARIANTS)}.")
     ratios = flags.DEFINE_list("partition_ratios", list(map(str, DEFAULT_RATIOS)), "Betas of DFS.")
@@ -48,7 +49,7 @@ def main() -> None:
 
     def run() -> None:
         program.use_compilation_cache()
-        path = None if output.value is None else check_output(Path(output.value).absolute())
+        path = None if output.value is None else check_output(output.value)
         rows = measure_training_cost(
             config.value,
             batch_sizes=_numbers("batch_sizes", batch_sizes.value or (), int),
@@ -63,18 +64,16 @@ def main() -> None:
     program.run(run)
 
 
-def check_output(path: Path) -> Path:
+def check_output(output: str | Path) -> Path:
     """Returns the path of a JSON file if it, and a picture beside it, can be written.
 
     Raises:
       UserError: they cannot; better told before measuring than after.
     """
+    path = output_file(output, "output")
     if path.suffix != ".json":
         raise UserError(f"output {path} must end in .json: the picture beside it ends in .png")
-    for file in (path, path.with_suffix(".png")):
-        if file.is_dir():
-            raise UserError(f"output {file} is a directory: name a file")
-    write_whole(path.with_name(f".{path.name}.probe"), b"").unlink()
+    output_file(path.with_suffix(".png"), "output")
     return path
 
 

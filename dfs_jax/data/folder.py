@@ -9,6 +9,7 @@ import numpy as np
 
 from dfs_jax.data.dataset import ImageFile, Origin, RawDataset, Split
 from dfs_jax.data.images import decode_images
+from dfs_jax.paths import local_path
 from dfs_jax.types import UserError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
@@ -33,7 +34,7 @@ def load_folder(data_dir: str | None = None, image_size: int | None = None) -> R
     """
     if data_dir is None:
         raise UserError("data set 'folder' needs data_dir, which holds train/CLASS and test/CLASS")
-    root = Path(data_dir).expanduser()
+    root = local_path(data_dir, "data_dir")
     if not root.is_dir():
         raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
     validation_dir = _validation_directory(root)

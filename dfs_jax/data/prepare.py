@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -24,6 +23,9 @@ from dfs_jax.data.tfds_source import (
     stored_formats,
     tfds_data_dir,
 )
+from dfs_jax.guard import guarded, run_plain
+from dfs_jax.output import say
+from dfs_jax.paths import output_directory
 from dfs_jax.types import UserError
 
 _CONNECT_SECONDS = 5
@@ -42,7 +44,7 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
         a download or conversion that fails.
     """
     check_registered(name)
-    root = tfds_data_dir(data_dir)
+    root = output_directory(tfds_data_dir(data_dir), "data_dir")
     try:
         directory = find_prepared(name, str(root)) if root.is_dir() else None
         if directory is not None and "array_record" in stored_formats(directory):
@@ -167,14 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--data_dir", help=f"directory of all sets ($TFDS_DATA_DIR or {DEFAULT_DATA_DIR})"
     )
     options = parser.parse_args(arguments)
-    try:
-        directory = prepare(options.name, options.data_dir)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{options.name} is ready in {directory}\n")
-    return 0
+
+    def run() -> None:
+        say(f"{options.name} is ready in {prepare(options.name, options.data_dir)}")
+
+    return guarded(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_plain(main)

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from dfs_jax.data.dataset import Origin, RawDataset, Split
 from dfs_jax.data.images import MAX_BYTES, decode_images
 from dfs_jax.data.streaming import StreamedSplit, Streaming
+from dfs_jax.paths import local_path
 from dfs_jax.types import UserError
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -67,8 +68,9 @@ def exceeds_memory(name: str, data_dir: str | None, image_size: int) -> bool:
 
 def tfds_data_dir(data_dir: str | None) -> Path:
     """Returns the directory that sets lie in: the given one, or TFDS's default."""
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_DATA_DIR
-    return Path(chosen).expanduser().absolute()
+    if data_dir is not None:
+        return local_path(data_dir, "data_dir")
+    return local_path(os.environ.get("TFDS_DATA_DIR") or DEFAULT_DATA_DIR, "TFDS_DATA_DIR")
 
 
 def find_prepared(name: str, data_dir: str | None) -> Path | None:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, ou
 from dfs_jax.inference.policy import Policy, last_exit_only
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
+from dfs_jax.paths import input_directory, output_file
 from dfs_jax.training.run_policy import load_with_policy
 from dfs_jax.training.staged import StagedRun
 from dfs_jax.types import UserError
@@ -105,8 +105,9 @@ def main() -> None:
 
     def run() -> None:
         program.use_compilation_cache()
-        root = Path(workdir.value).absolute()
-        path = Path(output.value or root / "benchmark.json").absolute()
+        root = input_directory(workdir.value, "--workdir")
+        path = root / "benchmark.json" if output.value is None else output.value
+        path = output_file(path, "--output")
         staged, chosen = load_with_policy(
             root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -24,6 +23,7 @@ from dfs_jax.inference import policy as policies
 from dfs_jax.inference.fitting import FittedPolicy, few_examples_warning, fit_policy, outcome
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.timing import StageTimes
+from dfs_jax.paths import input_directory, output_file
 from dfs_jax.training.recorded import check_unchanged
 from dfs_jax.training.run_policy import fitting_record
 from dfs_jax.training.staged import StagedRun, load_staged
@@ -58,7 +58,10 @@ def main() -> None:
         if len(given) != 1:
             named = ", ".join(f"--{name}" for name in TARGETS)
             raise UserError(f"name one target of {named}; got {len(given)}")
-        root = Path(workdir.value).absolute()
+        root = input_directory(workdir.value, "--workdir")
+        path = output_file(
+            root / policies.FILE if output.value is None else output.value, "--output"
+        )
         staged = load_staged(root, checkpoint=checkpoint.value, data_dir=data_dir.value)
         check_unchanged(root, staged.experiment.config.data, accept=accept.value)
         ((target, value),) = given.items()
@@ -66,7 +69,6 @@ def main() -> None:
         options = {name: flags.FLAGS[name].value for name in names}
         options["scale_temperatures"] = flags.FLAGS["temperatures"].value
         fitted = choose_policy(staged, target, value, batch_size=batch_size.value, **options)
-        path = Path(output.value or root / policies.FILE).absolute()
         description = describe(staged, fitted)
         fitted.policy.save(path)
         program.say(description)

@@ -10,16 +10,18 @@ Images of another size are scaled as for training: the shorter side, then the ce
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dfs_jax.data.images import decode_images
+from dfs_jax.guard import guarded, run_plain
 from dfs_jax.inference.exported import ExportedNetwork, load_exported
 from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.output import say
+from dfs_jax.paths import input_directory, local_path, shown
 from dfs_jax.types import UserError
 
-_USAGE_STATUS, _UNREADABLE_STATUS = 2, 1
+_UNREADABLE_STATUS = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,41 +30,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dfs_jax.inference.classify",
         description="Classifies image files with an exported network.",
     )
-    parser.add_argument("directory", type=Path, help="what dfs_jax.inference.export wrote")
-    parser.add_argument("images", type=Path, nargs="+", metavar="image", help="an image file")
+    parser.add_argument("directory", help="what dfs_jax.inference.export wrote")
+    parser.add_argument("images", nargs="+", metavar="image", help="an image file")
     given = parser.parse_args(arguments)
-    try:
-        network = load_exported(given.directory)
-        predictor = network.predictor(batch_size=1)
-        predictor.warm_up()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return _USAGE_STATUS
+    return guarded(lambda: classify_all(given.directory, given.images))
+
+
+def classify_all(directory: str, images: Sequence[str]) -> int:
+    """Prints a line for each image file; returns the program's status.
+
+    Raises:
+      UserError: there is no exported network in the directory.
+    """
+    network = load_exported(input_directory(directory, "directory"))
+    predictor = network.predictor(batch_size=1)
+    predictor.warm_up()
     status = 0
-    for path in given.images:
+    for path in images:
         try:
             line = classify(network, predictor, path)
         except UserError as error:
             line, status = f"error: {error}", _UNREADABLE_STATUS
-        sys.stdout.write(f"{line}\n")
+        say(line)
     return status
 
 
-def classify(network: ExportedNetwork, predictor: EarlyExitPredictor, path: Path) -> str:
+def classify(network: ExportedNetwork, predictor: EarlyExitPredictor, path: str | Path) -> str:
     """Returns what the network says of an image file, in a line.
 
     Raises:
       UserError: the file cannot be read as an image, or the network has no answer to it.
     """
-    images = decode_images([path], 1, network.image_size, lambda _: str(path))
+    name = shown(path)
+    images = decode_images([local_path(path, "image")], 1, network.image_size, lambda _: name)
     answer = predictor(images)
     for reason in answer.errors.values():
-        raise UserError(f"{path} cannot be classified: {reason}")
+        raise UserError(f"{name} cannot be classified: {reason}")
     return (
-        f"{path}: {network.labels[answer.predicted[0]]}, exit {answer.exit_index[0] + 1}, "
+        f"{name}: {network.labels[answer.predicted[0]]}, exit {answer.exit_index[0] + 1}, "
         f"confidence {answer.confidence[0]:.4f}, {1000 * answer.latency[0]:.2f} ms"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_plain(main)

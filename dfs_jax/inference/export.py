@@ -16,6 +16,7 @@ from absl import flags
 from dfs_jax import program
 from dfs_jax.analysis.flops import exit_costs
 from dfs_jax.inference.exported import export_network
+from dfs_jax.paths import input_directory, output_directory
 from dfs_jax.training.run_policy import load_with_policy
 
 
@@ -34,8 +35,8 @@ def main() -> None:
     def run() -> None:
         program.use_compilation_cache()
         files = export_run(
-            Path(workdir.value).absolute(),
-            Path(output.value).absolute(),
+            input_directory(workdir.value, "--workdir"),
+            output_directory(output.value, "--output"),
             checkpoint=checkpoint.value,
             policy=policy.value,
             data_dir=data_dir.value,

@@ -30,6 +30,7 @@ from dfs_jax.inference.identity import check_network, named_weights, weight_name
 from dfs_jax.inference.policy import Policy, last_exit_only, read_policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.stages import Stage, check_stages
+from dfs_jax.paths import local_path, output_directory, reason
 from dfs_jax.types import UserError
 
 VERSION = 1
@@ -90,6 +91,7 @@ def export_network(
       UserError: stages that do not fit together, another count of labels than of classes, a policy
         of another network, a file that cannot be written.
     """
+    directory = output_directory(directory, "directory")
     classes = check_stages(stages, example)
     if len(labels) != classes:
         raise UserError(f"{classes} classes take {classes} labels, got {len(labels)}")
@@ -128,7 +130,7 @@ def load_exported(directory: str | Path) -> ExportedNetwork:
       for prediction in network.predictor().stream(batches_of_uint8_images):
           print(network.labels[prediction.predicted], prediction.exit_index)
     """
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     manifest = _read_manifest(directory)
     for name, checksum in manifest["sha256"].items():
         if _checksum(_read(directory / name)) != checksum:
@@ -193,14 +195,14 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

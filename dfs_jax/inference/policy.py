@@ -24,6 +24,7 @@ import numpy as np
 
 from dfs_jax.files import write_whole
 from dfs_jax.inference.scores import MEASURES, Measure
+from dfs_jax.paths import reason
 from dfs_jax.types import UserError
 
 NOBODY = 1e8  # no confidence reaches it: the exit answers no example
@@ -167,7 +168,7 @@ def read_policy(path: Path) -> Policy:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"the policy {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"the policy {path} cannot be read: {reason(error)}") from error
     except ValueError as error:
         raise UserError(f"the policy {path} is no JSON: {error}") from error
     try:

@@ -8,14 +8,13 @@ checked at all.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import jax
 
+from dfs_jax.guard import guarded, run_plain
 from dfs_jax.interop.golden import Comparison, compare, compute, read_golden
-from dfs_jax.program import fail, say
-from dfs_jax.types import UserError
+from dfs_jax.output import say
 
 TOLERANCE = 1e-6
 TITLE = "worst relative difference"
@@ -29,10 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("files", nargs="+", metavar="FILE", help="a golden file (.json.gz)")
     files = parser.parse_args(arguments).files
     jax.config.update("jax_enable_x64", True)
-    try:
-        return 0 if check_files(files) else 1
-    except UserError as error:
-        return fail(str(error))
+    return guarded(lambda: 0 if check_files(files) else 1)
 
 
 def check_files(paths: Sequence[str]) -> bool:
@@ -65,4 +61,4 @@ def _line(name: str, comparison: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_plain(main)

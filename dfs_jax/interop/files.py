@@ -24,6 +24,7 @@ from dfs_jax.interop.torch_names import (
     unwrapped,
 )
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.paths import local_path, reason
 from dfs_jax.types import UserError
 
 COLLECTIONS = ("params", "batch_stats")
@@ -43,7 +44,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file is missing, damaged, or of another kind.
     """
-    path = Path(path)
+    path = local_path(path, "file of weights")
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise UserError(
@@ -57,9 +58,9 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # parsers of damaged files raise exceptions of every kind
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path} is damaged or not a {path.suffix} file ({reason}): copy it again"
+            f"{path} is damaged or not a {path.suffix} file ({said}): copy it again"
         ) from error
 
 
@@ -79,7 +80,7 @@ def save_weights(
     Raises:
       UserError: another ending, or the directory cannot be written.
     """
-    path = Path(path)
+    path = local_path(path, "file of weights")
     writer = _WRITERS.get(path.suffix)
     if writer is None:
         raise UserError(f"{path}: weights are written to {' or '.join(_WRITERS)}, rename the file")
@@ -91,7 +92,7 @@ def save_weights(
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"cannot write weights to {path}: {error.strerror}") from error
+        raise UserError(f"cannot write weights to {path}: {reason(error)}") from error
 
 
 def weights_notes(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -14,7 +14,6 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -32,6 +31,7 @@ from dfs_jax.interop.torch_names import (
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.paths import local_path
 from dfs_jax.types import ExitOutputs, PyTree, UserError
 
 INPUT_SEED = 1234
@@ -169,7 +169,7 @@ def read_golden(path: str | os.PathLike[str]) -> GoldenCase:
     Raises:
       UserError: it is missing, damaged, or no golden file.
     """
-    path = Path(path)
+    path = local_path(path, "golden file")
     try:
         fields = json.loads(gzip.decompress(path.read_bytes()))
         return GoldenCase(**fields)

@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from dfs_jax.files import what_helps
+from dfs_jax.paths import local_path
 from dfs_jax.training.processes import by_writer
 from dfs_jax.training.sharding import gathered
 from dfs_jax.training.structure import Structure, difference, saved_structure, structure_of
@@ -46,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, read_only: bool = False):
-        self._directory = Path(workdir).resolve() / DIRECTORY
+        self._directory = local_path(workdir, "workdir").resolve() / DIRECTORY
         self._read_only = read_only
         if read_only and not self._directory.is_dir():
             raise UserError(f"there are no checkpoints in {workdir}: train there first")
@@ -79,7 +81,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self._directory} "
-                f"({first_line(error)}); {self._describe_last_good(step)}"
+                f"({first_line(error)}); {self._describe_last_good(step)}: {what_helps(error)}"
             ) from error
 
     def restore_latest(self, target: PyTree) -> tuple[PyTree, int] | None:
@@ -216,7 +218,7 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint of step {step} needs {needed / 2**20:.1f} MiB and the disk of "
                 f"{self._directory} has {free / 2**20:.1f} MiB left; "
-                f"{self._describe_last_good(step)}"
+                f"{self._describe_last_good(step)}: make room and start the same command again"
             )
 
     def _set_aside(self, step: int) -> None:
@@ -249,8 +251,8 @@ class Checkpoints:
     def _describe_last_good(self, failed_step: int) -> str:
         steps = [s for s in self._manager.all_steps() if s != failed_step]
         if not steps:
-            return "no checkpoint exists yet: make room and start the same command again"
-        return f"the last good one is step {max(steps)}: make room and start the same command again"
+            return "no checkpoint exists yet"
+        return f"the last good one is step {max(steps)}"
 
 
 def has_steps(workdir: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dfs_jax.paths import local_path, make_directory, reason
 from dfs_jax.training import extend
 from dfs_jax.training.checkpoint import has_steps
 from dfs_jax.training.optimizer import check_optimizer
@@ -51,6 +52,9 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"checkpoint_every_steps must be at least 0, got {config.checkpoint_every_steps}"
         )
+    for field, path in (("data.data_dir", config.data.data_dir), ("init_from", config.init_from)):
+        if path is not None:
+            local_path(path, field)
     check_optimizer(config.optimizer)
 
 
@@ -86,16 +90,13 @@ def open_workdir(workdir: Path, config: Config) -> None:
 def _open_workdir(workdir: Path, config: Config) -> str:
     """Does it, and returns what the config's file holds."""
     text = json.dumps(config.to_dict(), indent=2) + "\n"
+    make_directory(workdir, "workdir")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _check_writable(workdir)
         if (workdir / FILE).exists() and has_steps(workdir):
             _check_same_run(workdir, read_config(workdir), config)
         _write_atomically(workdir / FILE, text)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"workdir {workdir} is a file: name a directory") from error
     except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+        raise UserError(f"workdir {workdir} cannot be written: {reason(error)}") from error
     return text
 
 
@@ -130,13 +131,15 @@ def read_config(workdir: Path) -> Config:
     Raises:
       UserError: there is no run there, or its config cannot be read.
     """
-    path = workdir / FILE
+    path = local_path(workdir, "workdir") / FILE
     try:
         return completed(ConfigDict(_with_tuples(json.loads(path.read_text(encoding="utf-8")))))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no run in {workdir}: {FILE} is missing") from error
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _check_same_run(workdir: Path, known: Config, config: Config) -> None:
@@ -169,12 +172,6 @@ def _with_tuples(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _with_tuples(value) for key, value in tree.items()}
     return tuple(_with_tuples(value) for value in tree) if isinstance(tree, list) else tree
-
-
-def _check_writable(workdir: Path) -> None:
-    probe = workdir / ".writable"
-    probe.write_text("")
-    probe.unlink()
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dfs_jax.data.dataset import AnySplit
 from dfs_jax.data.pipeline import eval_batches
+from dfs_jax.guard import usual_numerics
 from dfs_jax.inference.confidence import ExitPredictions, concatenate_predictions
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.experiment import (
@@ -57,6 +58,7 @@ def evaluate(
     return concatenate_predictions(jax.device_get(parts), gathered(masks))
 
 
+@usual_numerics()
 def evaluate_run(
     workdir: Path, experiment: Experiment, *, split: str = "test", checkpoint: str = "best"
 ) -> RunEvaluation:

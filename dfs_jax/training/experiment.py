@@ -22,6 +22,7 @@ from dfs_jax.interop.files import STEP, weights_notes
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
+from dfs_jax.paths import input_file
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
@@ -163,8 +164,9 @@ def initial_state(experiment: Experiment) -> TrainState:
         finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
-        _warn_of_old_weights(Path(e.config.init_from))
-        variables = load_trunk(Path(e.config.init_from), e.model, variables)
+        path = input_file(e.config.init_from, "init_from")
+        _warn_of_old_weights(path)
+        variables = load_trunk(path, e.model, variables)
         variables = variables if where is None else put_where(variables, split)
     state = finish(variables)
     return put_replicated(state, e.mesh) if where is None else put_where(state, where)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from dfs_jax.data import Dataset
 from dfs_jax.data.pipeline import train_batches
-from dfs_jax.training.checkpoint import Checkpoints
+from dfs_jax.guard import usual_numerics
+from dfs_jax.paths import input_file, output_directory
+from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import check_config, open_workdir
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
 from dfs_jax.training.data_changes import as_known
@@ -30,6 +31,7 @@ from dfs_jax.training.experiment import (
     initial_state,
     training_step,
 )
+from dfs_jax.training.lock import WorkdirLock, locked
 from dfs_jax.training.metrics import (
     MetricsWriter,
     NoMetrics,
@@ -41,12 +43,17 @@ from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
 from dfs_jax.training.run_data import RunData, describe_data, known_data, record_data
 from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
+from dfs_jax.training.signals import StopSignals
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import Config, UserError
 
 
 class TrainResult(NamedTuple):
-    """How a run ended: after its last step, or stopped by a signal (its number) and resumable."""
+    """How a run ended: after its last step, or stopped by a signal (its number) and resumable.
+
+    A run that was stopped by its event has `signal.SIGINT` there, and `signal.SIGPIPE` one whose
+    standard output nobody reads any more.
+    """
 
     experiment: Experiment
     step: int
@@ -59,6 +66,7 @@ def train(
     dataset: Dataset | None = None,
     *,
     accept_data_changes: bool = False,
+    stop: threading.Event | None = None,
 ) -> TrainResult:
     """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
 
@@ -66,17 +74,35 @@ def train(
     parameters and metrics, bit for bit, as one that never was (on the same machine and devices).
 
     Args:
-      config: of the run.
-      workdir: its directory.
-      dataset: the config's own, where it is in memory already; None reads it.
+      config: configuration of the run.
+      workdir: directory of the run.
+      dataset: data set of the config, if it is in memory already; None reads it.
       accept_data_changes: whether to go on where the data changed since the run began, as far as
         that is possible (see `dfs_jax.training.data_changes`).
+      stop: an event that, once set, stops the run as Ctrl-C does; the way to stop one that does not
+        train in the main thread, where alone Python receives signals.
 
     Raises:
-      UserError: a mistake in the config or the directory, data that changed since the run began, a
-        checkpoint of another network, or a loss that became non-finite.
+      UserError: a mistake in the config or the directory, another process that trains there, data
+        that changed since the run began, a checkpoint of another network, or a loss that became
+        non-finite.
     """
     check_config(config)
+    workdir = output_directory(workdir, "workdir")
+    if config.init_from is not None and not has_steps(workdir):
+        input_file(config.init_from, "init_from")
+    with usual_numerics(), locked(workdir) as lock:
+        return _train(config, workdir, dataset, accept_data_changes, StopSignals(stop), lock)
+
+
+def _train(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset | None,
+    accept_data_changes: bool,
+    stop_signals: StopSignals,
+    lock: WorkdirLock,
+) -> TrainResult:
     open_workdir(workdir, config)
     known = known_data(workdir)
     as_before = functools.partial(
@@ -87,9 +113,9 @@ def train(
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_latest(abstract_state(experiment))
     state, start = restored or (initial_state(experiment), 0)
-    with StopSignals() as signals:
+    with stop_signals as signals:
         metrics = MetricsWriter(workdir, start) if is_writer() else NoMetrics()
-        run = _Run(experiment, checkpoints, metrics, signals)
+        run = _Run(experiment, checkpoints, metrics, signals, lock)
         try:
             return run.steps(state, start)
         finally:
@@ -98,42 +124,6 @@ def train(
 
 def _as_before(dataset: Dataset, *, known: RunData | None, **options: Any) -> Dataset:
     return dataset if known is None else as_known(dataset, known, **options)
-
-
-class StopSignals:
-    """Turns SIGTERM, and the first Ctrl-C, into a request that the loop reads between steps.
-
-    Of several processes one that is asked to stop is enough, and all stop after the same step. JAX
-    sees to that: SIGTERM is its notice of preemption, which must be left to it.
-    """
-
-    def __init__(self):
-        self._received: int | None = None
-        self._is_alone = jax.process_count() == 1
-
-    def __enter__(self) -> StopSignals:
-        caught = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
-        self._before = {number: signal.signal(number, self._request) for number in caught}
-        return self
-
-    def stop_after(self, step: int) -> int | None:
-        """Returns the signal that ends the run after this step; has to be asked after each one."""
-        if self._is_alone:
-            return self._received
-        return signal.SIGTERM if reached_preemption_sync_point(step) else None
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self._received is not None:  # asked twice: the user will not wait
-            signal.signal(number, self._before[signal.Signals(number)])
-            signal.raise_signal(number)
-        self._received = number
-        if not self._is_alone:
-            signal.raise_signal(signal.SIGTERM)
 
 
 class _Run:
@@ -145,15 +135,17 @@ class _Run:
         checkpoints: Checkpoints,
         metrics: MetricsWriter | NoMetrics,
         signals: StopSignals,
+        lock: WorkdirLock,
     ):
         self._experiment = experiment
         self._config = experiment.config
         self._checkpoints = checkpoints
         self._metrics = metrics
         self._signals = signals
+        self._lock = lock
         self._train_step = training_step(experiment)
         self._eval_step = evaluation_step(experiment)
-        self._progress = Progress(experiment)
+        self._progress = Progress(experiment, lambda: signals.request(signal.SIGPIPE))
         self._probe = _create_probe(experiment)
         self._clock = _Clock()
 
@@ -247,6 +239,7 @@ class _Run:
 
     def _save(self, state: TrainState, step: int, score: float | None) -> None:
         self._check_finite(state)
+        self._lock.check()
         self._checkpoints.save(state, step, score)
 
     def _check_finite(self, state: TrainState) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dfs_jax.files import what_helps
 from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
+from dfs_jax.paths import reason
 from dfs_jax.training.state import EpochTotals
 from dfs_jax.training.tensorboard import EventsFile
 from dfs_jax.types import UserError
@@ -48,8 +50,7 @@ class MetricsWriter:
             self._events.write(line["step"], _scalars(finite))
         except OSError as error:
             raise UserError(
-                f"{self._path} could not be written ({error.strerror}): "
-                f"make room and start the same command again"
+                f"{self._path} could not be written ({reason(error)}): {what_helps(error)}"
             ) from error
 
     def close(self) -> None:

@@ -25,8 +25,9 @@ import jax
 from absl import logging
 from jax._src import distributed  # the only way to JAX's store of keys, which Orbax takes too
 
+from dfs_jax.guard import INTERRUPTED_STATUS, USAGE_STATUS, fail
 from dfs_jax.launch import Launch
-from dfs_jax.program import USAGE_STATUS, fail
+from dfs_jax.output import show, silence
 from dfs_jax.types import UserError
 
 CRASH_STATUS, LOST_STATUS = 1, 3
@@ -97,7 +98,7 @@ def joined(launch: Launch | None) -> Iterator[None]:
     watch = _Watch()
     try:
         if not is_writer():
-            _silence()
+            silence(sys.stdout)
         yield
         watch.finish()
     except BaseException as error:
@@ -141,6 +142,10 @@ class _Watch:
             self._leave(LOST_STATUS, lost, tell=lost)
         if isinstance(error, UserError):
             self._leave(USAGE_STATUS, str(error), tell=f"process {self._index} stopped: {error}")
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            status = INTERRUPTED_STATUS if isinstance(error, KeyboardInterrupt) else error.code
+            tell = f"process {self._index} was ended; {_CONTINUE}"
+            self._leave(status if isinstance(status, int) else CRASH_STATUS, "ended", tell=tell)
         traceback.print_exception(error)
         what = _first_line(f"{type(error).__name__} {error}")
         tell = f"process {self._index} stopped: {what}; {_CONTINUE}"
@@ -205,8 +210,8 @@ class _Watch:
         """
         self._leaving.acquire()
         fail(message)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            show(stream, stream.flush)
         for child in multiprocessing.active_children():
             child.terminate()
         # The store may be gone, or its threads may be stopped at `abort`: no answer, no matter.
@@ -269,13 +274,6 @@ def _is_no_preemption(record: Any) -> bool:
 
 def _client() -> Any:
     return distributed.global_state.client
-
-
-def _silence() -> None:
-    """Closes standard output, that of libraries in other languages too."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _first_line(text: str) -> str:

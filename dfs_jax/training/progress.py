@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dfs_jax.output import show
 from dfs_jax.training.experiment import Experiment
 from dfs_jax.training.metrics import mean_exit_loss
 from dfs_jax.training.state import EpochTotals
@@ -20,11 +21,19 @@ class Progress:
 
     Args:
       experiment: the run that is shown.
+      at_closed_pipe: called when nobody reads the stream any more (`| head`). A terminal that is
+        gone, or a full disk, stops no run: it goes on unseen.
       stream: where to; a bar only where it is a terminal.
     """
 
-    def __init__(self, experiment: Experiment, stream: TextIO | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        at_closed_pipe: Callable[[], object] = lambda: None,
+        stream: TextIO | None = None,
+    ):
         self._experiment = experiment
+        self._at_closed_pipe = at_closed_pipe
         self._stream = stream or sys.stdout
         self._bar: tqdm | None = None
 
@@ -36,30 +45,13 @@ class Progress:
             return
         if step:
             self._say(f"continuing after step {step}")
-        self._bar = tqdm(
-            total=self._experiment.total_steps,
-            initial=step,
-            desc="compiling",
-            bar_format=_BAR,
-            file=self._stream,
-            disable=not self._stream.isatty(),
-            dynamic_ncols=True,
-        )
+        self._show(lambda: self._open_bar(step))
 
     def update(self, step: int, totals: EpochTotals) -> None:
         """Moves the bar to `step` with the epoch's loss and accuracies so far."""
-        if self._bar is None or self._bar.disable:
-            return
-        examples = max(int(totals.examples), 1)
-        epoch = (step - 1) // self._experiment.sampler.steps_per_epoch + 1
-        self._bar.set_description(f"epoch {epoch}/{self._experiment.config.epochs}", refresh=False)
-        self._bar.update(step - self._bar.n)
-        rate = self._bar.format_dict["rate"] or 0.0
-        speed = rate * self._experiment.config.batch_size
-        self._bar.set_postfix_str(
-            f"{speed:.0f} images/s, loss {mean_exit_loss(totals):.3f} per exit, "
-            f"exits {percents(totals.correct / examples)}"
-        )
+        bar = self._bar
+        if bar is not None and not bar.disable:
+            self._show(lambda: self._move(bar, step, totals))
 
     def evaluated(self, epoch: int, line: Mapping[str, Any] | None) -> None:
         """Shows one evaluation on validation data; None where none is held out."""
@@ -76,11 +68,37 @@ class Progress:
     def close(self) -> None:
         """Leaves the bar as it is and frees the line."""
         if self._bar is not None:
-            self._bar.close()
+            self._show(self._bar.close)
+
+    def _open_bar(self, step: int) -> None:
+        self._bar = tqdm(
+            total=self._experiment.total_steps,
+            initial=step,
+            desc="compiling",
+            bar_format=_BAR,
+            file=self._stream,
+            disable=not self._stream.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def _move(self, bar: tqdm, step: int, totals: EpochTotals) -> None:
+        examples = max(int(totals.examples), 1)
+        epoch = (step - 1) // self._experiment.sampler.steps_per_epoch + 1
+        bar.set_description(f"epoch {epoch}/{self._experiment.config.epochs}", refresh=False)
+        bar.update(step - bar.n)
+        rate = bar.format_dict["rate"] or 0.0
+        speed = rate * self._experiment.config.batch_size
+        bar.set_postfix_str(
+            f"{speed:.0f} images/s, loss {mean_exit_loss(totals):.3f} per exit, "
+            f"exits {percents(totals.correct / examples)}"
+        )
 
     def _say(self, text: str) -> None:
-        tqdm.write(text, file=self._stream)
-        self._stream.flush()
+        self._show(lambda: tqdm.write(text, file=self._stream))
+
+    def _show(self, write: Callable[[], object]) -> None:
+        if isinstance(show(self._stream, write), BrokenPipeError):
+            self._at_closed_pipe()
 
 
 def percents(fractions: Iterable[float]) -> str:

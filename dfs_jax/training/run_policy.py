@@ -10,6 +10,7 @@ from absl import logging
 from dfs_jax.inference import policy as policies
 from dfs_jax.inference.identity import NETWORK, check_network, network_record
 from dfs_jax.inference.policy import Policy, read_policy
+from dfs_jax.paths import input_file
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.staged import StagedRun, load_staged
 from dfs_jax.types import UserError
@@ -108,7 +109,7 @@ def _policy_path(workdir: Path, policy: str | Path | None) -> Path | None:
     if policy is None:
         own = workdir / policies.FILE
         return own if own.exists() else None
-    return None if str(policy) == NO_POLICY else Path(policy)
+    return None if str(policy) == NO_POLICY else input_file(policy, "--policy")
 
 
 def _fitted_checkpoint(workdir: Path, path: Path | None, step: Any) -> str:

@@ -1,0 +1,93 @@
+"""The flag `--config`: a Python file whose `get_config()` returns a run's configuration."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dfs_jax.guard import fail
+from dfs_jax.paths import input_file, shown
+from dfs_jax.types import Config, UserError
+
+
+class BadConfig(Exception):
+    """What is wrong with a config file, in a sentence: absl rewrites every ValueError."""
+
+
+def load_config(file: Path, *arguments: str) -> Config:
+    """Returns what a config file's `get_config(*arguments)` returns.
+
+    Raises:
+      UserError: there is no such file, it fails, or it returns no `ConfigDict`.
+    """
+    if file.suffix != ".py" or not file.exists():
+        raise UserError(f"there is no config file {shown(file)}: give the path of a .py file")
+    path = input_file(file, "config file")
+    try:
+        get_config = getattr(_load_module(path), "get_config", None)
+        if not callable(get_config):
+            raise UserError(f"config file {shown(file)} defines no function get_config: add one")
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # it is a program of the user's own
+        raise UserError(_describe(error, file, path)) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config file {shown(file)}: get_config must return an ml_collections.ConfigDict, "
+            f"got {type(config).__name__}"
+        )
+    return config
+
+
+def define_config_flag(help_text: str) -> flags.FlagHolder:
+    """Defines the flag `--config`, whose file is read by `load_config`."""
+    try:
+        flag = config_flags.DEFINE_config_file("config", None, help_text)
+    except flags.Error as error:  # it reads files of flags at once
+        sys.exit(fail(str(error).removeprefix("ERROR:: ")))
+    flags.FLAGS["config"].parser = _Parser()
+    return flag
+
+
+class _Parser(flags.ArgumentParser):
+    """Reads FILE.py or FILE.py:ARGUMENT."""
+
+    def parse(self, argument: str) -> Config:
+        file, colon, argument = argument.partition(":")
+        try:
+            if not file:
+                raise UserError("--config is empty: give the path of a .py file")
+            config = load_config(Path(file).expanduser(), *([argument] if colon else []))
+        except (UserError, RuntimeError) as error:
+            raise BadConfig(str(error)) from error
+        return config.lock()
+
+
+def _load_module(path: Path) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("_config", str(path))
+    spec = importlib.util.spec_from_file_location("_config", path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _describe(error: Exception, file: Path, path: Path) -> str:
+    """Says on one line where in the file an exception arose."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    if isinstance(error, KeyError) and " " in text:  # an argument that it does not know
+        return text
+    if isinstance(error, SyntaxError):
+        return f"config file {shown(file)} is no Python, see line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f" at line {lines[-1]}" if lines else ""
+    return f"config file {shown(file)} fails{where}: {type(error).__name__} {text}".rstrip()

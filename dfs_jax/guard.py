@@ -1,0 +1,61 @@
+"""How a program ends: one sentence for a user's mistake, quietly where nobody reads or waits."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+
+from dfs_jax.output import lasting_streams
+from dfs_jax.types import UserError
+
+USAGE_STATUS = 2
+INTERRUPTED_STATUS = 128 + signal.SIGINT  # what a shell reports of a program that Ctrl-C ended
+_NO_BACKEND = "Unable to initialize backend"
+
+
+def fail(message: str) -> int:
+    """Prints `error: MESSAGE` and returns the exit status of a user's mistake."""
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        sys.stderr.write(f"error: {message}\n")
+    return USAGE_STATUS
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """Calls `main()` and returns the exit status.
+
+    A user's mistake ends the program with one sentence and status 2, Ctrl-C with one and status
+    130; everything else keeps its traceback.
+    """
+    try:
+        with usual_numerics():
+            return main() or 0
+    except UserError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return INTERRUPTED_STATUS
+    except RuntimeError as error:
+        if not str(error).startswith(_NO_BACKEND):
+            raise
+        return fail(str(error).splitlines()[0])
+
+
+def run_plain(main: Callable[[], int | None]) -> None:
+    """Calls a `main()` that parses its own arguments and exits with what it returns."""
+    with lasting_streams():
+        sys.exit(guarded(main))
+
+
+@contextlib.contextmanager
+def usual_numerics() -> Iterator[None]:
+    """Runs what is within under JAX's standard promotion of types and ranks.
+
+    Flax and Optax know no other, whatever `JAX_NUMPY_DTYPE_PROMOTION` and
+    `JAX_NUMPY_RANK_PROMOTION` ask for.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
