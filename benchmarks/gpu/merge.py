@@ -1,0 +1,131 @@
+"""Merges what came back from a GPU into this repository's results.
+
+    python -m benchmarks.gpu.merge DIR...
+
+`DIR/paper.json` goes into benchmarks/results/paper.json, the results of the other stages into
+benchmarks/results/gpu_STAGE.json. A record that is there already is replaced by a better one alone;
+rehearsals, failures of what succeeded, and records that name no card are left out. Prints what
+became of every record.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.cells import Cell, Suite, cell_config, config_hash
+from benchmarks.accuracy.results import (
+    DIRECTORY,
+    FINISHED,
+    Record,
+    read_records,
+    write_records,
+)
+from benchmarks.accuracy.suites import paper
+from benchmarks.gpu.session import FULL, merged_name
+from dfs_jax import program
+from dfs_jax.types import UserError
+
+STAGES = ("check", "step", "infer", "paper")
+
+
+def merge(directories: Sequence[Path], results: Path = DIRECTORY) -> list[str]:
+    """Merges the results' files of directories and returns a line for each record.
+
+    Args:
+      directories: with `check.json`, `step.json`, `infer.json` or `paper.json`.
+      results: directory of the merged files.
+
+    Raises:
+      UserError: a directory holds none of these files, or one that is no results' file.
+    """
+    lines = []
+    for directory in directories:
+        found = [stage for stage in STAGES if (directory / f"{stage}.json").is_file()]
+        if not found:
+            names = ", ".join(f"{stage}.json" for stage in STAGES)
+            raise UserError(f"{directory} holds none of {names}: name a stage's output directory")
+        for stage in found:
+            lines += _merge_file(stage, directory / f"{stage}.json", results / merged_name(stage))
+    return lines
+
+
+def _merge_file(stage: str, source: Path, target: Path) -> list[str]:
+    merged, lines = read_records(target), []
+    is_current = _current_cell if stage == "paper" else _is_full
+    for name, record in read_records(source).items():
+        reason = _refusal(name, record, is_current) or _worse(
+            record, merged.get(name), is_current, name
+        )
+        if reason is None:
+            merged[name] = record
+        lines.append(f"{name}: {reason or 'merged, on ' + record['hardware']['kind']}")
+    if merged:
+        write_records(target, merged)
+    return lines
+
+
+Current = Callable[[str, Record], bool]
+
+
+def _refusal(name: str, record: Record, is_current: Current) -> str | None:
+    """Returns why a record is not taken, whatever is there already; None if it may be."""
+    if record.get("status") != FINISHED:
+        return f"left out, failed ({record.get('reason')})"
+    if not record.get("hardware", {}).get("kind"):
+        return "left out, names no card"
+    if not is_current(name, record):
+        return "left out, of another config or a rehearsal"
+    return None
+
+
+def _worse(record: Record, there: Record | None, is_current: Current, name: str) -> str | None:
+    """Returns why what is there stays; None if it is replaced."""
+    if there is None or there.get("status") != FINISHED or not is_current(name, there):
+        return None
+    if _worth(record) > _worth(there):
+        return None
+    return "left out, there is one already"
+
+
+def _worth(record: Record) -> tuple[bool, int]:
+    """Orders records of one unit: a complete one, then one with more contenders that ran."""
+    rows = record.get("rows", ())
+    return record.get("complete", True), sum("failed" not in row for row in rows)
+
+
+def _is_full(name: str, record: Record) -> bool:
+    del name
+    return record.get("config_hash") == FULL
+
+
+def _current_cell(name: str, record: Record) -> bool:
+    """Whether a cell of `paper`, with the published epochs or others, has the suite's config."""
+    return record.get("config_hash") == _hash_of(paper(), name)
+
+
+def _hash_of(suite: Suite, name: str) -> str | None:
+    """Returns the hash of a cell's config by the cell's name; None where the suite has none such."""
+    network, data, epochs, method, seed = name.split("/")
+    cell = Cell(network, data, method, int(epochs.removesuffix("ep")), int(seed[len("seed") :]))
+    known = {(c.network, c.data, c.method) for c in suite.cells}
+    if (network, data, method) not in known:
+        return None
+    return config_hash(cell_config(suite, cell))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Merges the directories named, and returns the exit status."""
+    try:
+        if not arguments or any(argument.startswith("-") for argument in arguments):
+            raise UserError("name the directories that came back: merge DIR...")
+        for line in merge([Path(argument) for argument in arguments]):
+            program.say(line)
+    except UserError as error:
+        return program.fail(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
