@@ -69,7 +69,7 @@ def run(session: Session) -> int:
                 )
                 break
             try:
-                with expected.timed():
+                with expected.timed(session.clock):
                     record = check()
             except Exception as error:
                 session.fail(unit, error)

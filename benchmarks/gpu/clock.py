@@ -61,11 +61,11 @@ class Expected:
         self.seconds, self._is_guess = guess, True
 
     @contextlib.contextmanager
-    def timed(self, now: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    def timed(self, clock: Clock) -> Iterator[None]:
         """Times one piece of work."""
-        begin = now()
+        begin = clock.left()
         yield
-        taken = now() - begin
+        taken = begin - clock.left()
         self.seconds = taken if self._is_guess else max(self.seconds, taken)
         self._is_guess = False
 

@@ -13,6 +13,7 @@ from dfs_jax.data.sources import dataset_from_raw
 from dfs_jax.types import Config
 
 REHEARSED = (300, 100)  # training and test images
+VALIDATION_REHEARSED = 100  # of the former
 
 
 class PackedDatasets(Datasets):

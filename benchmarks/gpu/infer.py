@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.gpu.clock import Expected
-from benchmarks.gpu.data import PackedDatasets
+from benchmarks.gpu.data import VALIDATION_REHEARSED, PackedDatasets
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.step import NETWORKS, TINY
 from benchmarks.gpu.train import TRAINED
@@ -77,7 +77,7 @@ def run(session: Session) -> None:
                 return
             say(f"--- {unit.name}")
             try:
-                with expected.timed():
+                with expected.timed(session.clock):
                     rows = measure(staged, candidates, batch, rehearses=session.rehearses)
             except Exception as error:
                 session.fail(unit, error)
@@ -91,7 +91,7 @@ def run(session: Session) -> None:
 
 
 def find_candidates(staged: StagedRun, *, trained: bool) -> list[Candidate]:
-    """Returns, for each of `SPEEDUPS`, thresholds from validation data with about that mean cost."""
+    """Returns thresholds from validation data with about the mean cost of each of `SPEEDUPS`."""
     model, shape = staged.experiment.model, staged.experiment.dataset.image_shape
     macs = [float(cost.macs) for cost in exit_costs(model, shape)]
     logits, labels = staged.logits(staged.experiment.score_split)
@@ -160,11 +160,9 @@ def _trained(session: Session, network: str) -> StagedRun:
 
 
 def _random(session: Session, network: str) -> StagedRun:
-    fields = {
-        "compute_dtype": "bfloat16",
-        "batch_size": 8,
-        **(TINY[network] if session.rehearses else {}),
-    }
+    fields = {"compute_dtype": "bfloat16", "batch_size": 8}
+    if session.rehearses:
+        fields |= {**TINY[network], "data.validation_examples": VALIDATION_REHEARSED}
     config = changed(NETWORKS[network]("dfs"), fields)
     experiment = build_experiment(config, _images_of(session, config))
     return staged_run(experiment, initial_state(experiment).eval_variables, step=0)
@@ -193,8 +191,8 @@ def _confidence(logits: np.ndarray) -> np.ndarray:
     return 1 / shifted.sum(axis=-1)
 
 
-def _policy(thresholds: np.ndarray) -> Policy:
-    *early, _ = thresholds.tolist()
+def _policy(thresholds: Sequence[float] | np.ndarray) -> Policy:
+    *early, _ = map(float, thresholds)
     return Policy(tuple(None if t >= NOBODY else t for t in early))
 
 

@@ -106,7 +106,7 @@ def _current_cell(name: str, record: Record) -> bool:
 
 
 def _hash_of(suite: Suite, name: str) -> str | None:
-    """Returns the hash of a cell's config by the cell's name; None where the suite has none such."""
+    """Returns the hash of a cell's config by the cell's name; None where the suite lacks it."""
     network, data, epochs, method, seed = name.split("/")
     cell = Cell(network, data, method, int(epochs.removesuffix("ep")), int(seed[len("seed") :]))
     known = {(c.network, c.data, c.method) for c in suite.cells}

@@ -66,6 +66,7 @@ TRACED_STEPS = 8
 # First guesses on a card: compilation and its search for the fastest algorithms.
 _GUESS_S = {OURS: 60.0, BEST: 60.0, SEARCHED: 120.0}
 _MEASURING_S = 45.0
+_KEPT_BEFORE = (4, 7)  # contenders: DFS and DSN of both frameworks are ready, then BYOT's too
 
 
 class StepCell(NamedTuple):
@@ -154,38 +155,59 @@ def _measure(
     ready: list[Contender] = []
     failures: list[dict[str, Any]] = []
     complete = True
-    for case in cases:
+
+    def keep(complete: bool) -> dict[str, Any]:
+        rows = _timed(ready, cell, ceilings, counted, 2 if session.rehearses else ROUNDS)
+        record = {"rows": rows + failures, "ceilings": ceilings._asdict(), "complete": complete}
+        session.keep(session.unit(cell.name), {**record, "over_peer": ratios_to_peer(rows)})
+        return record
+
+    for number, case in enumerate(cases):
         kind = OURS if case.framework == OURS else case.layout
         if not session.clock.allows(_reserve(session) + expected[kind].seconds):
             complete = False
             continue
+        if number in _KEPT_BEFORE:  # what comes next may take longer than there is time
+            keep(complete=False)
         say(f"preparing {case.method}, {case.framework} {case.layout}")
         flops = 2.0 * cell.batch * (counted[case.key]["macs"] or 0)
         try:
-            with expected[kind].timed():
+            with expected[kind].timed(session.clock):
                 ready.append(_prepare(case, peer, ceilings, flops, cell.dtype))
         except UserError:
             raise
         except Exception as error:  # out of memory, or a compiler that gives up
             failures.append({**_about(case), "failed": reason_of(error)})
             say(f"failed: {failures[-1]['failed']}")
+    record = keep(complete)
+    for row in record["rows"]:
+        if "step_ms" in row:
+            say(
+                f"{row['method']:10} {row['framework']:6} {row['layout']:30} {row['step_ms']:9.3f} ms"
+            )
+    ratios = ratios_to_peer(record["rows"])
+    profile = _profile(session, cell, ready[0])
+    session.keep(session.unit(cell.name), {**record, "over_peer": ratios, "profile": profile})
+    ready.clear()
+    if peer is not None:
+        release()
+
+
+def _timed(
+    ready: Sequence[Contender],
+    cell: StepCell,
+    ceilings: Ceilings,
+    counted: dict[tuple, dict[str, int | None]],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Runs the contenders in turn, in bursts, and returns their rows."""
     bursts = [_burst(contender) for contender in ready]
     programs = [lambda c=c, n=n: c.run(n) for c, n in zip(ready, bursts, strict=True)]
-    seconds = median_seconds(programs, 2 if session.rehearses else ROUNDS)
-    rows = [
+    seconds = median_seconds(programs, rounds)
+    return [
         _row(contender, cell, 1e3 * taken / n, ceilings, counted)
         for contender, taken, n in zip(ready, seconds, bursts, strict=True)
     ]
-    record = {"rows": rows + failures, "ceilings": ceilings._asdict(), "complete": complete}
-    session.keep(session.unit(cell.name), record)
-    for row in rows:
-        say(f"{row['method']:10} {row['framework']:6} {row['layout']:30} {row['step_ms']:9.3f} ms")
-    profile = _profile(session, cell, ready[0])
-    session.keep(session.unit(cell.name), {**record, "profile": profile})
-    ready.clear()
-    programs.clear()
-    if peer is not None:
-        release()
 
 
 def _reserve(session: Session) -> float:
@@ -212,10 +234,10 @@ def _cases(cell: StepCell, rehearses: bool, peer: TorchPeer | None) -> list[Case
     planned = plan_cases(config, dataset, METHODS, (BETA,), peer)
     place = {(c.method, OURS if c.framework == OURS else c.layout): c for c in planned}
     order = [key for key in ORDER if key in place]
-    if rehearses:  # on a CPU, to compile takes long: each mode and each method is tried once
+    if rehearses:  # on a CPU, to compile takes long: each method is tried once
         kept = {("dfs", OURS), ("dfs", BEST)}
         if cell == cells(True)[0]:
-            kept |= {(method, OURS) for method in METHODS} | {("dsn", SEARCHED)}
+            kept |= {(method, OURS) for method in METHODS}
         order = [key for key in order if key in kept]
     return [place[key] for key in order]
 

@@ -26,7 +26,7 @@ from benchmarks.accuracy.results import (
 from benchmarks.accuracy.runner import run_cells, run_directory
 from benchmarks.accuracy.suites import paper
 from benchmarks.gpu.clock import SECONDS_TO_SAVE, rescued, stops_in_time
-from benchmarks.gpu.data import PackedDatasets
+from benchmarks.gpu.data import VALIDATION_REHEARSED, PackedDatasets
 from benchmarks.gpu.session import Session, card
 from benchmarks.gpu.step import TINY
 from benchmarks.gpu.transport import read_run, remove_run, restore_state, save_run
@@ -132,7 +132,7 @@ def _tiny(config_of: Callable[[Cell], Config]) -> Callable[[Cell], Config]:
                 "batch_size": 50,
                 "eval_batch_size": 50,
                 "log_every_steps": 2,
-                "data.validation_examples": 100,
+                "data.validation_examples": VALIDATION_REHEARSED,
             }
         )
         if config.conflict_every_steps:  # 200 images are left
