@@ -182,11 +182,10 @@ def _measure(
     record = keep(complete)
     for row in record["rows"]:
         if "step_ms" in row:
-            say(
-                f"{row['method']:10} {row['framework']:6} {row['layout']:30} {row['step_ms']:9.3f} ms"
-            )
+            what = f"{row['method']:10} {row['framework']:6} {row['layout']:30}"
+            say(f"{what} {row['step_ms']:9.3f} ms")
     ratios = ratios_to_peer(record["rows"])
-    profile = _profile(session, cell, ready[0])
+    profile = _profile(session, cell, [c for c in ready if c.floors is not None])
     session.keep(session.unit(cell.name), {**record, "over_peer": ratios, "profile": profile})
     ready.clear()
     if peer is not None:
@@ -296,15 +295,17 @@ def _row(
     return row if contender.floors is None else {**row, **contender.floors._asdict()}
 
 
-def _profile(session: Session, cell: StepCell, contender: Contender) -> dict[str, Any]:
-    """Traces some steps and returns where their time went; the trace is kept for the first batch.
+def _profile(session: Session, cell: StepCell, ours: Sequence[Contender]) -> dict[str, Any]:
+    """Traces some steps of our first contender and returns where their time went.
 
-    The steps are dispatched one by one, as the timed ones are.
+    The steps are dispatched one by one, as the timed ones are. Of large batches of bfloat16 the
+    trace itself is kept too.
     """
     directory = session.work / "traces" / cell.name.replace("/", "-")
     shutil.rmtree(directory, ignore_errors=True)
-    contender.run(2)
     try:
+        contender = ours[0]
+        contender.run(2)
         with jax.profiler.trace(str(directory)):
             contender.run(TRACED_STEPS)
         trace = find_trace(directory)
