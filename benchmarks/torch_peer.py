@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dfs_jax.analysis.step_timing import StepPrograms, available_cores
+from dfs_jax.program import say
 from dfs_jax.training.experiment import Experiment
 from dfs_jax.types import UserError
 
@@ -78,6 +79,9 @@ class TorchPeer:
                 run.once(step.make_batch),
             )
         seconds, peak = run.warm_up(step.step)
+        skipped = torch_counter("cudagraph_skips")
+        if skipped:
+            say(f"PyTorch has left out {skipped} CUDA graphs so far")
         return StepPrograms(
             run.once(step.forward),
             run.once(step.forward_backward),
@@ -98,6 +102,13 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def torch_counter(name: str) -> int:
+    """Returns how often PyTorch's compiler counted something in this process."""
+    from torch._dynamo.utils import counters  # as private as the only place where it is told
+
+    return counters["inductor"][name]
 
 
 class _Runner:

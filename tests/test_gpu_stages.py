@@ -186,6 +186,7 @@ def test_a_rehearsal_is_no_measurement(tmp_path):
     real.fail(Unit("b"), RuntimeError("out of memory\nand more"))
     assert real.known(Unit("b")) is None
     assert real.results.read()["b"]["reason"] == "RuntimeError: out of memory"
+    assert real._replace(again=True).known(Unit("a")) is None
     carried = real._replace(output=tmp_path / "new", carried=tmp_path / "out")
     real.keep(Unit("c"), {"rows": []})
     assert carried.known(Unit("c")) is not None
@@ -261,11 +262,11 @@ def step_record(times, complete=True, card=CARD, **changes):
     return {**head, "hardware": {"kind": card}, **changes}
 
 
-def merged(tmp_path, stage, there, came):
+def merged(tmp_path, stage, there, came, **options):
     results, output = tmp_path / "results", tmp_path / "out"
     write_records(results / merge.merged_name(stage), {"a": there} if there else {})
     write_records(output / f"{stage}.json", {"a": came})
-    lines = merge.merge([output], results)
+    lines = merge.merge([output], results, **options)
     return read_records(results / merge.merged_name(stage)).get("a"), lines
 
 
@@ -288,6 +289,12 @@ def test_a_better_record_is_never_overwritten(tmp_path, there, came, is_taken):
     found, (line,) = merged(tmp_path, "step", there, came)
     assert found == (came if is_taken else there)
     assert ("merged, on H100" in line) == is_taken
+
+
+def test_after_a_change_what_is_as_complete_replaces(tmp_path):
+    there, same, less = step_record([1, 2]), step_record([3, 4]), step_record([5])
+    assert merged(tmp_path, "step", there, same, again=True)[0] == same
+    assert merged(tmp_path, "step", there, less, again=True)[0] == there
 
 
 def test_cells_of_the_table_name_their_card(tmp_path):

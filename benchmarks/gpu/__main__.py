@@ -32,6 +32,7 @@ def main() -> None:
     work = flags.DEFINE_string("work", None, "Directory of what stays here; OUTPUT/work if unset.")
     data = flags.DEFINE_string("data", "packed", "Directory of the packed set.")
     carried = flags.DEFINE_string("carried", None, "Directory of what an earlier session kept.")
+    again = flags.DEFINE_bool("again", False, "Measure what was merged earlier again.")
     rehearse = flags.DEFINE_bool("rehearse", False, "Tiny sizes, on whatever device there is.")
     flags.DEFINE_list("golden", [], "check: golden files or their directories, besides the tests'.")
     flags.DEFINE_string("cells", "*", "train: only cells whose name fits.")
@@ -56,6 +57,7 @@ def main() -> None:
             None if carried.value is None else Path(carried.value).absolute(),
             clock,
             rehearse.value,
+            again.value,
         )
         _check_device(session.rehearses)
         module = importlib.import_module(f"benchmarks.gpu.{stage.value}")

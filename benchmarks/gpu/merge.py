@@ -1,10 +1,10 @@
 """Merges what came back from a GPU into this repository's results.
 
-    python -m benchmarks.gpu.merge DIR...
+    python -m benchmarks.gpu.merge [--again] DIR...
 
 `DIR/paper.json` goes into benchmarks/results/paper.json, the results of the other stages into
-benchmarks/results/gpu_STAGE.json. A record that is there already is replaced by a better one alone;
-rehearsals, failures of what succeeded, and records that name no card are left out. Prints what
+benchmarks/results/gpu_STAGE.json. A record that is there already is replaced by a better one alone,
+and with `--again`, after a change of the program, by one that is as complete; rehearsals, failures of what succeeded, and records that name no card are left out. Prints what
 became of every record.
 """
 
@@ -30,12 +30,15 @@ from dfs_jax.types import UserError
 STAGES = ("check", "step", "infer", "paper")
 
 
-def merge(directories: Sequence[Path], results: Path = DIRECTORY) -> list[str]:
+def merge(
+    directories: Sequence[Path], results: Path = DIRECTORY, *, again: bool = False
+) -> list[str]:
     """Merges the results' files of directories and returns a line for each record.
 
     Args:
       directories: with `check.json`, `step.json`, `infer.json` or `paper.json`.
       results: directory of the merged files.
+      again: whether records that are as complete as those there replace them.
 
     Raises:
       UserError: a directory holds none of these files, or one that is no results' file.
@@ -47,17 +50,19 @@ def merge(directories: Sequence[Path], results: Path = DIRECTORY) -> list[str]:
             names = ", ".join(f"{stage}.json" for stage in STAGES)
             raise UserError(f"{directory} holds none of {names}: name a stage's output directory")
         for stage in found:
-            lines += _merge_file(stage, directory / f"{stage}.json", results / merged_name(stage))
+            source, target = directory / f"{stage}.json", results / merged_name(stage)
+            lines += _merge_file(stage, source, target, again)
     return lines
 
 
-def _merge_file(stage: str, source: Path, target: Path) -> list[str]:
+def _merge_file(stage: str, source: Path, target: Path, again: bool) -> list[str]:
     merged, lines = read_records(target), []
     is_current = _current_cell if stage == "paper" else _is_full
     for name, record in read_records(source).items():
-        reason = _refusal(name, record, is_current) or _worse(
-            record, merged.get(name), is_current, name
-        )
+        there = merged.get(name)
+        if there is not None and not _counts(name, there, is_current):
+            there = None
+        reason = _refusal(name, record, is_current) or _worse(record, there, again)
         if reason is None:
             merged[name] = record
         lines.append(f"{name}: {reason or 'merged, on ' + record['hardware']['kind']}")
@@ -80,11 +85,16 @@ def _refusal(name: str, record: Record, is_current: Current) -> str | None:
     return None
 
 
-def _worse(record: Record, there: Record | None, is_current: Current, name: str) -> str | None:
+def _counts(name: str, there: Record, is_current: Current) -> bool:
+    """Whether a record that is there already is worth anything."""
+    return there.get("status") == FINISHED and is_current(name, there)
+
+
+def _worse(record: Record, there: Record | None, again: bool) -> str | None:
     """Returns why what is there stays; None if it is replaced."""
-    if there is None or there.get("status") != FINISHED or not is_current(name, there):
+    if there is None or _worth(record) > _worth(there):
         return None
-    if _worth(record) > _worth(there):
+    if again and _worth(record) == _worth(there):
         return None
     return "left out, there is one already"
 
@@ -117,10 +127,11 @@ def _hash_of(suite: Suite, name: str) -> str | None:
 
 def main(arguments: Sequence[str]) -> int:
     """Merges the directories named, and returns the exit status."""
+    again, directories = "--again" in arguments, [a for a in arguments if a != "--again"]
     try:
-        if not arguments or any(argument.startswith("-") for argument in arguments):
-            raise UserError("name the directories that came back: merge DIR...")
-        for line in merge([Path(argument) for argument in arguments]):
+        if not directories or any(argument.startswith("-") for argument in directories):
+            raise UserError("name the directories that came back: merge [--again] DIR...")
+        for line in merge([Path(argument) for argument in directories], again=again):
             program.say(line)
     except UserError as error:
         return program.fail(str(error))

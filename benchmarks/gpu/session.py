@@ -40,6 +40,7 @@ class Session(NamedTuple):
       carried: directory of what earlier sessions brought back, or None.
       clock: of the stage.
       rehearses: whether sizes are tiny.
+      again: whether what was merged into this repository is measured again, as after a change.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Session(NamedTuple):
     carried: Path | None
     clock: Clock
     rehearses: bool
+    again: bool = False
 
     @property
     def results(self) -> Results:
@@ -66,7 +68,9 @@ class Session(NamedTuple):
 
     def known(self, unit: Unit) -> Record | None:
         """Returns the complete record of a unit, from here or from an earlier session, or None."""
-        places = [self.output / f"{self.stage}.json", DIRECTORY / merged_name(self.stage)]
+        places = [self.output / f"{self.stage}.json"]
+        if not self.again:
+            places.append(DIRECTORY / merged_name(self.stage))
         if self.carried is not None:
             places.append(self.carried / f"{self.stage}.json")
         for path in places:
