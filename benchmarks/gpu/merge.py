@@ -4,8 +4,8 @@
 
 `DIR/paper.json` goes into benchmarks/results/paper.json, the results of the other stages into
 benchmarks/results/gpu_STAGE.json. A record that is there already is replaced by a better one alone,
-and with `--again`, after a change of the program, by one that is as complete; rehearsals, failures of what succeeded, and records that name no card are left out. Prints what
-became of every record.
+and with `--again`, after a change of the program, by one that is as complete. Rehearsals, failures
+and records that name no card are left out. Prints what became of every record.
 """
 
 from __future__ import annotations
