@@ -188,6 +188,17 @@ def test_a_rehearsal_is_no_measurement(tmp_path):
     assert carried.known(Unit("c")) is not None
 
 
+def test_what_was_measured_is_never_lost(tmp_path):
+    given, unit = session(tmp_path, "step"), Unit("a")
+    two, one = ({"rows": [{"step_ms": 1.0}] * n, "complete": False} for n in (2, 1))
+    given.keep(unit, two)
+    given.keep(unit, one)
+    given.fail(unit, RuntimeError("killed"))
+    assert given.results.read()["a"]["rows"] == two["rows"]
+    given.keep(unit, {**one, "complete": True})
+    assert given.known(unit)["rows"] == one["rows"]
+
+
 def test_gradients_that_are_not_numbers_never_pass():
     ones, nan = {"grads": {"w": [1.0]}}, {"grads": {"w": [float("nan")]}}
     assert not max(compare_gradients(nan, ones).values()) <= check.TOLERANCE

@@ -23,7 +23,7 @@ from benchmarks.accuracy.results import (
     write_records,
 )
 from benchmarks.accuracy.suites import paper
-from benchmarks.gpu.session import FULL, merged_name
+from benchmarks.gpu.session import FULL, merged_name, worth
 from dfs_jax import program
 from dfs_jax.types import UserError
 
@@ -92,17 +92,11 @@ def _counts(name: str, there: Record, is_current: Current) -> bool:
 
 def _worse(record: Record, there: Record | None, again: bool) -> str | None:
     """Returns why what is there stays; None if it is replaced."""
-    if there is None or _worth(record) > _worth(there):
+    if there is None or worth(record) > worth(there):
         return None
-    if again and _worth(record) == _worth(there):
+    if again and worth(record) == worth(there):
         return None
     return "left out, there is one already"
-
-
-def _worth(record: Record) -> tuple[bool, int]:
-    """Orders records of one unit: a complete one, then one with more contenders that ran."""
-    rows = record.get("rows", ())
-    return record.get("complete", True), sum("failed" not in row for row in rows)
 
 
 def _is_full(name: str, record: Record) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,15 +82,37 @@ class Session(NamedTuple):
         return None
 
     def keep(self, unit: Unit, content: dict[str, Any]) -> None:
-        """Writes what was measured at once, with the card and the versions."""
+        """Writes what was measured at once, with the card and the versions.
+
+        Of an incomplete record here that has more rows, the more is kept until all are there.
+        """
         about = {"versions": versions(), "hardware": hardware()}
-        self.results.record(unit, self.size, FINISHED, {**content, **about})
+        there = self._here(unit)
+        if there is None or worth(content) >= worth(there):
+            self.results.record(unit, self.size, FINISHED, {**content, **about})
 
     def fail(self, unit: Unit, error: Exception) -> None:
-        """Writes that a unit failed, and why; the stage goes on with the others."""
+        """Writes that a unit failed, and why, unless some of it is there; the stage goes on."""
         reason = reason_of(error)
         say(f"{unit.name} failed: {reason}")
-        self.results.record(unit, self.size, FAILED, {"reason": reason, "hardware": hardware()})
+        if self._here(unit) is None:
+            self.results.record(unit, self.size, FAILED, {"reason": reason, "hardware": hardware()})
+
+    def _here(self, unit: Unit) -> Record | None:
+        """Returns what this output directory has of a unit, complete or not."""
+        record = self.results.read().get(unit.name, {})
+        counts = record.get("status") == FINISHED and record.get("config_hash") == self.size
+        return record if counts else None
+
+
+def worth(record: Mapping[str, Any]) -> tuple[bool, int]:
+    """Orders records of one unit: a complete one, then one with more rows that did not fail.
+
+    >>> worth({"rows": [{}, {"failed": "out of memory"}], "complete": False})
+    (False, 1)
+    """
+    rows = record.get("rows", ())
+    return record.get("complete", True), sum("failed" not in row for row in rows)
 
 
 @functools.cache

@@ -158,8 +158,13 @@ def _measure(
 
     def keep(complete: bool) -> dict[str, Any]:
         rows = _timed(ready, cell, ceilings, counted, 2 if session.rehearses else ROUNDS)
-        record = {"rows": rows + failures, "ceilings": ceilings._asdict(), "complete": complete}
-        session.keep(session.unit(cell.name), {**record, "over_peer": ratios_to_peer(rows)})
+        record = {
+            "rows": rows + failures,
+            "over_peer": ratios_to_peer(rows),
+            "ceilings": ceilings._asdict(),
+            "complete": complete,
+        }
+        session.keep(session.unit(cell.name), record)
         return record
 
     for number, case in enumerate(cases):
@@ -184,9 +189,8 @@ def _measure(
         if "step_ms" in row:
             what = f"{row['method']:10} {row['framework']:6} {row['layout']:30}"
             say(f"{what} {row['step_ms']:9.3f} ms")
-    ratios = ratios_to_peer(record["rows"])
     profile = _profile(session, cell, [c for c in ready if c.floors is not None])
-    session.keep(session.unit(cell.name), {**record, "over_peer": ratios, "profile": profile})
+    session.keep(session.unit(cell.name), {**record, "profile": profile})
     ready.clear()
     if peer is not None:
         release()
@@ -228,7 +232,7 @@ def _cases(cell: StepCell, rehearses: bool, peer: TorchPeer | None) -> list[Case
         "compute_dtype": cell.dtype,
         **(TINY[cell.network] if rehearses else {}),
     }
-    config = changed(without_augmentation(NETWORKS[cell.network]("dsn")), fields)
+    config = changed(without_augmentation(NETWORKS[cell.network]("dfs")), fields)
     dataset = noise_like(config, cell.batch)
     planned = plan_cases(config, dataset, METHODS, (BETA,), peer)
     place = {(c.method, OURS if c.framework == OURS else c.layout): c for c in planned}
