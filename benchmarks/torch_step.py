@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,44 +43,68 @@ _FORMATS = {
 class TorchStep:
     """An experiment's training step; see `dfs_jax.analysis.step_timing.StepPrograms`.
 
+    With `compute_dtype=bfloat16` the passes run under PyTorch's autocast of bfloat16, which casts
+    weights and features and keeps parameters, statistics and losses in float32.
+
     Args:
       experiment: whose model, fork, loss, optimizer and data are used; nothing is augmented.
-      layout: one of `TorchPeer.layouts`.
+      layout: "channels_first" or "channels_last".
+      device: "cpu" or "cuda".
+      compile_mode: mode of `torch.compile`; None runs eagerly.
 
     Raises:
       UserError: the experiment has a part that is not written in PyTorch here.
     """
 
-    def __init__(self, experiment: Experiment, layout: str):
+    def __init__(
+        self,
+        experiment: Experiment,
+        layout: str,
+        *,
+        device: str = "cpu",
+        compile_mode: str | None = None,
+    ):
         augmentation = experiment.config.data.augmentation
         if augmentation not in (None, "", "none"):
             raise UserError(
                 f"the torch peer does not augment, got {augmentation!r}: set it to none"
             )
-        self._format = _FORMATS[layout]
+        self._format, self._device = _FORMATS[layout], torch.device(device)
         network = build_network(experiment.model, experiment.fork)
         network.load_state_dict(_initial_weights(experiment))
-        self.network = network.train().to(memory_format=self._format)  # type: ignore[call-overload]
+        self.network = network.train().to(self._device, memory_format=self._format)  # type: ignore[call-overload]
         self._loss = torch_loss(experiment.loss)
         self._optimizer = _create_optimizer(experiment.config.optimizer, self.network)
         std = torch.tensor(experiment.dataset.std)
-        self._scale = (1 / (255 * std))[:, None, None]
-        self._shift = (torch.tensor(experiment.dataset.mean) / std)[:, None, None]
+        self._scale = (1 / (255 * std))[:, None, None].to(self._device)
+        mean = torch.tensor(experiment.dataset.mean)
+        self._shift = (mean / std)[:, None, None].to(self._device)
         self._batches = train_batches(experiment.dataset.train, experiment.sampler)
-        self.total, self.correct = torch.zeros(()), torch.zeros(self.network.num_exits)
+        self.total = torch.zeros((), device=self._device)
+        self.correct = torch.zeros(self.network.num_exits, device=self._device)
+        self._autocasts = experiment.config.get("compute_dtype") == "bfloat16"
+        self._compiled = compile_mode is not None
+        self._compute = _compiled(self._passes, compile_mode)
         self.make_batch()
 
     def make_batch(self) -> None:
         """Takes the next images and labels."""
         images, labels = next(self._batches)
         channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-        self._images = channels_first.contiguous(memory_format=self._format)
-        self._labels = torch.from_numpy(labels).long()
+        images = channels_first.contiguous(memory_format=self._format)
+        self._images = images.to(self._device)
+        self._labels = torch.from_numpy(labels).long().to(self._device)
 
     def forward(self) -> tuple[Tensor, TorchOutputs]:
         """Returns the summed losses in training mode, and what the network answered."""
-        outputs = self.network(self._images.float() * self._scale - self._shift)
-        return self._loss(outputs, self._labels), outputs
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._compute(self._images, self._labels)
+
+    def _passes(self, images: Tensor, labels: Tensor) -> tuple[Tensor, TorchOutputs]:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocasts):
+            outputs = self.network(images.float() * self._scale - self._shift)
+            return self._loss(outputs, labels), outputs
 
     def forward_backward(self) -> tuple[Tensor, TorchOutputs]:
         """Computes the gradients too."""
@@ -95,6 +121,20 @@ class TorchStep:
             answers = torch.stack(outputs.logits).argmax(dim=-1)
             self.correct += (answers == self._labels).sum(dim=1)
             self.total += len(self._labels) * total
+
+
+def _compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    """Returns a bound method, compiled as one graph for fixed shapes; as it is where mode is None.
+
+    It gets a code object of its own: PyTorch keeps what it compiled by code object, and gives up
+    after a few instances that share one.
+    """
+    if mode is None:
+        return function
+    plain: Any = function.__func__  # type: ignore[attr-defined]
+    own = types.FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
+    bound = functools.partial(own, function.__self__)  # type: ignore[attr-defined]
+    return torch.compile(bound, mode=mode, fullgraph=True, dynamic=False)
 
 
 def build_network(model: MultiExitModel, fork: Fork) -> TorchNetwork:
@@ -127,7 +167,7 @@ def _deep_supervision(loss: DeepSupervision, outputs: TorchOutputs, labels: Tens
     entropies = _cross_entropies(outputs, labels, loss.label_smoothing)
     losses = torch.stack(entropies)
     if loss.exit_weights is not None:
-        losses = losses * torch.tensor(loss.exit_weights, dtype=losses.dtype)
+        losses = losses * losses.new_tensor(loss.exit_weights)
     return losses.sum()
 
 

@@ -80,7 +80,7 @@ def test_the_parts_are_those_of_the_training_step(tiny):
 
 def test_a_whole_step_is_the_same_and_goes_on(tiny):
     experiment, _ = tiny
-    whole, parts = compile_whole_step(experiment), compile_step(experiment)
+    whole, parts = compile_whole_step(experiment).run, compile_step(experiment)
     for number in (1, 2):
         ours, other = whole(), parts.step()
         assert int(ours.step) == number

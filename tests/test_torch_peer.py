@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.torch_peer import COMPILED, EAGER, TorchPeer, release
 from dfs_jax.analysis.method_costs import PEERS
+from dfs_jax.analysis.step_timing import compile_whole_step
 from dfs_jax.forks import create_fork
 from dfs_jax.interop import from_torch_state_dict
 from dfs_jax.interop.golden import COMPILER_OPTIONS
@@ -151,7 +153,7 @@ def test_steps_are_ours():
     changes = {f"optimizer.{key}": value for key, value in options.items()}
     changes["schedule.name"] = "constant"
     experiment = build_experiment(tiny_config(**UNAUGMENTED, **changes))
-    others = [TorchStep(experiment, layout) for layout in PEERS.resolve("torch").layouts]
+    others = [TorchStep(experiment, layout) for layout in EAGER]
     state, step = initial_state(experiment), training_step(experiment)
     dataset, sampler = experiment.dataset, experiment.sampler
     for number in range(3):
@@ -200,7 +202,51 @@ def test_parts_that_the_peer_lacks():
             build_network(model, create_fork("plain"))
 
 
-def test_the_peer_stands_beside_a_cpu_alone(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(UserError, match="JAX on the gpu: set JAX_PLATFORMS=cpu"):
+def test_the_peer_runs_where_jax_does(monkeypatch):
+    assert PEERS.create("torch").layouts == EAGER
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="no tpu here, on which JAX runs: set JAX_PLATFORMS=cpu"):
         PEERS.create("torch")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no gpu here"):
+        PEERS.create("torch")
+
+
+def test_blocks_compute_in_the_type_that_the_config_names():
+    """As ours: parameters and losses stay float32."""
+    changes = {**UNAUGMENTED, "schedule.name": "constant"}
+    plain, mixed = (
+        TorchStep(build_experiment(tiny_config(**changes, compute_dtype=dtype)), "channels_last")
+        for dtype in (None, "bfloat16")
+    )
+    (total, outputs), (exact, _) = mixed.forward(), plain.forward()
+    assert outputs.logits[0].dtype == torch.bfloat16
+    assert total.dtype == next(mixed.network.parameters()).dtype == torch.float32
+    assert total.item() != exact.item()
+    assert total.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", ["plain", "dfs"])
+def test_compiled_steps_are_the_eager_ones(fork):
+    changes = {**UNAUGMENTED, "schedule.name": "constant", "fork.name": fork}
+    experiment = build_experiment(tiny_config(**changes))
+    peer = TorchPeer(compiles=True)
+    assert peer.layouts == COMPILED
+    programs = peer.compile_step(experiment, COMPILED[0])
+    eager = TorchStep(experiment, "channels_last")
+    for _ in range(3):  # as many as warm up
+        eager.step()
+    total, _ = eager.forward()
+    assert programs.forward()[0].item() == pytest.approx(total.item(), rel=1e-4)
+    programs.step(2)
+    assert programs.compile_s > 0
+    release()
+
+
+def test_a_number_of_steps_is_taken():
+    experiment = build_experiment(tiny_config(**UNAUGMENTED))
+    programs = PEERS.create("torch").compile_step(experiment, EAGER[0])
+    programs.step(3)
+    assert int(compile_whole_step(experiment).run(3).step) == 3

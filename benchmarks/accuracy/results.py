@@ -6,11 +6,10 @@ import contextlib
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.accuracy.cells import Cell
 from dfs_jax.files import write_whole
 from dfs_jax.types import UserError
 
@@ -18,6 +17,13 @@ FINISHED, FAILED = "finished", "failed"
 DIRECTORY = Path(__file__).resolve().parent.parent / "results"
 
 Record = dict[str, Any]
+
+
+class Named(Protocol):
+    """What a record is of, such as a `Cell`."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class Results:
@@ -32,49 +38,40 @@ class Results:
         self.path, self._locks = path, locks
 
     def read(self) -> dict[str, Record]:
-        """Returns what is recorded, by the cells' names.
+        """Returns what is recorded, by the cells' names; see `read_records`."""
+        return read_records(self.path)
 
-        Raises:
-          UserError: the file is no results' file.
-        """
-        if not self.path.exists():
-            return {}
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))["cells"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is no results' file: restore or delete it") from error
-
-    def finished(self, cell: Cell, config_hash: str) -> Record | None:
+    def finished(self, cell: Named, config_hash: str) -> Record | None:
         """Returns the cell's record, or None where it did not finish, or not with this config."""
         return finished_record(self.read(), cell, config_hash)
 
-    def failed_since(self, cell: Cell, moment: float) -> bool:
+    def failed_since(self, cell: Named, moment: float) -> bool:
         """Returns whether the cell failed after that moment, in seconds since the epoch."""
         record = self.read().get(cell.name, {})
         return record.get("status") == FAILED and record["at"] >= moment
 
-    def record(self, cell: Cell, config_hash: str, status: str, content: Record) -> None:
+    def record(self, cell: Named, config_hash: str, status: str, content: Record) -> None:
         """Writes a cell's record in place of an older one."""
         head = {"status": status, "config_hash": config_hash, "at": time.time()}
         with _locked(self._locks / "results.lock", wait=True):
             cells = {**self.read(), cell.name: {**head, **content}}
-            write_whole(self.path, _one_line_a_cell(cells).encode())
+            write_records(self.path, cells)
 
-    def add(self, cell: Cell, content: Record) -> None:
+    def add(self, cell: Named, content: Record) -> None:
         """Writes more, or other values, into a cell's record."""
         with _locked(self._locks / "results.lock", wait=True):
             cells = self.read()
             cells[cell.name] |= content
-            write_whole(self.path, _one_line_a_cell(cells).encode())
+            write_records(self.path, cells)
 
     @contextlib.contextmanager
-    def claim(self, cell: Cell) -> Iterator[bool]:
+    def claim(self, cell: Named) -> Iterator[bool]:
         """Yields whether this process has the cell for itself; a killed process gives it back."""
         with _locked(self._locks / f"{cell.name.replace('/', '__')}.lock", wait=False) as mine:
             yield mine
 
 
-def finished_record(records: dict[str, Record], cell: Cell, config_hash: str) -> Record | None:
+def finished_record(records: dict[str, Record], cell: Named, config_hash: str) -> Record | None:
     """Returns the record of a cell that finished with this config, or None."""
     record = records.get(cell.name, {})
     current = record.get("status") == FINISHED and record.get("config_hash") == config_hash
@@ -93,7 +90,25 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def _one_line_a_cell(cells: dict[str, Record]) -> str:
+def read_records(path: Path) -> dict[str, Record]:
+    """Returns the records of a results' file by the cells' names; none where there is no file.
+
+    Raises:
+      UserError: the file is no results' file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no results' file: restore or delete it") from error
+
+
+def write_records(path: Path, cells: Mapping[str, Record]) -> None:
     """Writes records so that a cell more is a line more to whoever compares two versions."""
+    write_whole(path, _one_line_a_cell(cells).encode())
+
+
+def _one_line_a_cell(cells: Mapping[str, Record]) -> str:
     lines = [f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in cells.items()]
     return '{"cells": {\n' + ",\n".join(lines) + "\n}}\n"

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +44,12 @@ class Datasets:
         """Returns the data set of a config."""
         key = json.dumps(config.data.to_dict(), sort_keys=True)
         if key not in self._read:
-            self._read[key] = dataset_from_config(config.data)
+            self._read[key] = self.load(config)
         return self._read[key]
+
+    def load(self, config: Config) -> Dataset:
+        """Reads the data set of a config."""
+        return dataset_from_config(config.data)
 
 
 class Outcome(NamedTuple):
@@ -70,6 +74,8 @@ def run_cells(
     *,
     data_dir: str | None = None,
     minutes: float | None = None,
+    datasets: Datasets | None = None,
+    dispose: Callable[[Cell, Path], None] | None = None,
 ) -> Outcome:
     """Trains and evaluates every cell that is not finished and that no other process has.
 
@@ -83,8 +89,11 @@ def run_cells(
       runs: directory of the runs under way; that of a finished one is removed.
       data_dir: for the configs; None leaves theirs.
       minutes: no cell begins that would end after as many; None: no limit.
+      datasets: where data sets come from; None: read as the configs say.
+      dispose: what becomes of the directory of a finished run; None removes it.
     """
-    began, finished, failed, datasets = time.time(), 0, 0, Datasets()
+    began, finished, failed, datasets = time.time(), 0, 0, datasets or Datasets()
+    dispose = dispose or (lambda _, run: shutil.rmtree(run, ignore_errors=True))
     for cell in cells:
         config = cell_config(suite, cell, data_dir)
         known_as = config_hash(config)
@@ -95,7 +104,7 @@ def run_cells(
             if _late(began, minutes, suite.seconds_of(cell)):
                 return Outcome(finished, failed, f"{minutes:g} minutes are over")
             say(f"--- {cell.name}")
-            run = runs / f"{cell.name.replace('/', '__')}-{known_as}"
+            run = run_directory(runs, cell, known_as)
             try:
                 record = fill(config, run, datasets, split=suite.reported_split)
             except Exception as error:
@@ -108,10 +117,15 @@ def run_cells(
             if record is None:
                 return Outcome(finished, failed, "stopped by a signal")
             results.record(cell, known_as, FINISHED, record)
-            shutil.rmtree(run, ignore_errors=True)
+            dispose(cell, run)
             finished += 1
             say(f"--- {cell.name}: {record['seconds']:.0f} s, {_percents(record['exits'])}")
     return Outcome(finished, failed, None)
+
+
+def run_directory(runs: Path, cell: Cell, known_as: str) -> Path:
+    """Returns where a cell with a config of that hash is trained."""
+    return runs / f"{cell.name.replace('/', '__')}-{known_as}"
 
 
 def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record | None:

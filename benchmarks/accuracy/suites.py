@@ -9,6 +9,7 @@ headline was fixed beforehand: DFS symmetric at beta 0.5 against DSN, three pair
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.accuracy.cells import Cell, Suite, grid
@@ -221,15 +222,59 @@ PUBLISHED_SETTINGS: dict[str, tuple[tuple[str, ...], int, int]] = {
     "cifar100_msdnet": (("dsn", "ge", "cagrad", "pcgrad", "nash_mtl", "dfs"), 300, 3),
     "imagenet_msdnet": (("dsn", "ge", "cagrad", "pcgrad", "dfs"), 90, 1),
 }
+# What is worth most, first; what the settings have besides comes last.
+FIRST_METHODS = {
+    "cifar100_resnet18": ("dfs", "byot", "dsn"),
+    "cifar100_vgg7": ("dsn", "byot", "dfs_beta0.5", "dfs_beta0.1", "dfs_beta0.9"),
+    "cifar100_msdnet": ("dfs", "dsn", "ge", "pcgrad"),
+}
+# Networks with their last exit alone, by width: what a user would train instead of several exits.
+STATIC_WIDTHS = {"cifar100_resnet18": (64, 45, 32), "cifar100_vgg7": (64, 45, 32)}
+_STATIC_MODELS: dict[str, dict[str, Any]] = {
+    "cifar100_resnet18": {"model.name": "benchmarks.accuracy.static:StaticResNet18"},
+    "cifar100_vgg7": {"model.exits": (6,)},
+}
+_EVALUATIONS = 50  # of a published run, each with a checkpoint
 
 
 def paper(seeds: int | None = None) -> Suite:
     """Returns the published settings, for whoever has the accelerator."""
-    cells: tuple[Cell, ...] = ()
-    for name, (methods, epochs, usual) in PUBLISHED_SETTINGS.items():
-        data = _published_config(name, "dfs").data.name
-        cells += grid([name], [data], methods, epochs, range(usual if seeds is None else seeds))
+    first = [
+        grid([name], [_data_of(name)], methods, _epochs_of(name), _seeds_of(name, seeds))
+        for name, methods in FIRST_METHODS.items()
+    ]
+    static = [
+        grid([name], [_data_of(name)], [f"static_w{w}" for w in widths], _epochs_of(name), [0])
+        for name, widths in STATIC_WIDTHS.items()
+    ]
+    others = [
+        grid([name], [_data_of(name)], _others(name), _epochs_of(name), _seeds_of(name, seeds))
+        for name in PUBLISHED_SETTINGS
+    ]
+    cells = (
+        *(cell for group in first for cell in group if cell.seed == 0),
+        *(cell for group in static for cell in group),
+        *sorted((c for group in first for c in group if c.seed), key=lambda c: c.seed),
+        *(cell for group in others for cell in group),
+    )
     return Suite("paper", cells, _paper_config, lambda cell: None)
+
+
+def _others(name: str) -> tuple[str, ...]:
+    methods, *_ = PUBLISHED_SETTINGS[name]
+    return tuple(method for method in methods if method not in FIRST_METHODS.get(name, ()))
+
+
+def _data_of(name: str) -> str:
+    return _published_config(name, "dfs").data.name
+
+
+def _epochs_of(name: str) -> int:
+    return PUBLISHED_SETTINGS[name][1]
+
+
+def _seeds_of(name: str, asked: int | None) -> range:
+    return range(PUBLISHED_SETTINGS[name][2] if asked is None else asked)
 
 
 SUITES = {"small": small, "search": search, "paper": paper}
@@ -264,11 +309,39 @@ def _small_config(cell: Cell) -> Config:
 
 
 def _paper_config(cell: Cell) -> Config:
+    """Returns a published config, with what a GPU's run changes: see `docs/gpu.md`.
+
+    Blocks compute in bfloat16, and evaluations are few. Of a cell with other epochs than published
+    the learning rate decays at the same fractions of the run.
+    """
     method, _, beta = cell.method.partition("_beta")
-    config = _published_config(cell.network, method)
+    static, _, width = cell.method.partition("_w")
+    config = _published_config(cell.network, "dsn" if static == "static" else method)
+    config.compute_dtype = "bfloat16"
+    config.eval_every_epochs = max(1, cell.epochs // _EVALUATIONS)
+    published, decays = _epochs_of(cell.network), config.schedule.decay_epochs
+    if decays is not None and cell.epochs != published:
+        config.schedule.decay_epochs = _scaled(decays, cell.epochs, published)
     if beta:
         config.fork.partition_ratio = (float(beta),)
+    if static == "static":
+        config.update_from_flattened_dict(_STATIC_MODELS[cell.network])
+        config.model.width = int(width)
+    if cell.method == "dsn" and cell.data == "cifar100":  # once, at the end
+        config.conflict_every_steps = cell.epochs * (_IMAGES // config.batch_size)
     return config
+
+
+def _scaled(decays: Sequence[int], epochs: int, published: int) -> tuple[int, ...]:
+    """Returns the epochs of decay of a shorter or longer run, none beyond its last.
+
+    >>> _scaled((250, 280, 295), 30, 300), _scaled((250, 280, 295), 2, 300)
+    ((25, 28, 29), (1,))
+    """
+    if epochs < 2:
+        raise UserError(f"a run whose learning rate decays has at least 2 epochs, got {epochs}")
+    places = (round(epoch * epochs / published) for epoch in decays)
+    return tuple(sorted({min(max(place, 1), epochs - 1) for place in places}))
 
 
 def _published_config(name: str, method: str) -> Config:

@@ -47,7 +47,8 @@ def time_cells(
         for method, (cell, *_) in alike.items():
             say(f"preparing {'/'.join(place)}/{method}")
             config = cell_config(suite, cell, data_dir)
-            programs.append(compile_whole_step(build_experiment(config, datasets.of(config))))
+            experiment = build_experiment(config, datasets.of(config))
+            programs.append(compile_whole_step(experiment).run)
         seconds = median_seconds(programs, rounds)
         for (method, same), taken in zip(alike.items(), seconds, strict=True):
             say(f"{'/'.join(place)}/{method}: {1e3 * taken:.1f} ms a step")

@@ -140,15 +140,15 @@ def measure_training_cost(
     for batch_size in batch_sizes or ():
         check_whole("each of batch_sizes", batch_size)
     check_config(config)
-    rival = None if peer is None else _create_peer(peer)
-    config = config if rival is None else _without_augmentation(config)
+    rival = None if peer is None else create_peer(peer)
+    config = config if rival is None else without_augmentation(config)
     batch_sizes = batch_sizes or [config.batch_size]
-    dataset = _noise_like(config, max(batch_sizes))
+    dataset = noise_like(config, max(batch_sizes))
     planned = [
-        _plan(_changed(config, {"batch_size": size}), dataset, methods, partition_ratios, rival)
+        plan_cases(changed(config, {"batch_size": size}), dataset, methods, partition_ratios, rival)
         for size in batch_sizes
     ]
-    operations = _count_operations(planned[0])  # of one image, whatever the batch
+    operations = count_operations(planned[0])  # of one image, whatever the batch
     rows: list[CostRow] = []
     for cases in planned:
         measured = [
@@ -160,14 +160,23 @@ def measure_training_cost(
     return rows
 
 
-def _plan(
+def plan_cases(
     config: Config,
     dataset: Dataset,
     names: Sequence[str] | None,
     ratios: Sequence[float],
     rival: Peer | None,
 ) -> list[Case]:
-    """Builds the experiments of one batch size: our rows, then the peer's."""
+    """Builds the experiments of one batch size: our rows, then the peer's.
+
+    Args:
+      config: of a run, its batch size the one that is measured.
+      dataset: of `noise_like`.
+      names: methods or names in `VARIANTS`; None for `DEFAULT_METHODS`, as far as the model has
+        their options.
+      ratios: betas of DFS.
+      rival: of `create_peer`, or None.
+    """
     ours = []
     for name in names or _default_methods(config):
         for ratio in _ratios_of(name, ratios):
@@ -221,22 +230,24 @@ def _config_of(config: Config, name: str, ratio: float | None) -> Config:
             fields |= {f"{section}.{key}": None for key in config[section]}
             fields[f"{section}.name"] = component
     fields["fork.partition_ratio"] = None if ratio is None else (ratio,)
-    return _changed(config, {**fields, "gradients.exits": variant.exits})
+    return changed(config, {**fields, "gradients.exits": variant.exits})
 
 
-def _without_augmentation(config: Config) -> Config:
+def without_augmentation(config: Config) -> Config:
+    """Returns the config without what a peer does not do to images."""
     options = {f"data.{key}": None for key in config.data if key.startswith(_AUGMENTATION_OPTIONS)}
-    return _changed(config, {"data.augmentation": "none", **options})
+    return changed(config, {"data.augmentation": "none", **options})
 
 
-def _changed(config: Config, fields: dict[str, Any]) -> Config:
+def changed(config: Config, fields: dict[str, Any]) -> Config:
+    """Returns a copy of the config with other values for some fields, "model.width" style."""
     config = copy.deepcopy(config)
     with config.unlocked():
         config.update_from_flattened_dict(fields)
     return config
 
 
-def _noise_like(config: Config, batch_size: int) -> Dataset:
+def noise_like(config: Config, batch_size: int) -> Dataset:
     """Returns a few batches of noise in the shape of the config's set."""
     num_classes, image_shape = image_set_shape(config.data)
     draw, count = np.random.default_rng(config.seed), _MADE_UP_BATCHES * batch_size
@@ -247,7 +258,8 @@ def _noise_like(config: Config, batch_size: int) -> Dataset:
     return Dataset(config.data.name, split, None, split, names, mean, std)
 
 
-def _create_peer(name: str) -> Peer:
+def create_peer(name: str) -> Peer:
+    """Returns a peer of `PEERS`; raises UserError where it is not installed."""
     try:
         return PEERS.create(name)
     except ModuleNotFoundError as error:
@@ -256,7 +268,7 @@ def _create_peer(name: str) -> Peer:
         raise UserError(f"the {name} peer is not installed: run in this repository") from error
 
 
-def _count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int | None]]:
+def count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int | None]]:
     """Returns the operations of every kind of case, by its key."""
     counted = {}
     for case in cases:

@@ -45,7 +45,8 @@ class StepPrograms(NamedTuple):
       forward: normalises the images and computes the summed losses in training mode.
       forward_backward: and their gradient, the exits' own ones combined where a method does so;
         of a method that looks ahead, its trials and the optimizer's updates too.
-      step: and the optimizer's update and the sums of accuracies: the whole step.
+      step: and the optimizer's update and the sums of accuracies: the whole step. Takes a number of
+        steps (1 by default), and waits for the last one alone.
       data: makes the next batch and puts it on the device.
       compile_s: seconds to trace and compile the step, nothing of it kept from earlier; None for
         frameworks that compile nothing.
@@ -55,7 +56,7 @@ class StepPrograms(NamedTuple):
 
     forward: Program
     forward_backward: Program
-    step: Program
+    step: Callable[..., Any]
     data: Program
     compile_s: float | None = None
     peak_mib: float | None = None
@@ -163,25 +164,45 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
     )
 
 
-def compile_whole_step(experiment: Experiment) -> Program:
-    """Compiles an experiment's own training step, or takes it from the cache, ready to run.
+class WholeStep(NamedTuple):
+    """A compiled training step, ready to run.
 
-    It takes one batch again and again, and returns the state after it.
+    Attributes:
+      run: takes a number of steps (1 by default), waits for the last one alone, and returns the
+        state after it.
+      compiled: the program.
+      compile_s: seconds to trace and compile it, less where it came from the cache.
+    """
+
+    run: Callable[..., TrainState]
+    compiled: Any
+    compile_s: float
+
+
+def compile_whole_step(experiment: Experiment) -> WholeStep:
+    """Compiles an experiment's own training step, or takes it from the cache.
+
+    It takes one batch again and again.
     """
     images, labels = put_batch(
         next(train_batches(experiment.dataset.train, experiment.sampler)), experiment.mesh
     )
     state = initial_state(experiment)
+    begin = time.perf_counter()
     step = training_step(experiment).lower(state, images, labels).compile()
-    return _stepping(step, state, images, labels)
+    seconds = time.perf_counter() - begin
+    return WholeStep(_stepping(step, state, images, labels), step, seconds)
 
 
-def _stepping(step: Any, state: TrainState, images: jax.Array, labels: jax.Array) -> Program:
+def _stepping(
+    step: Any, state: TrainState, images: jax.Array, labels: jax.Array
+) -> Callable[..., TrainState]:
     running = [state]  # the step takes it over and leaves the next one
 
-    def run() -> TrainState:
-        running[0] = jax.block_until_ready(step(running[0], images, labels))
-        return running[0]
+    def run(steps: int = 1) -> TrainState:
+        for _ in range(steps):
+            running[0] = step(running[0], images, labels)
+        return jax.block_until_ready(running[0])
 
     return run
 

@@ -107,6 +107,25 @@ def describe_dataset(
     return _divided(name, raw, validation_examples, split_seed, chosen)
 
 
+def dataset_from_raw(
+    name: str,
+    raw: RawDataset,
+    *,
+    validation_examples: int | None = None,
+    split_seed: int = 0,
+    statistics: str | None = None,
+) -> Dataset:
+    """Returns the set that `load_dataset` makes of `name`, from examples that were read elsewhere.
+
+    Args:
+      name: of the set, on which the defaults of what is held out and of statistics depend.
+      raw: its examples.
+      validation_examples: as in `load_dataset`, as all that follow; errors likewise.
+    """
+    chosen = _statistics_of(name, statistics)
+    return _divided(name, check_raw_dataset(name, raw), validation_examples, split_seed, chosen)
+
+
 def _divided(
     name: str,
     raw: RawDataset,

@@ -101,10 +101,15 @@ def load_staged(
     state, step = Checkpoints(workdir, read_only=True).restore(
         checkpoint, abstract_state(experiment)
     )
+    return staged_run(experiment, state.eval_variables, step)
+
+
+def staged_run(experiment: Experiment, variables: dict[str, Any], step: int) -> StagedRun:
+    """Returns an experiment's network with the given variables, those after `step` steps."""
     dataset = experiment.dataset
     stages = model_stages(
         experiment.model,
-        state.eval_variables,
+        variables,
         experiment.fork,
         prepare=functools.partial(normalise, mean=dataset.mean, std=dataset.std),
     )

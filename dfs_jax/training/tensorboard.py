@@ -1,14 +1,16 @@
-"""Scalars as TensorBoard events, written at once: a full disk is seen where it happens."""
+"""Scalars as TensorBoard events, written at once: a full disk is seen where it happens.
+
+tensorboardX is imported with the first scalar: a machine that lacks it trains all the same.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-from tensorboardX.summary import scalar
+from absl import logging
 
 
 class EventsFile:
@@ -24,16 +26,22 @@ class EventsFile:
     def __init__(self, directory: Path, start_step: int):
         self._directory = directory
         self._start_step = start_step
-        self._writer: EventsWriter | None = None
+        self._writer: Any = None
+        self._is_missing = False
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of one step.
+        """Writes the scalars of one step; without tensorboardX only says, once, that it is missing.
 
         Raises:
           OSError: they could not be written.
         """
-        if self._writer is None:
+        if self._writer is None and not self._is_missing:
             self._writer = self._open()
+        if self._writer is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
+        from tensorboardX.summary import scalar
+
         for name, value in scalars.items():
             summary = scalar(name, value)
             self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
@@ -44,7 +52,14 @@ class EventsFile:
         if self._writer is not None:
             self._writer.close()
 
-    def _open(self) -> EventsWriter:
+    def _open(self) -> Any:
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+        except ModuleNotFoundError:
+            self._is_missing = True
+            logging.warning("tensorboardX is not installed: metrics.jsonl alone is written")
+            return None
         self._directory.mkdir(exist_ok=True)
         writer = EventsWriter(str(self._directory / "events"))
         if self._start_step:

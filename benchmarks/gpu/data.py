@@ -1,0 +1,51 @@
+"""The packed set as runs take it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from benchmarks.accuracy.runner import Datasets
+from benchmarks.gpu.packed import unpack
+from dfs_jax.data import Dataset
+from dfs_jax.data.dataset import RawDataset, Split
+from dfs_jax.data.sources import dataset_from_raw
+from dfs_jax.types import Config
+
+REHEARSED = (300, 100)  # training and test images
+VALIDATION_REHEARSED = 100  # of the former
+
+
+class PackedDatasets(Datasets):
+    """Data sets from a directory of `benchmarks.gpu.pack`, each unpacked once.
+
+    Args:
+      directory: of the packed files.
+      rehearses: whether only the first examples are kept.
+    """
+
+    def __init__(self, directory: Path, *, rehearses: bool = False):
+        super().__init__()
+        self._directory, self._rehearses = directory, rehearses
+        self._raw = functools.cache(self._unpack)
+
+    def load(self, config: Config) -> Dataset:
+        """Returns the set of a config, divided and normalised as that config says."""
+        section = config.data
+        return dataset_from_raw(
+            section.name,
+            self._raw(section.name),
+            validation_examples=section.validation_examples,
+            split_seed=section.split_seed,
+            statistics=section.statistics,
+        )
+
+    def _unpack(self, name: str) -> RawDataset:
+        raw = unpack(name, self._directory)
+        if not self._rehearses:
+            return raw
+        train, test = (
+            Split(split.images[:count], split.labels[:count])
+            for split, count in zip((raw.train, raw.test), REHEARSED, strict=True)
+        )
+        return raw._replace(train=train, test=test)
