@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
 from dfs_jax.training.config import options, read_config
+from dfs_jax.training.dispatch import BATCH
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.rule_config import check_rule, rule_from_config
@@ -31,6 +33,7 @@ from dfs_jax.training.sharding import (
     on_mesh,
     put_replicated,
     put_where,
+    replicated,
 )
 from dfs_jax.training.state import TrainState, create_state
 from dfs_jax.training.state_sharding import check_split, is_split, tree_shardings
@@ -189,8 +192,8 @@ def accumulate_steps(config: Config) -> int:
     return 1 if steps is None else steps
 
 
-def training_step(experiment: Experiment) -> TrainStep:
-    """Returns the compiled training step of an experiment."""
+def training_step(experiment: Experiment, takes: str = BATCH) -> TrainStep:
+    """Returns the compiled training step of an experiment, or several in one; see `dispatch`."""
     e = experiment
     return make_train_step(
         e.model,
@@ -206,11 +209,12 @@ def training_step(experiment: Experiment) -> TrainStep:
         exits=e.config.gradients.exits,
         accumulate_steps=accumulate_steps(e.config),
         state_shardings=state_shardings(e),
+        takes=takes,
     )
 
 
-def evaluation_step(experiment: Experiment):
-    """Returns the compiled evaluation step of an experiment."""
+def evaluation_step(experiment: Experiment, takes: str = BATCH):
+    """Returns the compiled evaluation step of an experiment; see `make_eval_step`."""
     e = experiment
     return make_eval_step(
         e.model,
@@ -219,7 +223,18 @@ def evaluation_step(experiment: Experiment):
         std=e.dataset.std,
         mesh=e.mesh,
         variable_shardings=variable_shardings(e),
+        takes=takes,
     )
+
+
+def state_copier(experiment: Experiment) -> Callable[[TrainState], TrainState]:
+    """Returns what copies a state on its devices, for use after the next step took the original."""
+    where = state_shardings(experiment) or replicated(experiment.mesh)
+
+    def copied(state: TrainState) -> TrainState:
+        return jax.tree.map(jax.numpy.copy, state)
+
+    return jit_for_mesh(copied, experiment.mesh, out_shardings=where)
 
 
 def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:
