@@ -11,6 +11,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
+from dfs_jax.cpu_kernels.loops import quick_convolutions_in_loops
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch, GradientRule, Trained
@@ -96,6 +97,8 @@ def make_train_step(
         )
 
     steps, inputs = dispatched(train_step, takes, mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        steps = quick_convolutions_in_loops(steps)
     where = replicated(mesh) if state_shardings is None else state_shardings
     return jit_for_mesh(
         steps, mesh, in_shardings=(where, *inputs), out_shardings=where, donate_argnums=0
