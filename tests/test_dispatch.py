@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -12,6 +13,7 @@ import pytest
 
 from dfs_jax.training import feed, loop
 from dfs_jax.training.checkpoint import Checkpoints
+from dfs_jax.training.dispatch import BATCHES
 from dfs_jax.training.evaluate import ResidentSplit, evaluate
 from dfs_jax.training.experiment import (
     abstract_state,
@@ -20,7 +22,7 @@ from dfs_jax.training.experiment import (
     initial_state,
     training_step,
 )
-from dfs_jax.training.feed import DeviceFeed, HostFeed, lies_on_device
+from dfs_jax.training.feed import DeviceFeed, HostFeed, create_feed, lies_on_device
 from dfs_jax.training.loop import train
 from dfs_jax.training.metrics import read_metrics
 from dfs_jax.types import UserError
@@ -221,6 +223,33 @@ def test_where_images_lie(monkeypatch):
     monkeypatch.setattr(feed, "_place", lambda _: feed._Place("gpu", size - 1))
     with pytest.raises(UserError, match=r"data.on_device=True: the images take .* leave it unset"):
         lies_on_device(build_experiment(tiny_config(**SMALL, **{"data.on_device": True})))
+
+
+class OnDisk:
+    """Stands for a split that is read while it is used."""
+
+    def __init__(self, split):
+        self._split = split
+        self.num_examples, self.image_shape = split.num_examples, split.image_shape
+
+    def train_batches(self, sampler, start, stop, rows):
+        for step in range(start, stop):
+            yield tuple(self._split.take(sampler.indices(step)[rows]))
+
+
+def test_a_streamed_set_is_sent_in_stacks_and_refuses_to_lie_on_the_device():
+    asked = build_experiment(tiny_config(**SMALL, **{"data.on_device": True}))
+    streamed = dataclasses.replace(asked.dataset, train=OnDisk(asked.dataset.train))
+    with pytest.raises(UserError, match=r"data.on_device=True is for sets .* this one is streamed"):
+        lies_on_device(asked._replace(dataset=streamed))
+    config = tiny_config(**SMALL, steps_per_dispatch=3)
+    sent = create_feed(asked._replace(dataset=streamed, config=config), 0)
+    images, labels = sent.next(3)
+    assert sent.takes == BATCHES
+    for step in range(3):
+        expected = asked.dataset.train.take(asked.sampler.indices(step))
+        np.testing.assert_array_equal(images[step], expected.images)
+        np.testing.assert_array_equal(labels[step], expected.labels)
 
 
 @pytest.mark.parametrize(
