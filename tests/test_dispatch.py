@@ -13,7 +13,7 @@ import pytest
 
 from dfs_jax.training import feed, loop
 from dfs_jax.training.checkpoint import Checkpoints
-from dfs_jax.training.dispatch import BATCHES
+from dfs_jax.training.dispatch import BATCHES, steps_at_once
 from dfs_jax.training.evaluate import ResidentSplit, evaluate
 from dfs_jax.training.experiment import (
     abstract_state,
@@ -32,11 +32,15 @@ SMALL = {"model.name": "tests.helpers:TinyNetwork", "batch_size": 6}
 VARIANTS = {
     "plain": {},
     "averaged": {"optimizer.ema_decay": 0.9, "loss.name": "distillation"},
+    "bfloat16": {"model.name": "tests.helpers:ThreeStageVGG", "compute_dtype": "bfloat16"},
     "accumulated": {"accumulate_steps": 3},
     "pcgrad": {"combiner.name": "pcgrad"},
     "meta_gf": {"meta.name": "meta_gf"},
     "wpn": {"meta.name": "wpn", "meta.interval": 2},
 }
+QUICK = ("plain", "accumulated", "pcgrad", "meta_gf")
+# Here the compiler fuses a loop's body otherwise than a step that stands alone.
+TOLERANCES = {"averaged": 1e-5, "bfloat16": 3e-2, "meta_gf": 1e-5, "wpn": 1e-3}
 TIMINGS = ("images_per_second", "data_wait")
 # 30 examples in batches of 5 are 6 steps an epoch: 4 at once, then 1 and 1.
 AT_ONCE = {"steps_per_dispatch": 4, "data.on_device": True}
@@ -50,22 +54,22 @@ def after(experiment, feed, sizes):
     return jax.device_get(state)
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_three_steps_at_once_are_three_steps(changes):
-    experiment = build_experiment(tiny_config(**SMALL, **changes))
-    one_by_one = after(experiment, HostFeed(experiment, 0, is_stacked=False), [1] * 7)
-    at_once = after(experiment, DeviceFeed(experiment, 0), [3, 3, 1])
-    stacked = after(experiment, HostFeed(experiment, 0, is_stacked=True), [3, 3, 1])
-    chex.assert_trees_all_equal(at_once, stacked)  # wherever images lie: the same bits
-    chex.assert_trees_all_equal(at_once, one_by_one)
-    assert (at_once.step, at_once.totals.examples) == (7, 42)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+)
+def test_three_steps_at_once_are_three_steps(name):
+    experiment = build_experiment(tiny_config(**{**SMALL, **VARIANTS[name]}))
+    one_by_one = after(experiment, HostFeed(experiment, 0, is_stacked=False), [1] * 6)
+    at_once = after(experiment, DeviceFeed(experiment, 0), [3, 3])
+    tolerance = TOLERANCES.get(name, 0)
+    chex.assert_trees_all_close(at_once, one_by_one, rtol=tolerance, atol=tolerance)
+    assert (at_once.step, at_once.totals.examples) == (6, 36)
 
 
-def test_how_steps_are_grouped_changes_no_bit():
+def test_how_steps_are_grouped_and_where_images_lie_changes_no_bit():
     experiment = build_experiment(tiny_config(**SMALL))
-    states = [
-        after(experiment, DeviceFeed(experiment, 0), sizes) for sizes in ([6], [1] * 6, [2, 4])
-    ]
+    feeds = [DeviceFeed(experiment, 0), HostFeed(experiment, 0, is_stacked=True)]
+    states = [after(experiment, feeds[0], [3, 1, 1, 1]), after(experiment, feeds[1], [3, 3])]
     chex.assert_trees_all_equal(*states)
 
 
@@ -84,14 +88,10 @@ def test_a_feed_begins_at_any_step():
 
 
 def test_the_first_bad_step_within_a_dispatch_is_named(tmp_path):
+    """The first update is finite, and what it leads to is not."""
     rate = {"optimizer.learning_rate": 1e30, "schedule.name": "constant"}
-    numbers = []
-    for name, at_once in (("one", {}), ("four", AT_ONCE)):
-        with pytest.raises(UserError, match=r"non-finite at step \d+ \(learning") as error:
-            train(tiny_config(**rate, **at_once), tmp_path / name)
-        numbers.append(str(error.value).split(" (")[0])
-    assert numbers[0] == numbers[1]
-    assert not numbers[0].endswith(" 1")
+    with pytest.raises(UserError, match=r"non-finite at step 2 \(learning rate 1e\+30\)"):
+        train(tiny_config(**rate, **AT_ONCE), tmp_path)
 
 
 @pytest.mark.parametrize("batch_size", [4, 11, 17])
@@ -110,13 +110,6 @@ def test_a_split_on_the_device_is_evaluated_as_batch_by_batch(batch_size):
 
 
 CONFIG = tiny_config(**AT_ONCE, **{"optimizer.ema_decay": 0.9, "checkpoint_every_steps": 5})
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("at_once")
-    assert train(CONFIG, workdir).stopped_by is None
-    return workdir
 
 
 def final_state(workdir):
@@ -149,28 +142,43 @@ def recorded(monkeypatch, at_step=None, action=None):
     return taken
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run that nobody disturbed, and the dispatches that it was made of."""
+    workdir = tmp_path_factory.mktemp("at_once")
+    with pytest.MonkeyPatch.context() as patch:
+        taken = recorded(patch)
+        assert train(CONFIG, workdir).stopped_by is None
+    return workdir, taken
+
+
+@pytest.fixture
+def uninterrupted(whole_run):
+    return whole_run[0]
+
+
 def test_a_run_of_four_at_once_is_the_run_of_one_at_a_time(uninterrupted, tmp_path):
     one = CONFIG.copy_and_resolve_references()
     one.update({"steps_per_dispatch": 1, "data": {"on_device": False}})
     train(one, tmp_path)
     (state, step), (expected, expected_step) = final_state(uninterrupted), final_state(tmp_path)
     assert step == expected_step == 18
-    chex.assert_trees_all_equal(state, expected)
-    assert untimed_metrics(uninterrupted) == untimed_metrics(tmp_path)
+    chex.assert_trees_all_close(state, expected, rtol=1e-4, atol=1e-5)
+    lines, others = untimed_metrics(uninterrupted), untimed_metrics(tmp_path)
+    for line, other in zip(lines, others, strict=True):
+        assert line.pop("split") == other.pop("split")
+        assert line == pytest.approx(other, rel=1e-4)
 
 
-def test_dispatches_end_where_something_is_due(uninterrupted, tmp_path, monkeypatch):
+def test_dispatches_end_where_something_is_due(whole_run):
     """Checkpoints every 5 steps, epochs of 6: all at once where 4 fit in, else one by one."""
-    taken = recorded(monkeypatch)
-    train(CONFIG, tmp_path)
+    _, taken = whole_run
     assert taken[:5] == [(0, 4), (4, 1), (5, 1), (6, 4), (10, 1)]
     assert {steps for _, steps in taken} == {1, 4}
     assert sum(steps for _, steps in taken) == 18
-    conflict = CONFIG.copy_and_resolve_references()
-    conflict.update({"conflict_every_steps": 2, "conflict_examples": 5, "epochs": 1})
-    taken.clear()
-    train(conflict, tmp_path / "conflict")
-    assert taken == [(0, 2), (2, 2), (4, 1), (5, 1)]
+    # What is due every 2 steps leaves no more than 2 at once, an epoch no more than an epoch.
+    assert [steps_at_once(step, 4, (6, 5, 2)) for step in (0, 2, 4, 5)] == [2, 2, 1, 1]
+    assert steps_at_once(0, 100, (6, 0, 0)) == 6
 
 
 # 3: within the first dispatch, before any checkpoint; 8: within a dispatch of the second epoch.

@@ -9,7 +9,7 @@ What a dispatch takes beside the state:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +19,26 @@ from jax.sharding import Mesh, NamedSharding
 from dfs_jax.training.sharding import batch_sharded, replicated
 
 BATCH, BATCHES, INDICES = "batch", "batches", "indices"
+
+
+def steps_at_once(step: int, at_most: int, due: Iterable[int]) -> int:
+    """Returns how many steps the dispatch after `step` steps takes.
+
+    It is one of two numbers, as each is a program of its own: as many as there can be, or 1 where
+    something is due before so many have been taken.
+
+    Args:
+      step: steps taken.
+      at_most: a dispatch's steps; what is due more often lowers it for the whole run.
+      due: every how many steps something is due; 0: never.
+
+    Example:
+      >>> [steps_at_once(step, 4, due=(6, 0)) for step in (0, 4, 5, 6)]
+      [4, 1, 1, 4]
+    """
+    due = [every for every in due if every]
+    steps = min(at_most, *due)
+    return steps if all(every - step % every >= steps for every in due) else 1
 
 
 def dispatched(

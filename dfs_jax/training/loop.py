@@ -22,7 +22,7 @@ from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.clock import Clock, Lap
 from dfs_jax.training.config import check_config, open_workdir
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
-from dfs_jax.training.dispatch import INDICES
+from dfs_jax.training.dispatch import INDICES, steps_at_once
 from dfs_jax.training.evaluate import ResidentSplit, evaluate
 from dfs_jax.training.experiment import (
     Experiment,
@@ -158,10 +158,16 @@ class _Run:
         train_step = training_step(experiment, feed.takes)
         if feed.takes == INDICES and isinstance(experiment.dataset.validation, Split):
             self._resident = ResidentSplit(experiment, experiment.dataset.validation)
+        due = (
+            experiment.sampler.steps_per_epoch,
+            self._config.checkpoint_every_steps,
+            self._config.conflict_every_steps,
+        )
         self._clock.restart()
         step = start
         while step < total:
-            before, step = step, step + self._steps_at_once(step)
+            before = step
+            step += steps_at_once(step, steps_per_dispatch(self._config), due)
             state = train_step(state, *self._next_inputs(feed, step - before))
             self._catch_up()
             if _passes(self._config.log_every_steps, before, step):
@@ -187,21 +193,6 @@ class _Run:
         self._progress.close()
         self._metrics.close()
         self._checkpoints.close()
-
-    def _steps_at_once(self, step: int) -> int:
-        """Returns how many steps the next dispatch takes.
-
-        Two numbers alone, as each is compiled: `steps_per_dispatch`, and 1 where something is due
-        before so many have been taken.
-        """
-        due = (
-            self._experiment.sampler.steps_per_epoch,
-            self._config.checkpoint_every_steps,
-            self._config.conflict_every_steps,
-        )
-        due = [every for every in due if every]
-        at_most = min(steps_per_dispatch(self._config), *due)
-        return at_most if all(every - step % every >= at_most for every in due) else 1
 
     def _next_inputs(self, feed: Feed, steps: int) -> tuple[jax.Array, ...]:
         with self._clock.waiting_for(steps):
