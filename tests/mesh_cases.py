@@ -23,7 +23,7 @@ from dfs_jax.models.vgg import VGG
 from dfs_jax.training import state_sharding
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.conflict import ConflictProbe
-from dfs_jax.training.evaluate import evaluate
+from dfs_jax.training.evaluate import ResidentSplit, evaluate
 from dfs_jax.training.experiment import (
     abstract_state,
     build_experiment,
@@ -31,6 +31,7 @@ from dfs_jax.training.experiment import (
     initial_state,
     training_step,
 )
+from dfs_jax.training.feed import DeviceFeed, HostFeed
 from dfs_jax.training.sharding import AXES, create_mesh, put_batch
 from tests.helpers import tiny_config
 
@@ -263,6 +264,34 @@ def check_conflict() -> None:
     np.testing.assert_allclose(*grams, rtol=2e-3, atol=1e-5)
 
 
+def check_dispatch() -> None:
+    """Three steps at once, of images on the devices, are three steps of batches that are sent."""
+    config = on(Case("small_vgg", "byot", "fsdp").config, "fsdp")
+    experiment = build_experiment(config)
+    states = []
+    for feed, sizes in (
+        (HostFeed(experiment, 0, is_stacked=False), (1, 1, 1)),
+        (HostFeed(experiment, 0, is_stacked=True), (3,)),
+        (DeviceFeed(experiment, 0), (3,)),
+    ):
+        state, step = initial_state(experiment), training_step(experiment, feed.takes)
+        for steps in sizes:
+            state = step(state, *feed.next(steps))
+        check_placement(state, experiment)
+        states.append(jax.device_get(state))
+    single, *others = states
+    for other in others:
+        chex.assert_trees_all_close(other, single, rtol=1e-5, atol=1e-6)
+    split = experiment.dataset.validation
+    variables = initial_state(experiment).eval_variables
+    resident = ResidentSplit(experiment, split).start(variables)()
+    step = evaluation_step(experiment)
+    expected = evaluate(step, variables, split, batch_size=7, mesh=experiment.mesh)
+    assert resident.num_examples == 11
+    for found, wanted in zip(resident, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 def check_initial_state() -> None:
     """Split over devices as it is made, the state holds the numbers that it holds on one."""
     config = Case("vit_tiny", "byot", "tensor").config
@@ -323,6 +352,7 @@ def on(config, mesh):
 CHECKS = {
     "checkpoints": check_checkpoints,
     "conflict": check_conflict,
+    "dispatch": check_dispatch,
     "evaluation": check_evaluation,
     "initial-state": check_initial_state,
     "initial-trunk": check_initial_trunk,

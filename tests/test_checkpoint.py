@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import chex
 import jax
@@ -168,6 +169,38 @@ def test_checksums_see_every_leaf_and_every_bit():
     assert len(sums) == 2
     changed = {**state, "w": state["w"].at[2, 4].add(1e-7)}
     assert [name for name in sums if leaf_checksums(changed)[name] != sums[name]] == ["['w']"]
+
+
+def test_a_checkpoint_is_written_while_the_caller_goes_on(checkpoints, tmp_path, monkeypatch):
+    may_write, write = threading.Event(), checkpoints._write
+
+    def wait_and_write(*args):
+        assert may_write.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(checkpoints, "_write", wait_and_write)
+    checkpoints.start_saving(make_state(1), 1, 0.1)
+    assert kept(tmp_path) == []
+    may_write.set()
+    assert checkpoints.latest_step() == 1  # who asks waits
+    assert checkpoints.restore_latest(target_of(make_state(1)))[1] == 1
+
+
+@pytest.mark.parametrize("ask", ["wait", "latest_step", "close"])
+def test_a_write_that_fails_meanwhile_is_told_to_who_asks_next(tmp_path, monkeypatch, ask):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(1), 1, 0.1)
+
+    def fail(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", fail)
+        checkpoints.start_saving(make_state(2), 2, 0.2)
+        with pytest.raises(UserError, match=r"step 2 could not be written .*the last good .* 1: "):
+            getattr(checkpoints, ask)()
+    assert kept(tmp_path) == [1]
+    checkpoints.close()
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(checkpoints, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Checkpoints:
         if read_only and not self._directory.is_dir():
             raise UserError(f"there are no checkpoints in {workdir}: train there first")
         self._manager = self._open()
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
 
     def save(self, state: PyTree, step: int, score: float | None) -> None:
         """Writes the state after `step` steps and returns when it is safely on disk.
@@ -63,10 +66,37 @@ class Checkpoints:
         Raises:
           UserError: it could not be written (a full disk); earlier checkpoints stay as they were.
         """
+        self.start_saving(state, step, score)
+        self.wait()
+
+    def start_saving(self, state: PyTree, step: int, score: float | None) -> None:
+        """Begins to write the state, as `save` does, in a thread of its own.
+
+        Of several processes each writes at once: they have to ask each other in the same order.
+
+        Args:
+          state: arrays that nobody donates before `wait`.
+
+        Raises:
+          UserError: it cannot be written, or the one before it could not.
+        """
+        self.wait()
         if step in self._manager.all_steps():
             return
         score = score if score is not None and math.isfinite(score) else NEVER_BEST
         by_writer(self._check_space, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), step)
+        if jax.process_count() > 1:
+            self._write(state, step, score)
+        else:
+            self._writing = self._thread.submit(self._write, state, step, score)
+
+    def wait(self) -> None:
+        """Returns when what was begun is safely on disk; raises UserError if it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, state: PyTree, step: int, score: float) -> None:
         document = {"checksums": leaf_checksums(state)}
         try:
             self._manager.save(
@@ -97,6 +127,7 @@ class Checkpoints:
           UserError: there are checkpoints and every one is damaged, or the newest whole one is of
             another network or optimizer (nothing is moved then).
         """
+        self.wait()
         steps = by_writer(self._steps_newest_first)
         for i, step in enumerate(steps):
             try:
@@ -126,6 +157,7 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint, it is damaged, or of another network.
         """
+        self.wait()
         step = self._step_of(which)
         try:
             return self._restore(step, target), step
@@ -139,15 +171,21 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step with the highest score, the latest of equals; None without any."""
+        self.wait()
         return max(self._manager.all_steps(), key=lambda s: (self._score(s), s), default=None)
 
     def latest_step(self) -> int | None:
         """Returns the newest step; None when there is none."""
+        self.wait()
         return max(self._manager.all_steps(), default=None)
 
     def close(self) -> None:
         """Waits for everything to be on disk and frees the files."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
         best = BestN(get_metric_fn=_score_of, n=1)

@@ -17,7 +17,7 @@ from dfs_jax.training import extend
 from dfs_jax.training.checkpoint import has_steps
 from dfs_jax.training.optimizer import check_optimizer
 from dfs_jax.training.processes import by_writer, is_writer
-from dfs_jax.types import Config, UserError
+from dfs_jax.types import Config, UserError, check_whole
 
 FILE = "config.json"
 SHARED_WITHIN = 30.0  # seconds until one process sees what another wrote
@@ -27,7 +27,9 @@ MAY_CHANGE = (
     "data.data_dir",
     "data.num_workers",
     "data.max_corrupt",
+    "data.on_device",
     "init_from",
+    "steps_per_dispatch",
     "log_every_steps",
     "checkpoint_every_steps",
     "conflict_every_steps",
@@ -55,6 +57,10 @@ def check_config(config: Config) -> None:
     for field, path in (("data.data_dir", config.data.data_dir), ("init_from", config.init_from)):
         if path is not None:
             local_path(path, field)
+    if config.get("steps_per_dispatch") is not None:
+        check_whole("steps_per_dispatch", config.steps_per_dispatch)
+    if config.data.get("on_device") not in (None, True, False):
+        raise UserError(f"data.on_device is True, False or unset, got {config.data.on_device!r}")
     check_optimizer(config.optimizer)
 
 

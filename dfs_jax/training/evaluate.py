@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dfs_jax.data.dataset import AnySplit
+from dfs_jax.data.dataset import AnySplit, Split
 from dfs_jax.data.pipeline import eval_batches
 from dfs_jax.guard import usual_numerics
 from dfs_jax.inference.confidence import ExitPredictions, concatenate_predictions
 from dfs_jax.training.checkpoint import Checkpoints
-from dfs_jax.training.experiment import (
-    Experiment,
-    abstract_state,
-    evaluation_step,
-)
+from dfs_jax.training.dispatch import BATCHES
+from dfs_jax.training.experiment import Experiment, abstract_state, evaluation_step
 from dfs_jax.training.sharding import gathered, put_batch, round_up_to_devices, rows_here
 from dfs_jax.types import UserError
 
@@ -56,6 +54,35 @@ def evaluate(
         parts.append(eval_step(variables, *put_batch((images, labels), mesh)))
         masks.append(put_batch(mask, mesh) if jax.process_count() > 1 else mask)
     return concatenate_predictions(jax.device_get(parts), gathered(masks))
+
+
+class ResidentSplit:
+    """A split that lies on the devices in batches, so that one dispatch evaluates all of it.
+
+    Args:
+      experiment: whose batch size and evaluation step are taken.
+      split: in memory.
+    """
+
+    def __init__(self, experiment: Experiment, split: Split):
+        mesh = experiment.mesh
+        batch_size = round_up_to_devices(experiment.config.eval_batch_size, mesh)
+        batches = eval_batches(split, batch_size, rows_here(batch_size, mesh))
+        images, labels, masks = (np.stack(parts) for parts in zip(*batches, strict=True))
+        self._batches = put_batch((images, labels), mesh, axis=1)
+        self._masks = masks
+        if jax.process_count() > 1:
+            self._masks = gathered(put_batch(masks, mesh, axis=1))
+        self._step = evaluation_step(experiment, BATCHES)
+
+    def start(self, variables: dict[str, Any]) -> Callable[[], ExitPredictions]:
+        """Sends the devices to work; what is returned waits for every exit's answers, in order."""
+        answers = self._step(variables, *self._batches)
+        return lambda: self._joined(jax.device_get(answers))
+
+    def _joined(self, answers: ExitPredictions) -> ExitPredictions:
+        parts = [ExitPredictions(*fields) for fields in zip(*answers, strict=True)]
+        return concatenate_predictions(parts, self._masks)
 
 
 @usual_numerics()

@@ -25,6 +25,7 @@ from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_var
 from dfs_jax.paths import input_file
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import options, read_config
+from dfs_jax.training.dispatch import BATCH
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.recorded import recorded_dataset
@@ -38,6 +39,7 @@ from dfs_jax.training.sharding import (
     on_mesh,
     put_replicated,
     put_where,
+    replicated,
 )
 from dfs_jax.training.state import TrainState, create_state
 from dfs_jax.training.state_sharding import check_split, is_split, tree_shardings
@@ -207,8 +209,8 @@ def accumulate_steps(config: Config) -> int:
     return 1 if steps is None else steps
 
 
-def training_step(experiment: Experiment) -> TrainStep:
-    """Returns the compiled training step of an experiment."""
+def training_step(experiment: Experiment, takes: str = BATCH) -> TrainStep:
+    """Returns the compiled training step of an experiment, or several in one; see `dispatch`."""
     e = experiment
     return make_train_step(
         e.model,
@@ -224,11 +226,12 @@ def training_step(experiment: Experiment) -> TrainStep:
         exits=e.config.gradients.exits,
         accumulate_steps=accumulate_steps(e.config),
         state_shardings=state_shardings(e),
+        takes=takes,
     )
 
 
-def evaluation_step(experiment: Experiment):
-    """Returns the compiled evaluation step of an experiment."""
+def evaluation_step(experiment: Experiment, takes: str = BATCH):
+    """Returns the compiled evaluation step of an experiment; see `make_eval_step`."""
     e = experiment
     return make_eval_step(
         e.model,
@@ -237,7 +240,18 @@ def evaluation_step(experiment: Experiment):
         std=e.dataset.std,
         mesh=e.mesh,
         variable_shardings=variable_shardings(e),
+        takes=takes,
     )
+
+
+def state_copier(experiment: Experiment) -> Callable[[TrainState], TrainState]:
+    """Returns what copies a state on its devices, for use after the next step took the original."""
+    where = state_shardings(experiment) or replicated(experiment.mesh)
+
+    def copied(state: TrainState) -> TrainState:
+        return jax.tree.map(jax.numpy.copy, state)
+
+    return jit_for_mesh(copied, experiment.mesh, out_shardings=where)
 
 
 def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:

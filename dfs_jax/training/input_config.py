@@ -69,7 +69,7 @@ def is_streamed(section: Config) -> bool:
 
 def augmentation_from_config(section: Config, mean: tuple[float, ...]) -> Augmentation:
     """Returns what augments batches on the device; a streamed set's cuts are made before."""
-    other = {"name", "augmentation", "streamed", *_LOAD_OPTIONS, *_STREAMING_OPTIONS}
+    other = {"name", "augmentation", "streamed", "on_device", *_LOAD_OPTIONS, *_STREAMING_OPTIONS}
     chosen: dict[str, Any] = {k: value for k, value in section.items() if k not in other}
     names = _divided(section)[1] if is_streamed(section) else _names(section)
     return create_augmentation(",".join(names), mean=mean, **chosen)

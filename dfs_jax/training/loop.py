@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dfs_jax.data import Dataset
-from dfs_jax.data.pipeline import train_batches
+from dfs_jax.data.dataset import AnySplit, Split
 from dfs_jax.guard import usual_numerics
+from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.paths import input_file, output_directory
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
+from dfs_jax.training.clock import Clock, Lap
 from dfs_jax.training.config import check_config, open_workdir
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
 from dfs_jax.training.data_changes import as_known
-from dfs_jax.training.evaluate import evaluate
+from dfs_jax.training.dispatch import INDICES, steps_at_once
+from dfs_jax.training.evaluate import ResidentSplit, evaluate
 from dfs_jax.training.experiment import (
     Experiment,
     abstract_state,
     build_experiment,
     evaluation_step,
     initial_state,
+    state_copier,
     training_step,
 )
+from dfs_jax.training.feed import Feed, create_feed, steps_per_dispatch
 from dfs_jax.training.lock import WorkdirLock, locked
 from dfs_jax.training.metrics import (
     MetricsWriter,
@@ -42,7 +47,7 @@ from dfs_jax.training.metrics import (
 from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
 from dfs_jax.training.run_data import RunData, describe_data, known_data, record_data
-from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
+from dfs_jax.training.sharding import put_replicated
 from dfs_jax.training.signals import StopSignals
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.types import Config, UserError
@@ -105,7 +110,7 @@ def _train(
 ) -> TrainResult:
     open_workdir(workdir, config)
     known = known_data(workdir)
-    as_before = functools.partial(
+    as_before = partial(
         _as_before, known=known, workdir=workdir, section=config.data, accept=accept_data_changes
     )
     experiment = build_experiment(config, dataset, prepare=as_before)
@@ -127,7 +132,11 @@ def _as_before(dataset: Dataset, *, known: RunData | None, **options: Any) -> Da
 
 
 class _Run:
-    """One process's part of a run: the loop and what it writes."""
+    """One process's part of a run: the loop and what it writes.
+
+    The device is never without work while the host reads, writes or prints: what a step leaves to
+    do is done when the next dispatch has been sent (`_later`).
+    """
 
     def __init__(
         self,
@@ -143,38 +152,52 @@ class _Run:
         self._metrics = metrics
         self._signals = signals
         self._lock = lock
-        self._train_step = training_step(experiment)
-        self._eval_step = evaluation_step(experiment)
         self._progress = Progress(experiment, lambda: signals.request(signal.SIGPIPE))
+        self._eval_step = evaluation_step(experiment)
+        self._copy = state_copier(experiment)
+        self._resident: ResidentSplit | None = None
         self._probe = _create_probe(experiment)
-        self._clock = _Clock()
+        self._clock = Clock()
+        self._later: list[Callable[[], None]] = []
 
     def steps(self, state: TrainState, start: int) -> TrainResult:
         """Runs the steps from `start` on."""
         experiment, total = self._experiment, self._experiment.total_steps
         self._progress.start(start)
-        batches = train_batches(
-            experiment.dataset.train,
-            experiment.sampler,
-            start,
-            stop_step=total,
-            rows=rows_here(self._config.batch_size, experiment.mesh),
+        if start >= total:
+            return TrainResult(experiment, total, None)
+        feed = create_feed(experiment, start)
+        train_step = training_step(experiment, feed.takes)
+        if feed.takes == INDICES and isinstance(experiment.dataset.validation, Split):
+            self._resident = ResidentSplit(experiment, experiment.dataset.validation)
+        due = (
+            experiment.sampler.steps_per_epoch,
+            self._config.checkpoint_every_steps,
+            self._config.conflict_every_steps,
         )
         self._clock.restart()
-        for step in range(start + 1, total + 1):
-            state = self._train_step(state, *self._next_batch(batches))
-            if step % self._config.log_every_steps == 0:
+        step = start
+        while step < total:
+            before = step
+            step += steps_at_once(step, steps_per_dispatch(self._config), due)
+            state = train_step(state, *self._next_inputs(feed, step - before))
+            self._catch_up()
+            if _passes(self._config.log_every_steps, before, step):
                 self._log(state, step)
-            if self._probe is not None and step % self._config.conflict_every_steps == 0:
+            if self._probe is not None and _passes(self._config.conflict_every_steps, before, step):
                 self._measure_conflict(self._probe, state, step)
             if step % experiment.sampler.steps_per_epoch == 0:
                 state = self._end_epoch(state, step)
-            elif self._is_checkpoint_due(step):
-                self._save(state, step, score=None)
+            elif _passes(self._config.checkpoint_every_steps, before, step):
+                self._later.append(partial(self._save, self._copy(state), step, score=None))
             stopped_by = self._signals.stop_after(step)
             if stopped_by is not None and step < total:
+                self._catch_up()
                 self._save(state, step, score=None)
+                self._checkpoints.wait()
                 return TrainResult(experiment, step, stopped_by)
+        self._catch_up()
+        self._checkpoints.wait()
         return TrainResult(experiment, total, None)
 
     def close(self) -> None:
@@ -183,14 +206,26 @@ class _Run:
         self._metrics.close()
         self._checkpoints.close()
 
-    def _next_batch(self, batches: Iterator) -> tuple[jax.Array, jax.Array]:
-        with self._clock.waiting_for_batch():
-            return put_batch(next(batches), self._experiment.mesh)
+    def _next_inputs(self, feed: Feed, steps: int) -> tuple[jax.Array, ...]:
+        with self._clock.waiting_for(steps):
+            return feed.next(steps)
+
+    def _catch_up(self) -> None:
+        """Does what the steps before have left to do."""
+        later, self._later = self._later, []
+        for task in later:
+            task()
 
     def _log(self, state: TrainState, step: int) -> None:
-        """Shows how it goes; the only place in an epoch where the host waits for the device."""
-        self._check_finite(state)
-        self._progress.update(step, jax.device_get(state.totals))
+        """Shows how it goes, once this step has been taken."""
+        kept = jax.tree.map(jnp.copy, (state.first_bad_step, state.totals))
+
+        def show() -> None:
+            bad, totals = jax.device_get(kept)
+            self._check_finite(bad)
+            self._progress.update(step, totals)
+
+        self._later.append(show)
 
     def _measure_conflict(self, probe: ConflictProbe, state: TrainState, step: int) -> None:
         """Writes how the exits' gradients agree; before any checkpoint of this step is saved."""
@@ -203,47 +238,72 @@ class _Run:
     def _end_epoch(self, state: TrainState, step: int) -> TrainState:
         """Evaluates and saves where the config asks for it, and starts the next epoch's sums."""
         epoch = step // self._experiment.sampler.steps_per_epoch
-        totals = jax.device_get(state.totals)  # waits for the epoch's last step
-        timing = self._clock.read(self._config.batch_size)
-        state = state.replace(totals=self._zero_totals())
-        if epoch % self._config.eval_every_epochs == 0 or epoch == self._config.epochs:
-            self._check_finite(state)
-            self._metrics.write({**training_line(totals, step=step, epoch=epoch), **timing})
-            self._save(state, step, score=self._evaluate(state, step, epoch))
-        self._clock.restart()
+        totals, state = state.totals, state.replace(totals=self._zero_totals())
+        if epoch % self._config.eval_every_epochs and epoch != self._config.epochs:
+            return state
+        kept, lap = self._copy(state), self._clock.lap()
+        answers = None if self._resident is None else self._resident.start(kept.eval_variables)
+        report = partial(self._report_epoch, kept, totals, lap, answers, step=step, epoch=epoch)
+        self._later.append(report)
+        if self._experiment.dataset.validation is not None and answers is None:
+            self._catch_up()  # to be evaluated batch by batch, before the next step is sent
         return state
 
-    def _evaluate(self, state: TrainState, step: int, epoch: int) -> float:
+    def _report_epoch(
+        self,
+        state: TrainState,
+        totals: EpochTotals,
+        lap: Lap,
+        answers: Callable[[], ExitPredictions] | None,
+        *,
+        step: int,
+        epoch: int,
+    ) -> None:
+        """Writes an epoch's lines, then its checkpoint."""
+        self._check_finite(state.first_bad_step)
+        totals = jax.device_get(totals)  # waits for the epoch's last step
+        timing = self._clock.read(lap, self._config.batch_size)
+        self._metrics.write({**training_line(totals, step=step, epoch=epoch), **timing})
+        score = self._evaluate(state, answers, step, epoch)
+        self._clock.restart()
+        self._save(state, step, score)
+
+    def _evaluate(
+        self,
+        state: TrainState,
+        answers: Callable[[], ExitPredictions] | None,
+        step: int,
+        epoch: int,
+    ) -> float:
         """Writes the validation line and returns the score: the mean accuracy over the exits."""
         split = self._experiment.dataset.validation
         if split is None:
             self._progress.evaluated(epoch, None)
             return float(step)  # nothing to choose by: the last epoch is the best
         begin = time.perf_counter()
-        predictions = evaluate(
-            self._eval_step,
-            state.eval_variables,
-            split,
-            batch_size=self._config.eval_batch_size,
-            mesh=self._experiment.mesh,
-        )
+        predictions = answers() if answers is not None else self._evaluate_batches(state, split)
         line = evaluation_line(predictions, step=step, epoch=epoch, split="validation")
         speed = split.num_examples / (time.perf_counter() - begin)
         self._metrics.write({**line, "images_per_second": speed})
         self._progress.evaluated(epoch, line)
         return mean_exit_accuracy(predictions)
 
-    def _is_checkpoint_due(self, step: int) -> bool:
-        every = self._config.checkpoint_every_steps
-        return every > 0 and step % every == 0
+    def _evaluate_batches(self, state: TrainState, split: AnySplit) -> ExitPredictions:
+        return evaluate(
+            self._eval_step,
+            state.eval_variables,
+            split,
+            batch_size=self._config.eval_batch_size,
+            mesh=self._experiment.mesh,
+        )
 
     def _save(self, state: TrainState, step: int, score: float | None) -> None:
-        self._check_finite(state)
+        self._check_finite(state.first_bad_step)
         self._lock.check()
-        self._checkpoints.save(state, step, score)
+        self._checkpoints.start_saving(state, step, score)
 
-    def _check_finite(self, state: TrainState) -> None:
-        bad = int(state.first_bad_step)
+    def _check_finite(self, first_bad_step: jax.Array) -> None:
+        bad = int(first_bad_step)
         if bad == NO_BAD_STEP:
             return
         rate = np.asarray(self._experiment.schedule(bad)).item()
@@ -267,33 +327,6 @@ def _create_probe(experiment: Experiment) -> ConflictProbe | None:
     return ConflictProbe(experiment, experiment.config.conflict_examples) if every else None
 
 
-class _Clock:
-    """Times an epoch's steps, and how much of it was spent waiting for the next batch."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins a new epoch."""
-        self._begin, self._waited, self._batches = time.perf_counter(), 0.0, 0
-
-    @contextlib.contextmanager
-    def waiting_for_batch(self) -> Iterator[None]:
-        """Counts a batch, and the time within as waiting for it."""
-        begin = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begin
-        self._batches += 1
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Leaves the time within out of the epoch's."""
-        begin = time.perf_counter()
-        yield
-        self._begin += time.perf_counter() - begin
-
-    def read(self, batch_size: int) -> dict[str, float]:
-        """Returns the speed and the fraction of time spent waiting for data."""
-        seconds = time.perf_counter() - self._begin
-        speed = self._batches * batch_size / seconds
-        return {"images_per_second": speed, "data_wait": self._waited / seconds}
+def _passes(every: int, before: int, step: int) -> bool:
+    """Returns whether a multiple of `every` lies after `before` and up to `step`; 0: never."""
+    return every > 0 and step // every > before // every

@@ -145,16 +145,21 @@ def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
     return np.flatnonzero(held)
 
 
-def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+def put_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
     """Copies this process's rows of a batch, host arrays `[rows, ...]`, to its devices.
+
+    Args:
+      batch: arrays whose rows are those of `rows_here`.
+      mesh: device mesh that the batch is divided over.
+      axis: along which the rows lie; 1 where several batches are stacked.
 
     Returns:
       Arrays `[batch, ...]` over the devices of all processes.
     """
-    where = batch_sharded(mesh)
+    where = batch_sharded(mesh, axis=axis)
     if where.is_fully_addressable:
         return jax.device_put(batch, where)
-    return jax.tree.map(lambda part: _put_rows(part, where, mesh), batch)
+    return jax.tree.map(lambda part: _put_rows(part, where, mesh, axis), batch)
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -179,16 +184,18 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, where, np.asarray(leaf).__getitem__)
 
 
-def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh) -> jax.Array:
+def _put_rows(part: np.ndarray, where: NamedSharding, mesh: Mesh, axis: int) -> jax.Array:
     parts = batch_parts(mesh)
-    shape = (len(part) * parts // len(rows_here(parts, mesh)), *part.shape[1:])
-    held = rows_here(shape[0], mesh)
+    size = part.shape[axis] * parts // len(rows_here(parts, mesh))
+    held = rows_here(size, mesh)
 
     def shard(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
+        start, stop, _ = index[axis].indices(size)
         first = np.searchsorted(held, start)
-        return part[first : first + stop - start]
+        rows = slice(first, first + stop - start)
+        return part[(*index[:axis], rows, *index[axis + 1 :])]
 
+    shape = (*part.shape[:axis], size, *part.shape[axis + 1 :])
     return jax.make_array_from_callback(shape, where, shard)
 
 

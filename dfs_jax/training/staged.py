@@ -101,10 +101,13 @@ def load_staged(
     state, step = Checkpoints(workdir, read_only=True).restore(
         checkpoint, abstract_state(experiment)
     )
-    return staged_run(experiment, state.eval_variables, step)
+    data = read_run_data(workdir)
+    return staged_run(experiment, state.eval_variables, step, data)
 
 
-def staged_run(experiment: Experiment, variables: dict[str, Any], step: int) -> StagedRun:
+def staged_run(
+    experiment: Experiment, variables: dict[str, Any], step: int, data: RunData | None = None
+) -> StagedRun:
     """Returns an experiment's network with the given variables, those after `step` steps."""
     dataset = experiment.dataset
     stages = model_stages(
@@ -114,4 +117,4 @@ def staged_run(experiment: Experiment, variables: dict[str, Any], step: int) -> 
         prepare=functools.partial(normalise, mean=dataset.mean, std=dataset.std),
     )
     example = jax.ShapeDtypeStruct(dataset.image_shape, np.uint8)
-    return StagedRun(experiment, step, stages, example, read_run_data(workdir))
+    return StagedRun(experiment, step, stages, example, data)

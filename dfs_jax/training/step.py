@@ -8,21 +8,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh
 
+from dfs_jax.cpu_kernels.loops import quick_convolutions_in_loops
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch, GradientRule, Trained
 from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.training.dispatch import BATCH, dispatched
 from dfs_jax.training.passes import make_step_parts
 from dfs_jax.training.sharding import batch_sharded, jit_for_mesh, replicated
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
 from dfs_jax.training.state_sharding import constrain
 from dfs_jax.types import PyTree
 
-TrainStep = Callable[[TrainState, jax.Array, jax.Array], TrainState]
+# Of the state and what a dispatch takes: images and labels, or as `dispatch` says.
+TrainStep = Callable[..., TrainState]
 
 
 class StepKeys(NamedTuple):
@@ -48,6 +52,7 @@ def make_train_step(
     exits: str | None = None,
     accumulate_steps: int = 1,
     state_shardings: PyTree = None,
+    takes: str = BATCH,
 ) -> TrainStep:
     """Returns `step(state, images, labels) -> state`, compiled over the mesh, its state donated.
 
@@ -65,6 +70,7 @@ def make_train_step(
       exits: way through the exits for gradients of single exits, see `exit_gradients`.
       accumulate_steps: micro batches of a step, see `accumulated`.
       state_shardings: shardings of the state's arrays; None: whole on every device.
+      takes: one batch, or what several steps need at once; see `dispatch`.
 
     Returns:
       A function of the state, uint8 images and integer labels, both split over the mesh's batch
@@ -90,14 +96,12 @@ def make_train_step(
             first_bad_step=_first_bad_step(state, after.loss, after.updates),
         )
 
-    split = batch_sharded(mesh)
+    steps, inputs = dispatched(train_step, takes, mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        steps = quick_convolutions_in_loops(steps)
     where = replicated(mesh) if state_shardings is None else state_shardings
     return jit_for_mesh(
-        train_step,
-        mesh,
-        in_shardings=(where, split, split),
-        out_shardings=where,
-        donate_argnums=0,
+        steps, mesh, in_shardings=(where, *inputs), out_shardings=where, donate_argnums=0
     )
 
 
@@ -109,6 +113,7 @@ def make_eval_step(
     std: tuple[float, ...],
     mesh: Mesh,
     variable_shardings: PyTree = None,
+    takes: str = BATCH,
 ) -> Callable[[dict[str, Any], jax.Array, jax.Array], ExitPredictions]:
     """Returns `step(variables, images, labels) -> ExitPredictions`, compiled over the mesh.
 
@@ -119,6 +124,7 @@ def make_eval_step(
       std: standard deviation of each channel, in 0..1.
       mesh: device mesh the step runs on.
       variable_shardings: shardings of the variables; None: whole on every device.
+      takes: `BATCH`, or `BATCHES` that are stacked, as their answers are then.
     """
     prepare = preparation(model, mean, std)
 
@@ -127,9 +133,13 @@ def make_eval_step(
         outputs: Any = model.apply(variables, prepare(images), fork, train=False)
         return exit_predictions(outputs.logits, labels)
 
-    whole, split = replicated(mesh), batch_sharded(mesh)
+    def eval_steps(variables: dict[str, Any], images: jax.Array, labels: jax.Array):
+        return lax.map(lambda batch: eval_step(variables, *batch), (images, labels))
+
+    function, axis = (eval_step, 0) if takes == BATCH else (eval_steps, 1)
+    whole, split = replicated(mesh), batch_sharded(mesh, axis=axis)
     where = whole if variable_shardings is None else variable_shardings
-    return jit_for_mesh(eval_step, mesh, in_shardings=(where, split, split), out_shardings=whole)
+    return jit_for_mesh(function, mesh, in_shardings=(where, split, split), out_shardings=whole)
 
 
 def preparation(
