@@ -152,6 +152,8 @@ def get_config(method: str = "dfs") -> Any:
     config.data.name = "cifar10"  # any TFDS image-classification set, "folder" or "digits"
     config.data.data_dir = placeholder(str)  # None: where TFDS keeps its sets
     config.data.validation_examples = placeholder(int)  # held out of train; 0: none
+    # Sets without test images: held out of train for the test, a number or a fraction below 1.
+    config.data.test_examples = placeholder(object)
     config.data.split_seed = 0  # which ones
     config.data.image_size = placeholder(int)  # resize to a square of this side
     config.data.statistics = placeholder(str)  # normalise with another set's mean and deviation
@@ -159,11 +161,12 @@ def get_config(method: str = "dfs") -> Any:
     config.data.augmentation = "crop,flip"
     # Hold the images in device memory. None: GPUs and TPUs do, if an eighth of theirs is enough.
     config.data.on_device = placeholder(bool)
-    # Photographs decoded while training runs. None: TFDS sets that memory does not hold, or whose
-    # augmentation begins with random_resized_crop. What follows is for them alone.
+    # Unreadable images that may be left out: 0 in memory, 10 of a streamed set, unless set.
+    config.data.max_corrupt = placeholder(int)
+    # Photographs decoded while training runs. None: TFDS sets and folders that memory does not
+    # hold, or whose augmentation begins with random_resized_crop. What follows is for them alone.
     config.data.streamed = placeholder(bool)
     config.data.num_workers = placeholder(int)  # processes that decode; 0: threads of this one
-    config.data.max_corrupt = placeholder(int)  # unreadable images before the run stops
     config.data.crop_area = placeholder(tuple)  # random_resized_crop: least and largest share
     config.data.centre_fraction = placeholder(float)  # of the shorter side, in evaluation
     config.data.crop_padding = placeholder(int)  # pixels on each side

@@ -40,6 +40,9 @@ class InMemory:
     def __len__(self) -> int:
         return COUNT
 
+    def describe(self, position: int) -> str:
+        return str(position)
+
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         return [(b"" if p in self.damaged else photograph(p), p) for p in positions]
 

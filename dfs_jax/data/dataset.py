@@ -89,10 +89,12 @@ class Origin(NamedTuple):
     Attributes:
       files: for each split that lies in files, its files in the order of its examples.
       version: version of a prepared TFDS set.
+      left_out: files that are no readable images and belong to no split.
     """
 
     files: Mapping[str, tuple[ImageFile, ...]] = {}
     version: str | None = None
+    left_out: tuple[ImageFile, ...] = ()
 
 
 NO_ORIGIN = Origin()
@@ -103,14 +105,14 @@ class RawDataset(NamedTuple):
 
     Attributes:
       train: the training examples.
-      test: the examples that are reported on once.
+      test: the examples that are reported on once; None where some of train are to be held out.
       class_names: one for each class.
       validation: the set's own validation part, or None.
       origin: files of `train`, `test` and `validation`, or the version.
     """
 
     train: AnySplit
-    test: AnySplit
+    test: AnySplit | None
     class_names: tuple[str, ...]
     validation: AnySplit | None = None
     origin: Origin = NO_ORIGIN
@@ -164,19 +166,19 @@ def check_raw_dataset(name: str, raw: Any) -> RawDataset:
         train, test, class_names, *rest = raw
         absent: tuple[Any, Any] = (None, NO_ORIGIN)
         validation, origin = (*rest, *absent[len(rest) :])
-        named = {"train": Split(*train), "test": Split(*test)}
-        if validation is not None:
-            named["validation"] = Split(*validation)
+        splits = {"train": train, "test": test, "validation": validation}
+        named = {key: Split(*split) for key, split in splits.items() if split is not None}
     except (TypeError, ValueError) as error:
         raise UserError(
             f"data set {name!r} must return (train, test, class_names) or (train, test, "
             f"class_names, validation), each split a pair (images, labels): {error}"
         ) from error
     size = np.shape(named["train"].images)[1:]
-    checked = {
+    checked: dict[str, Any] = {
         key: _check_split(f"{name} {key}", split, size, len(class_names))
         for key, split in named.items()
     }
+    checked.setdefault("test", None)
     return RawDataset(class_names=tuple(str(c) for c in class_names), origin=origin, **checked)
 
 

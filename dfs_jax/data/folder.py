@@ -1,57 +1,88 @@
-"""A set of one's own: one directory for each class."""
+"""A set of one's own: one directory for each class, read into memory or streamed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dfs_jax.data.dataset import ImageFile, Origin, RawDataset, Split
-from dfs_jax.data.images import decode_images
+from dfs_jax.data.dataset import AnySplit, ImageFile, Origin, RawDataset, Split
+from dfs_jax.data.decoding import SUFFIXES, kind_of
+from dfs_jax.data.images import MAX_BYTES, Unreadable, decode_readable, memory_needed
+from dfs_jax.data.streaming import StreamedSplit, Streaming
 from dfs_jax.paths import local_path
 from dfs_jax.types import UserError
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _VALIDATION_NAMES = ("validation", "val")
+# Files that systems leave in directories of images.
+_LEFT_BY_SYSTEMS = frozenset({"thumbs.db", "desktop.ini"})
+_MOST_NAMED = 5
+_REMEDY = "replace or remove them, or leave up to N of them out with data.max_corrupt=N"
+
+_log = logging.getLogger(__name__)
 
 
-def load_folder(data_dir: str | None = None, image_size: int | None = None) -> RawDataset:
-    """Reads `data_dir/SPLIT/CLASS/*.{png,jpg,jpeg,bmp,webp}`.
+def load_folder(
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    max_corrupt: int | None = None,
+    streaming: Streaming | None = None,
+) -> RawDataset:
+    """Reads `data_dir/SPLIT/CLASS/...`, images of any format that Pillow reads.
 
-    Splits: `train`; `test`; `validation` or `val`. With no `test`, the validation directory is the
-    test set, as in ImageNet, and validation examples are held out of train like any other set's.
-    Classes are numbered in the sorted order of their directories. Names that start with a dot, and
-    files with other suffixes, are passed over.
+    Splits: `train`; `test`; `validation` or `val`. Without `test`, the validation directory is the
+    test set, as in ImageNet; without both there is no test set, and `data.test_examples` holds one
+    out. Classes are numbered in the sorted order of the directories of `train`. Images in
+    directories within a class belong to it. Names that start with a dot are passed over; files of
+    other endings too, but they are counted in a warning.
 
     Args:
-      data_dir: the directory.
+      data_dir: directory that holds `train`.
       image_size: side in pixels that images are scaled to; needed where sizes vary.
+      max_corrupt: number of unreadable images that may be left out; None for 0.
+      streaming: how images are cut where they stay on disk; None reads them into memory.
 
     Raises:
-      UserError: a directory that is missing or empty; classes that differ between splits; a file
-        that is not an image.
+      UserError: a directory that is missing or empty; fewer than two classes; classes of `test`
+        that `train` lacks; images that cannot be read.
     """
     if data_dir is None:
         raise UserError("data set 'folder' needs data_dir, which holds train/CLASS and test/CLASS")
     root = local_path(data_dir, "data_dir")
     if not root.is_dir():
         raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
-    validation_dir = _validation_directory(root)
-    test_dir = root / "test"
-    if not test_dir.is_dir():
-        if validation_dir is None:
-            raise UserError(f"{root} holds neither test/ nor validation/ nor val/")
-        test_dir, validation_dir = validation_dir, None
-    class_names = _classes(root / "train")
-    directories = {"train": root / "train", "test": test_dir}
-    if validation_dir is not None:
-        directories["validation"] = validation_dir
-    files = {split: _files_of(where, class_names) for split, where in directories.items()}
-    splits = {
-        split: read_files(root, some, class_names, image_size) for split, some in files.items()
+    directories = _split_directories(root)
+    class_names = _classes(directories["train"])
+    if len(class_names) < 2:
+        raise UserError(
+            f"{directories['train']} holds one class, {class_names[0]!r}: a classifier needs at "
+            f"least two directories, one for each class"
+        )
+    files = {split: _files_of(where, split, class_names) for split, where in directories.items()}
+    if streaming is not None:
+        return _raw(_streams(root, files, class_names, streaming), class_names, Origin(files))
+    unreadable = Unreadable(max_corrupt or 0, _REMEDY)
+    splits: dict[str, AnySplit] = {}
+    kept = {}
+    for split, some in files.items():
+        splits[split], kept[split] = _read(root, some, class_names, image_size, unreadable)
+    unreadable.check()
+    left_out = {f for some in files.values() for f in some} - {
+        f for some in kept.values() for f in some
     }
-    return RawDataset(class_names=class_names, origin=Origin(files), **splits)
+    return _raw(splits, class_names, Origin(kept, left_out=tuple(sorted(left_out))))
+
+
+def _raw(
+    splits: Mapping[str, AnySplit], class_names: tuple[str, ...], origin: Origin
+) -> RawDataset:
+    train, test, validation = (splits.get(part) for part in ("train", "test", "validation"))
+    assert train is not None
+    return RawDataset(train, test, class_names, validation, origin)
 
 
 def list_files(directory: Path) -> tuple[ImageFile, ...]:
@@ -60,33 +91,128 @@ def list_files(directory: Path) -> tuple[ImageFile, ...]:
     Raises:
       UserError: a directory that is missing or holds no images.
     """
-    return tuple(
-        ImageFile(path.relative_to(directory.parent).as_posix(), path.stat().st_size)
-        for name in _classes(directory)
-        for path in _image_paths(directory / name)
+    names = _classes(directory)
+    files = tuple(
+        _image_file(directory, path)
+        for name in names
+        for path in _class_files(directory / name).images
     )
+    if not files:
+        raise UserError(f"{directory} holds no images: its classes are {', '.join(names)}")
+    return files
 
 
 def read_files(
-    root: Path, files: Sequence[ImageFile], class_names: Sequence[str], image_size: int | None
-) -> Split:
-    """Reads files below `root`; a file's label is the place of its class in `class_names`.
+    root: Path,
+    files: Sequence[ImageFile],
+    class_names: Sequence[str],
+    image_size: int | None,
+    streaming: Streaming | None = None,
+) -> AnySplit:
+    """Returns files below `root` as a split; a file's label is its class's place in `class_names`.
 
     Raises:
       UserError: a file that is missing or is not an image; sizes that vary without `image_size`.
     """
-    number = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([number[file.class_name] for file in files], np.int32)
-    # Named by path: every message about an image then says which file it is.
+    if streaming is not None:
+        return _streams(root, {"files": files}, class_names, streaming)["files"]
+    unreadable = Unreadable()
+    split, _ = _read(root, files, class_names, image_size, unreadable)
+    unreadable.check()
+    return split
+
+
+def exceeds_memory(data_dir: str | None, image_size: int) -> bool:
+    """Returns whether the images of a folder, scaled, would not fit into memory."""
+    if data_dir is None:
+        return False
+    found = (files for _, _, files in os.walk(local_path(data_dir, "data_dir")))
+    count = sum(Path(name).suffix.lower() in SUFFIXES for names in found for name in names)
+    return memory_needed(count, image_size, image_size) > MAX_BYTES
+
+
+class FolderRecords:
+    """The encoded files of a split, as `StreamedSplit` reads them.
+
+    Args:
+      root: directory that the paths are relative to.
+      files: files of the split.
+      labels: their labels.
+    """
+
+    def __init__(self, root: Path, files: Sequence[ImageFile], labels: Sequence[int]):
+        self._root, self._paths, self._labels = root, [f.path for f in files], list(labels)
+
+    @property
+    def name(self) -> str:
+        return str(self._root)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Returns the content and the label of each file; no bytes where it cannot be opened."""
+        return [(self._content(i), self._labels[i]) for i in positions]
+
+    def describe(self, position: int) -> str:
+        """Returns a file's path, and what it is."""
+        return f"{self._paths[position]} ({kind_of(self._content(position)[:4096])})"
+
+    def _content(self, position: int) -> bytes:
+        try:
+            return (self._root / self._paths[position]).read_bytes()
+        except OSError:
+            return b""
+
+
+def _streams(
+    root: Path,
+    files: Mapping[str, Sequence[ImageFile]],
+    class_names: Sequence[str],
+    streaming: Streaming,
+) -> dict[str, AnySplit]:
+    """Returns splits of one set of records, so that examples can move between them."""
+    whole = [file for some in files.values() for file in some]
+    records = FolderRecords(root, whole, _labels(whole, class_names))
+    splits: dict[str, AnySplit] = {}
+    start = 0
+    for split, some in files.items():
+        splits[split] = StreamedSplit(records, streaming, np.arange(start, start + len(some)))
+        start += len(some)
+    return splits
+
+
+def _read(
+    root: Path,
+    files: Sequence[ImageFile],
+    class_names: Sequence[str],
+    image_size: int | None,
+    unreadable: Unreadable,
+) -> tuple[Split, tuple[ImageFile, ...]]:
+    """Returns the images that can be read as a split, and their files."""
     paths = [root / file.path for file in files]
-    return Split(decode_images(paths, len(paths), image_size, lambda i: str(paths[i])), labels)
+    # Named by path: every message about an image then says which file it is.
+    describe = [_printable(path) for path in paths].__getitem__
+    pixels, kept = decode_readable(paths, len(paths), image_size, describe, unreadable)
+    labels = np.array(_labels(files, class_names), np.int32)[kept]
+    return Split(pixels, labels), tuple(files[i] for i in kept)
 
 
-def _validation_directory(root: Path) -> Path | None:
-    found = [root / name for name in _VALIDATION_NAMES if (root / name).is_dir()]
-    if len(found) > 1:
+def _labels(files: Sequence[ImageFile], class_names: Sequence[str]) -> list[int]:
+    number = {name: label for label, name in enumerate(class_names)}
+    return [number[file.class_name] for file in files]
+
+
+def _split_directories(root: Path) -> dict[str, Path]:
+    directories = {"train": root / "train"}
+    validation = [root / name for name in _VALIDATION_NAMES if (root / name).is_dir()]
+    if len(validation) > 1:
         raise UserError(f"{root} holds both validation/ and val/: keep one of them")
-    return found[0] if found else None
+    if (root / "test").is_dir():
+        directories["test"] = root / "test"
+    if validation:
+        directories["validation" if "test" in directories else "test"] = validation[0]
+    return directories
 
 
 def _classes(directory: Path) -> tuple[str, ...]:
@@ -98,21 +224,78 @@ def _classes(directory: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _files_of(directory: Path, class_names: tuple[str, ...]) -> tuple[ImageFile, ...]:
+def _files_of(directory: Path, split: str, class_names: tuple[str, ...]) -> tuple[ImageFile, ...]:
+    """Returns the files of a split, in the order of the classes; warns of what is left out."""
     found = _classes(directory)
-    if found != class_names:
-        different = ", ".join(sorted(set(found) ^ set(class_names)))
+    strange = sorted(set(found) - set(class_names))
+    if strange:
         raise UserError(
-            f"{directory} holds {len(found)} classes and train/ {len(class_names)}; "
-            f"these are in one of them only: {different}"
+            f"{directory} holds {len(strange)} class(es) that train/ lacks: {', '.join(strange)}; "
+            f"rename them to classes of train/, or remove them"
         )
-    return list_files(directory)
+    listings = {name: _class_files(directory / name) for name in found}
+    empty = [name for name in class_names if name not in listings or not listings[name].images]
+    if empty and (split == "train" or len(empty) == len(class_names)):
+        raise UserError(
+            f"{directory} holds no images of the class(es) {', '.join(empty)}: images end in "
+            f"{', '.join(sorted(SUFFIXES))}"
+        )
+    if empty:
+        _log.warning("%s has no images of %s", directory, ", ".join(empty))
+    _tell(directory, "in nested directories, read as the class", listings, "nested")
+    _tell(directory, "passed over, no images by their ending", listings, "others")
+    return tuple(_image_file(directory, path) for name in found for path in listings[name].images)
 
 
-def _image_paths(directory: Path) -> list[Path]:
-    paths = sorted(
-        p for p in directory.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "."
+def _image_file(directory: Path, path: Path) -> ImageFile:
+    try:
+        size = path.stat().st_size
+    except OSError:  # a link to nothing, which is told of when it is read
+        size = 0
+    return ImageFile(path.relative_to(directory.parent).as_posix(), size)
+
+
+class _ClassFiles(NamedTuple):
+    """Files below the directory of a class: images, those of them in nested directories, others."""
+
+    images: list[Path]
+    nested: list[Path]
+    others: list[Path]
+
+
+def _class_files(directory: Path) -> _ClassFiles:
+    files = sorted(_walk(directory))
+    images = [p for p in files if p.suffix.lower() in SUFFIXES]
+    return _ClassFiles(
+        images,
+        [path for path in images if path.parent != directory],
+        [path for path in files if path.suffix.lower() not in SUFFIXES],
     )
-    if not paths:
-        raise UserError(f"{directory} holds no {', '.join(sorted(_SUFFIXES))} files")
-    return paths
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """Yields the files below a directory but hidden ones; a loop of links is followed once."""
+    seen = set()
+    for where, below, names in os.walk(directory, followlinks=True):
+        place = os.stat(where)
+        if (place.st_dev, place.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        below[:] = sorted(name for name in below if name[0] != ".")
+        for name in names:
+            if name[0] != "." and name.lower() not in _LEFT_BY_SYSTEMS:
+                yield Path(where, name)
+
+
+def _tell(directory: Path, what: str, listings: dict[str, _ClassFiles], field: str) -> None:
+    paths = [path for files in listings.values() for path in getattr(files, field)]
+    if paths:
+        named = ", ".join(_printable(path.relative_to(directory)) for path in paths[:_MOST_NAMED])
+        more = ", ..." if len(paths) > _MOST_NAMED else ""
+        _log.warning("%s: %d file(s) %s: %s%s", directory, len(paths), what, named, more)
+
+
+def _printable(path: Path) -> str:
+    """Returns a path whose bytes that are no text are written as escapes."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,26 +1,57 @@
-"""Files and encoded bytes to uint8 arrays."""
+"""Many files or encoded images to one uint8 array."""
 
 from __future__ import annotations
 
-import io
 import itertools
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dfs_jax.data.decoding import Encoded, UnreadableImage, decode_image
 from dfs_jax.types import UserError
 
 _CHUNK = 256
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # Below this many bytes an image, Python's own work dominates and threads only wait for each other.
 _SMALL_IMAGE_BYTES = 8192
-# What a set in memory may take; larger ones are streamed.
+# Memory that a set may take; larger ones are streamed.
 MAX_BYTES = 16 * 2**30
+MOST_NAMED = 20  # unreadable images in one message
+_MOST_SIZES = 5  # sizes in one message
 
-Encoded = bytes | Path | np.ndarray
+_log = logging.getLogger(__name__)
+
+
+class Unreadable:
+    """Collects the images of a set that cannot be read, so that one message names them all.
+
+    Args:
+      allowed: number of images that may be left out.
+      remedy: what the message tells the user to do.
+    """
+
+    def __init__(self, allowed: int = 0, remedy: str = "replace or remove them"):
+        self._allowed, self._remedy = allowed, remedy
+        self._found: list[str] = []
+
+    def add(self, name: str, reason: str) -> None:
+        """Notes an image by its name, and what it is instead."""
+        self._found.append(f"{name} ({reason})")
+
+    def check(self) -> None:
+        """Raises UserError for more images than are allowed; warns of those left out."""
+        if not self._found:
+            return
+        count, named = len(self._found), "; ".join(self._found[:MOST_NAMED])
+        more = f" and {count - MOST_NAMED} more" if count > MOST_NAMED else ""
+        if count > self._allowed:
+            raise UserError(
+                f"{count} image{'s' * (count > 1)} cannot be read: {named}{more}; {self._remedy}"
+            )
+        _log.warning("%d images cannot be read and are left out: %s%s", count, named, more)
 
 
 def decode_images(
@@ -32,52 +63,74 @@ def decode_images(
     """Returns the images as one array; grey ones get three equal channels.
 
     Args:
-      encoded: the contents of image files, or their paths, or uint8 arrays
+      encoded: contents of image files, or their paths, or uint8 arrays
         `[height, width, 1 or 3]`; read as they are needed.
-      count: how many there are.
+      count: number of images.
       image_size: side in pixels; the shorter side is scaled to it (antialiased), then the centre is
         cut out. None keeps images as they are, which must then have one size.
-      describe: the name of the image at a position, for messages.
+      describe: returns the name of the image at a position, for messages.
 
     Returns:
       uint8 `[count, height, width, 3]`.
 
     Raises:
-      UserError: an image cannot be read; sizes vary and no `image_size` is given; too much data.
+      UserError: images that cannot be read, all of them named; sizes that vary although no
+        `image_size` is given; too much data.
+    """
+    unreadable = Unreadable()
+    images, _ = decode_readable(encoded, count, image_size, describe, unreadable)
+    unreadable.check()
+    return images
+
+
+def decode_readable(
+    encoded: Iterable[Encoded],
+    count: int,
+    image_size: int | None,
+    describe: Callable[[int], str],
+    unreadable: Unreadable,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images that can be read, and their positions; the others go to `unreadable`.
+
+    Arguments and errors are those of `decode_images`.
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1, got {image_size}")
     if image_size is not None:
         _check_memory(count, image_size, image_size)
-    images = np.empty(0, np.uint8)
-    for position, image in enumerate(_decode_all(encoded, image_size, describe)):
-        if position == 0:
+    images, positions = np.empty((0, 0, 0, 3), np.uint8), []
+    sizes: Counter[str] = Counter()
+    for position, image in enumerate(_decode_all(encoded, image_size)):
+        if isinstance(image, UnreadableImage):
+            unreadable.add(describe(position), str(image))
+            continue
+        if not positions:
             _check_memory(count, *image.shape[:2])
             images = np.empty((count, *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            raise UserError(
-                f"images vary in size: {describe(0)} is {_size(images[0])}, {describe(position)} "
-                f"is {_size(image)}; set image_size to scale them to one"
-            )
-        images[position] = image
-    return images
+        sizes[_size(image)] += 1
+        if len(sizes) == 1:
+            images[len(positions)] = image
+        positions.append(position)
+    if len(sizes) > 1:
+        raise UserError(_varying(sizes))
+    return images[: len(positions)], np.array(positions, int)
 
 
 def _decode_all(
-    encoded: Iterable[Encoded], image_size: int | None, describe: Callable[[int], str]
-) -> Iterator[np.ndarray]:
-    def decode(position: int, item: Encoded) -> np.ndarray:
+    encoded: Iterable[Encoded], image_size: int | None
+) -> Iterator[np.ndarray | UnreadableImage]:
+    def decode(item: Encoded) -> np.ndarray | UnreadableImage:
         try:
             return _decode(item, image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {describe(position)}: {error}") from error
+        except UnreadableImage as error:
+            return error
 
     with ThreadPoolExecutor() as pool:
-        numbered = enumerate(encoded)
+        items = iter(encoded)
         # By chunks, so that the pool never runs far ahead of what has been stored.
-        while chunk := list(itertools.islice(numbered, _CHUNK)):
-            run = map if _is_small(chunk[0][1]) else pool.map
-            yield from run(decode, *zip(*chunk, strict=True))
+        while chunk := list(itertools.islice(items, _CHUNK)):
+            run = map if _is_small(chunk[0]) else pool.map
+            yield from run(decode, chunk)
 
 
 def _is_small(item: Encoded) -> bool:
@@ -87,19 +140,10 @@ def _is_small(item: Encoded) -> bool:
 
 
 def _decode(encoded: Encoded, image_size: int | None) -> np.ndarray:
-    if isinstance(encoded, np.ndarray):
-        image = Image.fromarray(encoded[..., 0] if encoded.shape[-1] == 1 else encoded)
-    else:
-        source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-        image = Image.open(source, formats=_FORMATS)
-    with image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"it has more than 8 bits a channel (mode {image.mode})")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if image_size is not None and image.size != (image_size, image_size):
-            image = _resize_and_centre_crop(image, image_size)
-        return np.asarray(image)
+    image = decode_image(encoded)
+    if image_size is not None and image.size != (image_size, image_size):
+        image = _resize_and_centre_crop(image, image_size)
+    return np.asarray(image)
 
 
 def _resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -112,13 +156,29 @@ def _resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
     )
 
 
+def memory_needed(count: int, height: int, width: int) -> int:
+    """Returns the bytes that so many images take in memory.
+
+    >>> memory_needed(2, 5, 7)
+    210
+    """
+    return count * height * width * 3
+
+
 def _check_memory(count: int, height: int, width: int) -> None:
-    needed = count * height * width * 3
+    needed = memory_needed(count, height, width)
     if needed > MAX_BYTES:
         raise UserError(
             f"{count} images of {width}x{height} pixels would take {needed / 2**30:.0f} GiB of "
-            f"memory (at most {MAX_BYTES // 2**30}): set a smaller image_size, or stream the set"
+            f"memory (at most {MAX_BYTES // 2**30}): set a smaller data.image_size, or "
+            f"data.streamed=True to read them from disk while training runs"
         )
+
+
+def _varying(sizes: Counter[str]) -> str:
+    named = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(_MOST_SIZES))
+    more = f" and {len(sizes) - _MOST_SIZES} other sizes" if len(sizes) > _MOST_SIZES else ""
+    return f"images vary in size: {named}{more}; set data.image_size to scale them to one"
 
 
 def _size(image: np.ndarray) -> str:

@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dfs_jax.data.decoding import UnreadableImage, decode_image
+
 # Width over height of a random cut, and how often one is drawn before the centre is taken.
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
+# Markers of JPEG frames; C4, C8 and CC among them mean something else.
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class Box(NamedTuple):
@@ -25,16 +29,35 @@ class Box(NamedTuple):
 def decode_photograph(encoded: bytes) -> np.ndarray | None:
     """Returns uint8 `[height, width, 3]`, red first; None where the bytes are no whole image.
 
+    JPEG files of one or three channels are decoded by OpenCV, twice as fast as by Pillow; all
+    others as `decode_image` decodes them. Both apply the orientation that a camera noted.
+
     Args:
-      encoded: a JPEG, PNG or WebP file; grey images get three equal channels. A rotation that its
-        camera noted is not applied, as in published training programs.
+      encoded: content of an image file.
     """
+    if not _is_plain_jpeg(encoded):
+        try:
+            return np.asarray(decode_image(encoded))
+        except UnreadableImage:
+            return None
     cv2 = _opencv()
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    except cv2.error:  # no bytes at all, or sides that no image can have
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # sides that no image can have
         return None
+
+
+def _is_plain_jpeg(encoded: bytes) -> bool:
+    """Returns whether bytes are a JPEG file of one or three channels, by its frame header."""
+    if encoded[:2] != b"\xff\xd8":
+        return False
+    place = 2
+    while place + 9 < len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        if marker in _FRAME_HEADERS:
+            return encoded[place + 9] in (1, 3)
+        place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
+    return False
 
 
 def cut_out(image: np.ndarray, box: Box, size: int) -> np.ndarray:

@@ -50,6 +50,10 @@ class RelabelledRecords:
     def __len__(self) -> int:
         return len(self.records)
 
+    def describe(self, position: int) -> str:
+        """Returns what a message calls a record."""
+        return self.records.describe(position)
+
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         """Returns the encoded image and the new label at each position."""
         return [(encoded, self.labels[label]) for encoded, label in self.records.read(positions)]

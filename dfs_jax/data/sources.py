@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
 from dfs_jax.data.dataset import (
     AnySplit,
     Dataset,
+    ImageFile,
     Origin,
     RawDataset,
     Split,
@@ -21,15 +23,16 @@ from dfs_jax.data.statistics import (
     channel_statistics,
     named_statistics,
 )
-from dfs_jax.data.streaming import Streaming
+from dfs_jax.data.streaming import StreamedSplit, Streaming
 from dfs_jax.registry import Registry
 from dfs_jax.types import UserError
 
+FOLDER = "folder"
 DATASETS = Registry(
     "data set",
     {
         "digits": "dfs_jax.data.digits:load_digits",
-        "folder": "dfs_jax.data.folder:load_folder",
+        FOLDER: "dfs_jax.data.folder:load_folder",
     },
 )
 
@@ -49,6 +52,8 @@ def load_dataset(
     image_size: int | None = None,
     statistics: str | None = None,
     streaming: Streaming | None = None,
+    test_examples: float | None = None,
+    max_corrupt: int | None = None,
 ) -> Dataset:
     """Reads an image classification set into memory, or makes it ready to be streamed from disk.
 
@@ -66,7 +71,11 @@ def load_dataset(
       statistics: the name of a set whose mean and standard deviation are used in place of this
         set's own (published CIFAR-100 runs took those of `cifar10`). Own ones come from a table, or
         from the examples trained on (1,024 of them where the set is streamed).
-      streaming: how the images of a TFDS set are cut as they are read; None: all into memory.
+      streaming: how the images of a TFDS set or a folder are cut as they are read; None reads all
+        into memory.
+      test_examples: for a set without test images, those of train that are held out for the test: a
+        number, or a fraction below 1; drawn by `split_seed`.
+      max_corrupt: number of unreadable images of a folder in memory that may be left out.
 
     Raises:
       UserError: no such set, option or statistics; fewer examples than are to be held out.
@@ -77,7 +86,8 @@ def load_dataset(
       ((32, 32, 3), 1197, 300)
     """
     chosen = _statistics_of(name, statistics)
-    raw = _read(name, data_dir, image_size, streaming)
+    raw = _read(name, data_dir, image_size, streaming, max_corrupt)
+    raw = hold_out_test(name, raw, test_examples, split_seed)
     return _divided(name, raw, validation_examples, split_seed, chosen)
 
 
@@ -177,13 +187,23 @@ def _own_statistics(train: AnySplit) -> ChannelStatistics:
 
 
 def _read(
-    name: str, data_dir: str | None, image_size: int | None, streaming: Streaming | None
+    name: str,
+    data_dir: str | None,
+    image_size: int | None,
+    streaming: Streaming | None,
+    max_corrupt: int | None,
 ) -> RawDataset:
     if not is_tfds_name(name):
-        if streaming is not None:
-            raise UserError(f"data set {name!r} cannot be streamed: only TFDS sets can")
-        raw = DATASETS.create(name, data_dir=data_dir, image_size=image_size)
-        return check_raw_dataset(name, raw)
+        options = {"data_dir": data_dir, "image_size": image_size}
+        if name == FOLDER:
+            options |= {"max_corrupt": max_corrupt, "streaming": streaming}
+        elif streaming is not None:
+            raise UserError(
+                f"data set {name!r} cannot be streamed: only TFDS sets and folders can, leave "
+                f"data.streamed and what goes with it unset"
+            )
+        raw = DATASETS.create(name, **options)
+        return raw if streaming is not None else check_raw_dataset(name, raw)
     # Here, because TFDS takes two seconds to import.
     from dfs_jax.data.tfds_source import load_tfds
 
@@ -195,6 +215,56 @@ def _default_held_out(name: str, raw: RawDataset, asked: int | None) -> int | No
     if asked is not None or raw.validation is not None:
         return asked
     return _VALIDATION_EXAMPLES.get(name, max(1, raw.train.num_examples // 10))
+
+
+def hold_out_test(
+    name: str, raw: RawDataset, test_examples: float | None, split_seed: int
+) -> RawDataset:
+    """Returns the set with a test split, held out of train if it has none of its own.
+
+    Args:
+      name: name of the set, for messages.
+      raw: the set as published.
+      test_examples: number of examples, or a fraction below 1; None where the set has a test split.
+      split_seed: random seed of the split.
+
+    Raises:
+      UserError: no test split and no `test_examples`, both of them, or a number out of range.
+    """
+    if raw.test is not None and test_examples is None:
+        return raw
+    count = raw.train.num_examples
+    if raw.test is not None:
+        raise UserError(
+            f"data.test_examples={test_examples} is for sets without test images, and {name!r} has "
+            f"{raw.test.num_examples}: leave it unset"
+        )
+    if test_examples is None:
+        raise UserError(
+            f"data set {name!r} has no test images: add them (a directory test/), or hold out a "
+            f"part of train with data.test_examples, such as 0.2"
+        )
+    wanted = round(test_examples * count) if 0 < test_examples < 1 else test_examples
+    if not 0 < wanted < count or wanted != int(wanted):
+        raise UserError(
+            f"data.test_examples must be a fraction below 1 or a whole number below {count}, the "
+            f"number of images, got {test_examples}"
+        )
+    # Another order than that of the validation examples, which are held out of the rest.
+    kept, held_out = held_out_indices(count, int(wanted), split_seed, stream=1)
+    files = dict(raw.origin.files)
+    if "train" in files:
+        whole = files["train"]
+        files |= {"train": _at(whole, kept), "test": _at(whole, held_out)}
+    return raw._replace(
+        train=raw.train.part(kept),
+        test=raw.train.part(held_out),
+        origin=raw.origin._replace(files=files),
+    )
+
+
+def _at(files: Sequence[ImageFile], indices: np.ndarray) -> tuple[ImageFile, ...]:
+    return tuple(files[i] for i in indices)
 
 
 def hold_out(
@@ -226,19 +296,27 @@ def hold_out(
 
 
 def held_out_indices(
-    count: int, validation_examples: int, split_seed: int
+    count: int, held_out: int, split_seed: int, *, stream: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns which of `count` examples are kept and which are held out, both ascending.
+
+    Permutations of one seed and different streams are independent.
 
     >>> [len(part) for part in held_out_indices(7, 2, split_seed=0)]
     [5, 2]
     """
-    order = np.random.Generator(np.random.Philox(split_seed)).permutation(count)
+    entropy = (split_seed, stream) if stream else split_seed
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+    order = generator.permutation(count)
     # Sorted, so that reading them later goes through memory in order.
-    return np.sort(order[validation_examples:]), np.sort(order[:validation_examples])
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _join(first: AnySplit, second: AnySplit) -> Split:
+def _join(first: AnySplit, second: AnySplit) -> AnySplit:
+    are_streamed = isinstance(first, StreamedSplit) and isinstance(second, StreamedSplit)
+    if are_streamed and first.records is second.records:  # a folder's
+        indices = np.concatenate([first.indices, second.indices])
+        return StreamedSplit(first.records, first.streaming, indices)
     if not (isinstance(first, Split) and isinstance(second, Split)):
         raise UserError(
             "a streamed set keeps its own validation part: leave validation_examples unset"

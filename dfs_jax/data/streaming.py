@@ -46,6 +46,10 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
+    def describe(self, position: int) -> str:
+        """Returns what a message calls one of them."""
+        ...
+
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         """Returns the encoded image and the label at each position; no bytes: cannot be read."""
         ...
@@ -176,17 +180,17 @@ class StreamedSplit:
         for record in sorted(set(corrupt.tolist()) - self._corrupt):
             self._corrupt.add(record)
             _log.warning(
-                "image %d of %s cannot be read, it is left out (%d so far)",
-                record,
+                "image %s of %s cannot be read, it is left out (%d so far)",
+                self.records.describe(record),
                 self.records.name,
                 len(self._corrupt),
             )
         limit = self.streaming.max_corrupt
         if len(self._corrupt) > limit:
-            named = ", ".join(map(str, sorted(self._corrupt)[: limit + 1][:20]))
+            named = ", ".join(map(self.records.describe, sorted(self._corrupt)[: limit + 1][:20]))
             raise UserError(
                 f"{len(self._corrupt)} images of {self.records.name} cannot be read, more than "
-                f"max_corrupt {limit}: {named}; prepare the set again or raise data.max_corrupt"
+                f"max_corrupt {limit}: {named}; replace them or raise data.max_corrupt"
             )
 
 

@@ -348,6 +348,10 @@ class TfdsRecords:
     def __len__(self) -> int:
         return self._size
 
+    def describe(self, position: int) -> str:
+        """Returns a record's number."""
+        return str(position)
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_reader"}
 

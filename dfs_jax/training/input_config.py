@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfs_jax.data import Dataset, Streaming, load_dataset
+from dfs_jax.data import Dataset, Streaming, folder, load_dataset
 from dfs_jax.data.augmentation import Augmentation, create_augmentation
-from dfs_jax.data.sources import describe_dataset, is_tfds_name
+from dfs_jax.data.sources import FOLDER, describe_dataset, is_tfds_name
 from dfs_jax.data.streaming import FLIP, RANDOM_CUT
 from dfs_jax.types import Config, UserError
 
 _DESCRIPTION_OPTIONS = ("validation_examples", "split_seed", "image_size", "statistics")
-_LOAD_OPTIONS = ("data_dir", *_DESCRIPTION_OPTIONS)
+_LOAD_OPTIONS = ("data_dir", *_DESCRIPTION_OPTIONS, "test_examples", "max_corrupt")
 _STREAMING_OPTIONS = ("crop_area", "centre_fraction", "num_workers", "max_corrupt")
 
 
 def dataset_from_config(section: Config) -> Dataset:
     """Returns the data set that a config's section `data` describes."""
-    options = {key: section[key] for key in _LOAD_OPTIONS}
+    options = {key: section.get(key) for key in _LOAD_OPTIONS}
     return load_dataset(section.name, streaming=streaming_from_config(section), **options)
 
 
@@ -37,6 +37,8 @@ def streaming_from_config(section: Config) -> Streaming | None:
     """
     chosen = {k: section.get(k) for k in _STREAMING_OPTIONS if section.get(k) is not None}
     if not is_streamed(section):
+        if section.name == FOLDER:  # which may leave out unreadable images in memory too
+            chosen.pop("max_corrupt", None)
         needless = [*chosen, *({RANDOM_CUT} & set(_names(section)))]
         if needless:
             raise UserError(
@@ -53,14 +55,18 @@ def streaming_from_config(section: Config) -> Streaming | None:
 def is_streamed(section: Config) -> bool:
     """Returns whether images stay on disk: as `data.streamed` says, or as they have to.
 
-    Unset, TFDS sets do whose photographs are cut at random, or that memory does not hold.
+    Unset, TFDS sets and folders do whose photographs are cut at random, or that memory does not
+    hold.
     """
-    if section.get("streamed") is not None or not is_tfds_name(section.name):
+    is_folder = section.name == FOLDER
+    if section.get("streamed") is not None or not (is_folder or is_tfds_name(section.name)):
         return bool(section.get("streamed"))
     if RANDOM_CUT in _names(section):
         return True
     if section.image_size is None:
         return False
+    if is_folder:
+        return folder.exceeds_memory(section.data_dir, section.image_size)
     # Here, because TFDS takes two seconds to import.
     from dfs_jax.data.tfds_source import exceeds_memory
 

@@ -20,7 +20,7 @@ from dfs_jax.training.data_changes import (
     training_files,
     warn_of_test,
 )
-from dfs_jax.training.input_config import dataset_from_config
+from dfs_jax.training.input_config import dataset_from_config, streaming_from_config
 from dfs_jax.training.run_data import (
     RunData,
     SplitRecord,
@@ -86,7 +86,8 @@ def check_unchanged(workdir: Path, section: Config, *, accept: bool = False) -> 
     root = _root(section)
     tops = sorted({_top(file) for file in training_files(known.files)})
     _check_there(root, tops, TRAIN)
-    files = {"train": tuple(file for top in tops for file in list_files(root / top))}
+    listed = (file for top in tops for file in list_files(root / top))
+    files = {"train": tuple(file for file in listed if file.path not in known.left_out)}
     names = tuple(dict.fromkeys(file.class_name for file in files["train"]))
     match = match_classes(known, names, files["train"])
     now = known.replace(class_names=names, files=files)
@@ -99,7 +100,8 @@ def _read_files(known: RunData, section: Config, part: str) -> AnySplit:
     tops = {_top(file) for file in files}
     if part == "test" and TRAIN not in tops:
         _check_there(root, tops, part)
-        files = tuple(file for top in sorted(tops) for file in list_files(root / top))
+        listed = (file for top in sorted(tops) for file in list_files(root / top))
+        files = tuple(file for file in listed if file.path not in known.left_out)
         names = tuple(dict.fromkeys(file.class_name for file in files))
         _check_outputs(known, names, f"{part} split in {root}")
         record = SplitRecord(len(files), files_fingerprint(files))
@@ -110,7 +112,8 @@ def _read_files(known: RunData, section: Config, part: str) -> AnySplit:
             f"{len(missing)} of the {len(files)} images of the run's {part} split are not in "
             f"{root} (such as {missing[0]}): put them back, or name their directory with --data_dir"
         )
-    split = read_files(root, files, known.class_names, section.image_size)
+    streaming = streaming_from_config(section)
+    split = read_files(root, files, known.class_names, section.image_size, streaming)
     return _checked_shape(split, known, f"{part} split in {root}")
 
 

@@ -60,6 +60,7 @@ class RunData:
       validation_examples: how many were asked for.
       splits: a record for each split that the run has.
       files: for each split that lies in files, its files in the order of its examples.
+      left_out: paths of files that are no readable images.
     """
 
     name: str
@@ -72,6 +73,7 @@ class RunData:
     validation_examples: int | None
     splits: Mapping[str, SplitRecord]
     files: Mapping[str, tuple[ImageFile, ...]]
+    left_out: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> RunData:
         """Returns a record with other values in some fields."""
@@ -102,6 +104,7 @@ def describe_data(dataset: Dataset, section: Config) -> RunData:
             if split is not None
         },
         files={part: tuple(files[part]) for part in PARTS if part in files},
+        left_out=tuple(sorted(file.path for file in dataset.origin.left_out)),
     )
 
 
@@ -201,6 +204,7 @@ def to_json(data: RunData) -> str:
         "validation_examples": data.validation_examples,
         "splits": {part: record._asdict() for part, record in data.splits.items()},
         "files": FILES_FILE if data.files else None,
+        "left_out": data.left_out,
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
@@ -226,4 +230,5 @@ def _from_content(workdir: Path, content: dict[str, Any]) -> RunData:
         validation_examples=content["validation_examples"],
         splits=splits,
         files=files,
+        left_out=tuple(content.get("left_out", ())),
     )
