@@ -60,6 +60,9 @@ def get_config(method: str = "dfs") -> Any:
     config.eval_batch_size = 500
     config.epochs = 100
     config.eval_every_epochs = 1  # evaluate on validation data and save; the last epoch always does
+    # Training images by which BatchNorm's statistics are taken anew before an evaluation; None: the
+    # running average stays. Worth it where an epoch has few steps or the learning rate is high.
+    config.recalibrate_examples = placeholder(int)
     config.checkpoint_every_steps = 0  # save within epochs too; 0: only after an evaluation
     config.log_every_steps = 20  # move the progress bar and look for a non-finite loss
     # Steps that the device takes without the host, at most; each is a part of one program's loop.

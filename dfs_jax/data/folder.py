@@ -14,7 +14,7 @@ from dfs_jax.data.dataset import AnySplit, ImageFile, Origin, RawDataset, Split
 from dfs_jax.data.decoding import SUFFIXES, kind_of
 from dfs_jax.data.images import MAX_BYTES, Unreadable, decode_readable, memory_needed
 from dfs_jax.data.streaming import StreamedSplit, Streaming
-from dfs_jax.paths import local_path
+from dfs_jax.paths import local_path, shown
 from dfs_jax.types import UserError
 
 _VALIDATION_NAMES = ("validation", "val")
@@ -192,7 +192,7 @@ def _read(
     """Returns the images that can be read as a split, and their files."""
     paths = [root / file.path for file in files]
     # Named by path: every message about an image then says which file it is.
-    describe = [_printable(path) for path in paths].__getitem__
+    describe = [shown(path) for path in paths].__getitem__
     pixels, kept = decode_readable(paths, len(paths), image_size, describe, unreadable)
     labels = np.array(_labels(files, class_names), np.int32)[kept]
     return Split(pixels, labels), tuple(files[i] for i in kept)
@@ -264,7 +264,7 @@ class _ClassFiles(NamedTuple):
 
 
 def _class_files(directory: Path) -> _ClassFiles:
-    files = sorted(_walk(directory))
+    files = sorted(walk_files(directory))
     images = [p for p in files if p.suffix.lower() in SUFFIXES]
     return _ClassFiles(
         images,
@@ -273,7 +273,7 @@ def _class_files(directory: Path) -> _ClassFiles:
     )
 
 
-def _walk(directory: Path) -> Iterator[Path]:
+def walk_files(directory: Path) -> Iterator[Path]:
     """Yields the files below a directory but hidden ones; a loop of links is followed once."""
     seen = set()
     for where, below, names in os.walk(directory, followlinks=True):
@@ -291,11 +291,6 @@ def _walk(directory: Path) -> Iterator[Path]:
 def _tell(directory: Path, what: str, listings: dict[str, _ClassFiles], field: str) -> None:
     paths = [path for files in listings.values() for path in getattr(files, field)]
     if paths:
-        named = ", ".join(_printable(path.relative_to(directory)) for path in paths[:_MOST_NAMED])
+        named = ", ".join(shown(path.relative_to(directory)) for path in paths[:_MOST_NAMED])
         more = ", ..." if len(paths) > _MOST_NAMED else ""
         _log.warning("%s: %d file(s) %s: %s%s", directory, len(paths), what, named, more)
-
-
-def _printable(path: Path) -> str:
-    """Returns a path whose bytes that are no text are written as escapes."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

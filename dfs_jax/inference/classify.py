@@ -1,18 +1,23 @@
-"""Classifies image files with an exported network.
+"""Classifies image files, and directories of them, with an exported network.
 
-    python -m dfs_jax.inference.classify DIR IMAGE...
+    python -m dfs_jax.inference.classify DIR IMAGE_OR_DIRECTORY...
 
-Prints a line for each: its class, the exit that answered (1 is the shallowest), how sure it was,
-and how long that took. An image that cannot be read is told in its line; the others are answered.
+Prints a line for each image: its class, the exit that answered (1 is the shallowest), its
+confidence, and how long that took. Directories are searched with those below them; of their images
+the last line counts the answers by class. An image that cannot be read is told in its line; the
+others are answered.
 Images of another size are scaled as for training: the shorter side, then the centre is cut out.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfs_jax.data.decoding import SUFFIXES
+from dfs_jax.data.folder import walk_files
 from dfs_jax.data.images import decode_images
 from dfs_jax.guard import guarded, run_plain
 from dfs_jax.inference.exported import ExportedNetwork, load_exported
@@ -31,32 +36,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Classifies image files with an exported network.",
     )
     parser.add_argument("directory", help="what dfs_jax.inference.export wrote")
-    parser.add_argument("images", nargs="+", metavar="image", help="an image file")
+    parser.add_argument("images", nargs="+", metavar="image", help="image file or directory")
     given = parser.parse_args(arguments)
     return guarded(lambda: classify_all(given.directory, given.images))
 
 
 def classify_all(directory: str, images: Sequence[str]) -> int:
-    """Prints a line for each image file; returns the program's status.
+    """Prints a line for each image, and counts those of directories; returns the program's status.
+
+    Args:
+      directory: exported network.
+      images: image files, and directories that hold some.
 
     Raises:
-      UserError: there is no exported network in the directory.
+      UserError: there is no exported network in `directory`, or a directory without images.
     """
+    paths = [found for image in images for found in _image_files(image)]
     network = load_exported(input_directory(directory, "directory"))
     predictor = network.predictor(batch_size=1)
     predictor.warm_up()
-    status = 0
-    for path in images:
+    counts: Counter[str] = Counter()
+    unreadable = 0
+    for path in paths:
         try:
-            line = classify(network, predictor, path)
+            label, line = classify(network, predictor, path)
+            counts[label] += 1
         except UserError as error:
-            line, status = f"error: {error}", _UNREADABLE_STATUS
+            unreadable += 1
+            line = f"error: {error}"
         say(line)
-    return status
+    if len(paths) > len(images):
+        by_class = ", ".join(f"{label} {count}" for label, count in counts.most_common())
+        say(f"{len(paths)} images: {by_class or 'none classified'}; {unreadable} unreadable")
+    return _UNREADABLE_STATUS if unreadable else 0
 
 
-def classify(network: ExportedNetwork, predictor: EarlyExitPredictor, path: str | Path) -> str:
-    """Returns what the network says of an image file, in a line.
+def _image_files(path: str) -> list[str | Path]:
+    """Returns an image file itself, or the image files of a directory and of those below it.
+
+    Raises:
+      UserError: a directory without images.
+    """
+    where = local_path(path, "image")
+    if not where.is_dir():
+        return [path]
+    found = [file for file in sorted(walk_files(where)) if file.suffix.lower() in SUFFIXES]
+    if not found:
+        raise UserError(
+            f"the directory {shown(path)} holds no images: they end in "
+            f"{', '.join(sorted(SUFFIXES))}"
+        )
+    return [*found]
+
+
+def classify(
+    network: ExportedNetwork, predictor: EarlyExitPredictor, path: str | Path
+) -> tuple[str, str]:
+    """Returns the class of an image file, and what the network says of it in a line.
 
     Raises:
       UserError: the file cannot be read as an image, or the network has no answer to it.
@@ -66,8 +102,9 @@ def classify(network: ExportedNetwork, predictor: EarlyExitPredictor, path: str 
     answer = predictor(images)
     for reason in answer.errors.values():
         raise UserError(f"{name} cannot be classified: {reason}")
-    return (
-        f"{name}: {network.labels[answer.predicted[0]]}, exit {answer.exit_index[0] + 1}, "
+    label = network.labels[answer.predicted[0]]
+    return label, (
+        f"{name}: {label}, exit {answer.exit_index[0] + 1}, "
         f"confidence {answer.confidence[0]:.4f}, {1000 * answer.latency[0]:.2f} ms"
     )
 

@@ -134,7 +134,7 @@ def check_logits(logits: np.ndarray) -> None:
 
     Neither temperatures nor thresholds can be fitted to such an exit.
     """
-    bad = ~np.isfinite(logits).all(axis=2)
+    bad: np.ndarray = ~np.isfinite(logits).all(axis=2)
     if not bad.any():
         return
     exit_index = int(bad.any(axis=1).argmax())

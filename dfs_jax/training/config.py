@@ -57,6 +57,8 @@ def check_config(config: Config) -> None:
     for field, path in (("data.data_dir", config.data.data_dir), ("init_from", config.init_from)):
         if path is not None:
             local_path(path, field)
+    if config.get("recalibrate_examples") is not None:
+        check_whole("recalibrate_examples", config.recalibrate_examples)
     if config.get("steps_per_dispatch") is not None:
         check_whole("steps_per_dispatch", config.steps_per_dispatch)
     if config.data.get("on_device") not in (None, True, False):

@@ -46,6 +46,7 @@ from dfs_jax.training.metrics import (
 )
 from dfs_jax.training.processes import is_writer
 from dfs_jax.training.progress import Progress
+from dfs_jax.training.recalibrate import Recalibration
 from dfs_jax.training.run_data import RunData, describe_data, known_data, record_data
 from dfs_jax.training.sharding import put_replicated
 from dfs_jax.training.signals import StopSignals
@@ -157,6 +158,7 @@ class _Run:
         self._copy = state_copier(experiment)
         self._resident: ResidentSplit | None = None
         self._probe = _create_probe(experiment)
+        self._recalibration = _create_recalibration(experiment)
         self._clock = Clock()
         self._later: list[Callable[[], None]] = []
 
@@ -241,7 +243,10 @@ class _Run:
         totals, state = state.totals, state.replace(totals=self._zero_totals())
         if epoch % self._config.eval_every_epochs and epoch != self._config.epochs:
             return state
-        kept, lap = self._copy(state), self._clock.lap()
+        lap = self._clock.lap()
+        if self._recalibration is not None:
+            state = self._recalibration(state)
+        kept = self._copy(state)
         answers = None if self._resident is None else self._resident.start(kept.eval_variables)
         report = partial(self._report_epoch, kept, totals, lap, answers, step=step, epoch=epoch)
         self._later.append(report)
@@ -325,6 +330,11 @@ def _create_probe(experiment: Experiment) -> ConflictProbe | None:
     if every < 0:
         raise UserError(f"conflict_every_steps must be at least 0, got {every}")
     return ConflictProbe(experiment, experiment.config.conflict_examples) if every else None
+
+
+def _create_recalibration(experiment: Experiment) -> Recalibration | None:
+    examples = experiment.config.get("recalibrate_examples")
+    return None if examples is None else Recalibration(experiment, examples)
 
 
 def _passes(every: int, before: int, step: int) -> bool:

@@ -1,0 +1,127 @@
+"""BatchNorm's running statistics, taken again from training images before an evaluation.
+
+A running average over the last ten or so batches lags behind the weights, and a channel that few
+images activate has a variance near zero until one of them comes by. While the learning rate is
+high, an evaluation can then be far off although training is not. Recalibrated statistics are those
+of the present weights:
+
+    mean = mean_k mean_k,   var = mean_k var_k     over batches k of training images
+
+Reference: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (PreciseBN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dfs_jax.data.augmentation import normalise
+from dfs_jax.data.dataset import Split
+from dfs_jax.training.experiment import Experiment, variable_shardings
+from dfs_jax.training.sharding import (
+    batch_sharded,
+    jit_for_mesh,
+    put_batch,
+    replicated,
+    rows_here,
+)
+from dfs_jax.training.state import TrainState
+from dfs_jax.training.state_sharding import constrain
+from dfs_jax.types import PyTree, UserError
+
+
+class Recalibration:
+    """Replaces the running statistics of a network by those of training images.
+
+    The images are the first of a permutation that the run's seed draws, as they are: not augmented.
+
+    Args:
+      experiment: run whose network is recalibrated.
+      examples: number of training images, rounded down to whole batches.
+
+    Raises:
+      UserError: a streamed data set, or fewer examples than a batch.
+    """
+
+    def __init__(self, experiment: Experiment, examples: int):
+        config, train = experiment.config, experiment.dataset.train
+        if not isinstance(train, Split):
+            raise UserError(
+                f"recalibrate_examples={examples} needs a data set in memory, "
+                f"{config.data.name!r} is streamed: leave it unset"
+            )
+        count = min(examples, train.num_examples) // config.batch_size
+        if not count:
+            raise UserError(
+                f"recalibrate_examples={examples} must fill a batch of {config.batch_size}: choose "
+                f"a multiple of it, or leave it unset"
+            )
+        order = np.random.default_rng(config.seed).permutation(train.num_examples)
+        rows = order[: count * config.batch_size].reshape(count, config.batch_size)
+        here = rows_here(config.batch_size, experiment.mesh)
+        self._batches = [
+            put_batch(train.take(batch[here]).images, experiment.mesh) for batch in rows
+        ]
+        self._statistics = _compiled(experiment)
+
+    def __call__(self, state: TrainState) -> TrainState:
+        """Returns the state with new statistics of the variables that are evaluated.
+
+        Training steps go on as without: they use the statistics of their own batches.
+        """
+        variables = state.eval_variables
+        variables = {**variables, "batch_stats": self.statistics(variables)}
+        if state.averaged is not None:
+            return state.replace(averaged=variables)
+        return state.replace(batch_stats=variables["batch_stats"])
+
+    def statistics(self, variables: dict[str, Any]) -> PyTree:
+        """Returns new `batch_stats` for `{"params": ..., "batch_stats": ...}`."""
+        found = [self._statistics(variables, images) for images in self._batches]
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
+
+
+def batch_statistics(update: Callable[[PyTree], PyTree], running: PyTree) -> PyTree:
+    """Returns the statistics of a batch itself, of which a network keeps a running average.
+
+    Args:
+      update: `running -> m * running + (1 - m) * batch`, with an m of each leaf's own below 1.
+      running: running statistics, for their shapes.
+
+    Example:
+      >>> batch_statistics(lambda x: 0.9 * x + 0.1 * 5.0, jnp.zeros(())).round(4)
+      Array(5., dtype=float32)
+    """
+    from_zero = update(jax.tree.map(jnp.zeros_like, running))
+    from_one = update(jax.tree.map(jnp.ones_like, running))
+    return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), from_zero, from_one)
+
+
+def _compiled(experiment: Experiment) -> Callable[[dict[str, Any], jax.Array], PyTree]:
+    e = experiment
+
+    def statistics(variables: dict[str, Any], images: jax.Array) -> PyTree:
+        params = constrain(variables, e.mesh, e.model, gathered=True)["params"]
+        pixels = normalise(images, e.dataset.mean, e.dataset.std)
+
+        def update(running: PyTree) -> PyTree:
+            _, updated = e.model.apply(
+                {"params": params, "batch_stats": running},
+                pixels,
+                e.fork,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return updated.get("batch_stats", {})
+
+        return batch_statistics(update, variables["batch_stats"])
+
+    where = variable_shardings(e) or replicated(e.mesh)
+    out = where["batch_stats"] if isinstance(where, dict) else where
+    shardings = {"in_shardings": (where, batch_sharded(e.mesh)), "out_shardings": out}
+    return jit_for_mesh(statistics, e.mesh, **shardings)
