@@ -122,7 +122,7 @@ def test_config_files_and_flags(tmp_path):
 
 
 def test_a_run_in_a_strange_place(tmp_path):
-    """Everything at once: another directory, a home, a notebook's backend, a strict terminal.
+    """Everything at once: another directory, a home, a notebook's backend, a strict terminal, JAX.
 
     Then nobody reads: another run stops and is saved, the report of the first ends quietly.
     """
@@ -154,7 +154,11 @@ def test_a_run_in_a_strange_place(tmp_path):
             {"program": "train.py", "arguments": ["--help"], "stdout": "closed pipe"},
             {"program": "train.py", "arguments": stopped, "stdout": "closed pipe"},
         ],
-        environment(),
+        {
+            **environment(),
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
+        },
     )
     trained, piped, helped, stopped = results
     assert (trained["status"], trained["err"]) == (0, "")
@@ -172,8 +176,6 @@ def test_a_run_in_a_strange_place(tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("JAX_NUMPY_DTYPE_PROMOTION", "strict", None),
-        ("JAX_NUMPY_RANK_PROMOTION", "raise", None),
         ("JAX_ENABLE_X64", "1", None),
         ("JAX_DEBUG_NANS", "1", None),
         ("JAX_COMPILATION_CACHE_DIR", "/proc/nowhere", None),

@@ -136,6 +136,8 @@ class _Passing:
     def __enter__(self) -> _Passing:
         # Ctrl-C reaches the children from the terminal; here it must not end the waiting.
         handlers = {signal.SIGTERM: self._pass, signal.SIGINT: lambda *_: None}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            handlers[signal.SIGHUP] = self._pass
         self._before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
