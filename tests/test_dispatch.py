@@ -34,9 +34,9 @@ VARIANTS = {
     "averaged": {"optimizer.ema_decay": 0.9, "loss.name": "distillation"},
     "bfloat16": {"model.name": "tests.helpers:ThreeStageVGG", "compute_dtype": "bfloat16"},
     "accumulated": {"accumulate_steps": 3},
-    "pcgrad": {"combiner.name": "pcgrad"},
-    "meta_gf": {"meta.name": "meta_gf"},
-    "wpn": {"meta.name": "wpn", "meta.interval": 2},
+    "pcgrad": {"gradients.name": "pcgrad"},
+    "meta_gf": {"gradients.name": "meta_gf"},
+    "wpn": {"gradients.name": "wpn", "gradients.interval": 2},
 }
 QUICK = ("plain", "accumulated", "pcgrad", "meta_gf")
 # Here the compiler fuses a loop's body otherwise than a step that stands alone.
