@@ -70,7 +70,7 @@ class ResidentSplit:
         batches = eval_batches(split, batch_size, rows_here(batch_size, mesh))
         images, labels, masks = (np.stack(parts) for parts in zip(*batches, strict=True))
         self._batches = put_batch((images, labels), mesh, axis=1)
-        self._masks = masks
+        self._masks: Any = masks
         if jax.process_count() > 1:
             self._masks = gathered(put_batch(masks, mesh, axis=1))
         self._step = evaluation_step(experiment, BATCHES)

@@ -76,7 +76,8 @@ class DeviceFeed:
     def __init__(self, experiment: Experiment, start: int):
         self._mesh, self._sampler, self._step = experiment.mesh, experiment.sampler, start
         self._rows = rows_here(experiment.config.batch_size, experiment.mesh)
-        self._data = put_replicated(tuple(experiment.dataset.train), experiment.mesh)
+        split: Any = experiment.dataset.train
+        self._data = put_replicated(tuple(split), experiment.mesh)
 
     def next(self, steps: int) -> tuple[jax.Array, ...]:
         first, self._step = self._step, self._step + steps
