@@ -226,8 +226,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("has_manifest", [True, False])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("name", "has_manifest"), [*((name, True) for name in OTHERS), ("shape", False)]
+)
 def test_a_checkpoint_of_another_network_is_a_mismatch_and_nothing_is_moved(
     checkpoints, tmp_path, name, has_manifest
 ):

@@ -12,13 +12,14 @@ from dfs_jax.analysis.run_report import report_run
 from dfs_jax.inference import EarlyExitPredictor, load_exported, read_policy
 from dfs_jax.inference.choose import choose_policy
 from dfs_jax.inference.export import export_run
+from dfs_jax.inference.exported import export_network
 from dfs_jax.inference.identity import weights_fingerprint
 from dfs_jax.inference.policy import FILE, Policy
 from dfs_jax.interop.files import weights_notes
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.experiment import build_experiment, initial_state
 from dfs_jax.training.loop import train
-from dfs_jax.training.run_policy import load_with_policy
+from dfs_jax.training.run_policy import check_belongs, load_with_policy
 from dfs_jax.training.staged import load_staged
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
@@ -29,17 +30,23 @@ QUICK = {"batch_size": 13, "shapes": (1, 13), "fall_back": False}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two runs that differ in their seeds."""
-    root = tmp_path_factory.mktemp("runs")
-    for seed in (0, 1):
-        train(tiny_config(seed=seed, **NETWORK), root / f"run{seed}")
-    return root
+    """A run of two epochs, and so with two checkpoints."""
+    workdir = tmp_path_factory.mktemp("trained")
+    train(tiny_config(epochs=2, **NETWORK), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def fitted(trained):
+    """Each checkpoint and a policy that was fitted on it, the best first."""
+    staged = [load_staged(trained, checkpoint=f"{step}") for step in steps_of(trained)]
+    return [(one, choose_policy(one, "p", 0.5).policy) for one in staged]
 
 
 @pytest.fixture
-def root(trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    return tmp_path
+def run(trained, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def steps_of(workdir):
@@ -47,14 +54,6 @@ def steps_of(workdir):
     checkpoints = Checkpoints(workdir, read_only=True)
     best = checkpoints.best_step()
     return best, next(step for step in checkpoints.steps() if step != best)
-
-
-def choose(workdir, checkpoint="best", output=None, target="p", **options):
-    """What the program `choose` writes."""
-    value = 0.95 if target == "epsilon" else 0.5
-    staged = load_staged(workdir, checkpoint=f"{checkpoint}")
-    fitted = choose_policy(staged, target, value, **options)
-    return fitted.policy.save(output or workdir / FILE)
 
 
 def edit(path, **changes):
@@ -66,91 +65,82 @@ def edit(path, **changes):
     path.write_text(json.dumps(content))
 
 
-def test_a_policy_records_what_it_was_fitted_on(root):
-    best, _ = steps_of(root / "run0")
-    about = read_policy(choose(root / "run0")).fitted_on
-    assert about["step"] == best
+def test_a_policy_records_what_it_was_fitted_on(fitted):
+    (best, policy), (other, _) = fitted
+    about = policy.fitted_on
+    assert about["step"] == best.step
     assert about["class_names"] == ["a", "b", "c"]
     assert about["measure"] == "max_softmax"
-    stages = load_staged(root / "run0").stages
-    expected = {"exits": 2, "classes": 3, "weights": weights_fingerprint(stages)}
-    assert about["network"] == expected
+    weights = weights_fingerprint(best.stages)
+    assert about["network"] == {"exits": 2, "classes": 3, "weights": weights}
     assert about["calibration"]["examples"] == 11
-    others = {weights_fingerprint(load_staged(root / f"run{i}").stages) for i in (0, 1)}
-    assert len(others) == 2
+    assert weights != weights_fingerprint(other.stages)
 
 
-def test_export_takes_the_checkpoint_that_the_policy_was_fitted_on(root, caplog):
-    run = root / "run0"
-    best, other = steps_of(run)
-    choose(run, other)
-    export_run(run, root / "exported")
-    network = load_exported(root / "exported")
-    assert network.manifest["about"]["step"] == network.policy.fitted_on["step"] == other
-    expected = load_staged(run, checkpoint=f"{other}").stages
-    assert weights_fingerprint(network.stages) == weights_fingerprint(expected)
-    assert f"the checkpoint of step {other}" in caplog.text
-    assert f"the best is step {best}" in caplog.text
-
-
-@pytest.mark.parametrize("consumer", [export_run, load_with_policy])
-def test_a_policy_of_another_step_is_refused_with_both(root, consumer):
-    run = root / "run0"
-    best, other = steps_of(run)
-    choose(run, other)
-    arguments = (run, root / "exported") if consumer is export_run else (run,)
-    with pytest.raises(UserError, match=f"step {other}, this is step {best}: leave --checkpoint"):
-        consumer(*arguments, checkpoint="best")
-    assert not (root / "exported").exists()
-    consumer(*arguments, checkpoint="best", policy="none")
-
-
-def test_a_policy_whose_checkpoint_is_gone(root):
-    run = root / "run0"
-    best, other = steps_of(run)
-    choose(run, other)
-    shutil.rmtree(run / "checkpoints" / f"{other}")
-    with pytest.raises(UserError, match=rf"step {other}, which is not in .* best is step {best}"):
-        export_run(run, root / "exported")
-
-
-def test_a_policy_of_another_run_is_refused_by_its_weights(root):
-    step = "latest"
-    theirs = choose(root / "run1", step, root / "theirs.json")
-    with pytest.raises(UserError, match=r"theirs.json: .* network with other weights \(checksum"):
-        export_run(root / "run0", root / "exported", policy=theirs)
-    own = load_staged(root / "run0", checkpoint=step)
-    with pytest.raises(UserError, match="network with other weights"):
-        EarlyExitPredictor(own.stages, own.example, read_policy(theirs), **QUICK)
-    choose(root / "run0", step)
-    export_run(root / "run0", root / "exported")
-    network = load_exported(root / "exported")
-    with pytest.raises(UserError, match="network with other weights"):
-        network.predictor(read_policy(theirs), **QUICK)
-    with pytest.raises(UserError, match="network with other weights"):
-        network.predictor(**QUICK).with_policy(read_policy(theirs))
-    images = own.images("test", 13)
+def test_export_takes_the_checkpoint_that_the_policy_was_fitted_on(run, fitted, caplog):
+    (best, _), (other, policy) = fitted
+    policy.save(run / FILE)
+    export_run(run, run / "exported")
+    network = load_exported(run / "exported")
+    assert network.manifest["about"]["step"] == network.policy.fitted_on["step"] == other.step
+    assert weights_fingerprint(network.stages) == weights_fingerprint(other.stages)
+    assert f"the checkpoint of step {other.step}" in caplog.text
+    assert f"the best is step {best.step}" in caplog.text
+    images = other.images("test", 13)
     np.testing.assert_array_equal(
         network.predictor(**QUICK)(images).exit_index,
-        EarlyExitPredictor(own.stages, own.example, network.policy, **QUICK)(images).exit_index,
+        EarlyExitPredictor(other.stages, other.example, policy, **QUICK)(images).exit_index,
     )
 
 
-def test_a_run_that_was_trained_again_does_not_take_the_old_policy(root):
-    choose(root / "run0", "latest")
-    shutil.rmtree(root / "run0" / "checkpoints")
-    shutil.copytree(root / "run1" / "checkpoints", root / "run0" / "checkpoints")
+def test_a_policy_of_another_step_is_refused_with_both(run, fitted):
+    (best, _), (other, policy) = fitted
+    policy.save(run / FILE)
+    message = f"step {other.step}, this is step {best.step}: leave --checkpoint out"
+    with pytest.raises(UserError, match=message):
+        export_run(run, run / "exported", checkpoint="best")
+    assert not (run / "exported").exists()
+    staged, none = load_with_policy(run, checkpoint="best", policy="none")
+    assert (staged.step, none) == (best.step, None)
+
+
+def test_a_policy_whose_checkpoint_is_gone(run, fitted):
+    (best, _), (other, policy) = fitted
+    policy.save(run / FILE)
+    shutil.rmtree(run / "checkpoints" / f"{other.step}")
+    message = rf"step {other.step}, which is not in .* best is step {best.step}"
+    with pytest.raises(UserError, match=message):
+        export_run(run, run / "exported")
+
+
+def test_a_policy_of_another_run_with_the_same_steps_is_refused_by_its_weights(run, fitted):
+    """So is one from before a run was trained again in the same directory."""
+    (best, own), (_, theirs) = fitted
+    theirs.save(run / "theirs.json")
+    edit(run / "theirs.json", fitted_on__step=best.step)
+    with pytest.raises(UserError, match=r"theirs.json: .* network with other weights \(checksum"):
+        export_run(run, run / "exported", policy=run / "theirs.json")
+    theirs = read_policy(run / "theirs.json")
     with pytest.raises(UserError, match="network with other weights"):
-        export_run(root / "run0", root / "exported", checkpoint="latest")
+        EarlyExitPredictor(best.stages, best.example, theirs, **QUICK)
+    predictor = EarlyExitPredictor(best.stages, best.example, own, **QUICK)
+    with pytest.raises(UserError, match="network with other weights"):
+        predictor.with_policy(theirs)
+    with pytest.raises(UserError, match="network with other weights"):
+        export_network(
+            run / "exported", best.stages, best.example, labels=("a", "b", "c"), policy=theirs
+        )
 
 
-def test_an_export_does_not_take_another_exports_policy(root):
-    for i in (0, 1):
-        choose(root / f"run{i}")
-        export_run(root / f"run{i}", root / f"exported{i}")
-    shutil.copy(root / "exported1" / FILE, root / "exported0" / FILE)
+@pytest.mark.slow
+def test_an_export_does_not_take_another_exports_policy(run, fitted):
+    for name, (one, policy) in zip("ab", fitted, strict=True):
+        export_network(run / name, one.stages, one.example, labels=("a", "b", "c"), policy=policy)
+    with pytest.raises(UserError, match="network with other weights"):
+        load_exported(run / "a").predictor(fitted[1][1], **QUICK)
+    shutil.copy(run / "b" / FILE, run / "a" / FILE)
     with pytest.raises(UserError, match=r"policy.json is damaged or of another export"):
-        load_exported(root / "exported0")
+        load_exported(run / "a")
 
 
 EDITS = {
@@ -168,36 +158,39 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_policy_that_belongs_to_something_else(root, name):
+def test_a_policy_that_belongs_to_something_else(tmp_path, fitted, name):
     changes, message = EDITS[name]
-    edit(choose(root / "run0"), **changes)
+    staged, policy = fitted[0]
+    path = policy.save(tmp_path / FILE)
+    check_belongs(read_policy(path), staged, path)
+    edit(path, **changes)
     with pytest.raises(UserError, match=message) as told:
-        export_run(root / "run0", root / "exported")
+        check_belongs(read_policy(path), staged, path)
     assert "\n" not in str(told.value)
     assert "policy.json" in str(told.value)
 
 
-def test_thresholds_are_moved_by_hand_only_without_a_guarantee(root):
-    path = choose(root / "run0")
+def test_thresholds_are_moved_by_hand_only_without_a_guarantee(tmp_path, fitted):
+    staged, policy = fitted[0]
+    path = policy.save(tmp_path / FILE)
     edit(path, thresholds=[0.25])
-    export_run(root / "run0", root / "exported")
-    assert load_exported(root / "exported").policy.thresholds == (0.25,)
-    path = choose(root / "run0", target="epsilon")
-    read_policy(path)
+    check_belongs(read_policy(path), staged, path)
+    certified = choose_policy(staged, "epsilon", 0.95).policy
+    path = certified.save(path)
+    assert read_policy(path) == certified
     edit(path, thresholds=[0.25])
     with pytest.raises(UserError, match=r"its thresholds were .* choose again"):
         read_policy(path)
 
 
-def test_a_policy_that_does_not_say_is_taken_with_a_warning(root, caplog):
-    Policy((0.5,)).save(root / "run0" / FILE)
-    export_run(root / "run0", root / "exported")
+def test_a_policy_that_does_not_say_is_taken_with_a_warning(run, fitted, caplog):
+    Policy((0.5,)).save(run / FILE)
+    staged, policy = load_with_policy(run)
+    assert (staged.step, policy) == (fitted[0][0].step, Policy((0.5,)))
     assert "does not say which network it was fitted on" in caplog.text
-    assert load_exported(root / "exported").policy.thresholds == (0.5,)
 
 
-def test_reports_and_weights_beside_a_run_are_the_best_checkpoints(root, caplog):
-    run = root / "run0"
+def test_reports_and_weights_beside_a_run_are_the_best_checkpoints(run, caplog):
     best, other = steps_of(run)
     report_run(run)
     kept = {name: (run / name).read_bytes() for name in ("report.json", "weights.safetensors")}
@@ -210,4 +203,4 @@ def test_reports_and_weights_beside_a_run_are_the_best_checkpoints(root, caplog)
     assert "is now step" not in caplog.text
     shutil.rmtree(run / "checkpoints" / f"{best}")
     initial_state(build_experiment(config))
-    assert f"holds step {best}, the best checkpoint there is now step" in caplog.text
+    assert f"holds step {best}, the best checkpoint there is now step {other}" in caplog.text
