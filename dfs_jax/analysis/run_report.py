@@ -17,7 +17,6 @@ from dfs_jax.analysis.report import (
 from dfs_jax.interop import save_weights
 from dfs_jax.interop.files import STEP
 from dfs_jax.output import say
-from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment, rebuild_experiment
 from dfs_jax.training.metrics import read_metrics
@@ -65,9 +64,8 @@ def report_run(
     variables = gathered(evaluation.variables)
     if not is_writer():
         return report
-    best = Checkpoints(workdir, read_only=True).best_step()
     name = "report" if split == "test" else f"report_{split}"
-    name = name if evaluation.step == best else f"{name}_step{evaluation.step}"
+    name = name if evaluation.is_best else f"{name}_step{evaluation.step}"
     written = write_report(report, output or workdir / f"{name}.json")
     if output is None and name == "report":
         save_weights(workdir / WEIGHTS_FILE, variables, about={STEP: str(evaluation.step)})

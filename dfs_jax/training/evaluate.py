@@ -27,7 +27,8 @@ SPLITS = ("train", "validation", "test")
 class RunEvaluation(NamedTuple):
     """One checkpoint's answers, on the split that is reported and the one that sets thresholds.
 
-    `fitting` is None where the images that set thresholds are not at hand.
+    `fitting` is None where the images that set thresholds are not at hand; `is_best` says whether
+    the checkpoint is the run's best.
     """
 
     experiment: Experiment
@@ -37,6 +38,7 @@ class RunEvaluation(NamedTuple):
     reported_split: str
     fitting: ExitPredictions | None
     fitting_split: str
+    is_best: bool
 
 
 def evaluate(
@@ -118,8 +120,17 @@ def evaluate_run(
         try:
             fitting = answers(getattr(experiment.dataset, fitting_split))
         except UserError as error:
+            if jax.process_count() > 1:  # the others may have the images, and wait
+                raise
             logging.warning("no thresholds are fitted: %s", error)
             fitting = None
     return RunEvaluation(
-        experiment, step, state.eval_variables, reported, split, fitting, fitting_split
+        experiment,
+        step,
+        state.eval_variables,
+        reported,
+        split,
+        fitting,
+        fitting_split,
+        is_best=step == checkpoints.best_step(),
     )

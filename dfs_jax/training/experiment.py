@@ -266,7 +266,8 @@ def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> Multi
 def _warn_of_old_weights(path: Path) -> None:
     """Says in the log if a run has a better checkpoint than the weights that lie beside it."""
     step = weights_notes(path).get(STEP)
-    if step is None or not has_steps(path.parent):
+    # Several processes may have the file in different places, and open checkpoints together only.
+    if step is None or not has_steps(path.parent) or jax.process_count() > 1:
         return
     best = Checkpoints(path.parent, read_only=True).best_step()
     if best is not None and str(best) != step:
