@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.accuracy.runner import Datasets
 from benchmarks.gpu.packed import unpack
 from dfs_jax.data import Dataset
-from dfs_jax.data.dataset import RawDataset, Split
+from dfs_jax.data.dataset import RawDataset
 from dfs_jax.data.sources import dataset_from_raw
 from dfs_jax.types import Config
 
@@ -44,8 +44,13 @@ class PackedDatasets(Datasets):
         raw = unpack(name, self._directory)
         if not self._rehearses:
             return raw
-        train, test = (
-            Split(split.images[:count], split.labels[:count])
-            for split, count in zip((raw.train, raw.test), REHEARSED, strict=True)
-        )
-        return raw._replace(train=train, test=test)
+        return first_examples(raw, *REHEARSED)
+
+
+def first_examples(raw: RawDataset, train: int, test: int) -> RawDataset:
+    """Returns a set in memory with the first examples of each split alone."""
+    parts = {
+        name: getattr(raw, name).take(slice(count))
+        for name, count in (("train", train), ("test", test))
+    }
+    return raw._replace(**parts)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
+from benchmarks.gpu.data import first_examples
 from benchmarks.gpu.packed import pack
 from dfs_jax import program
 from dfs_jax.data.dataset import RawDataset, check_raw_dataset
@@ -37,7 +38,9 @@ def main() -> None:
 
     def run() -> None:
         directory = Path(output.value)
-        raw = _first(_read(name.value, data_dir.value), first.value)
+        raw = _read(name.value, data_dir.value)
+        if first.value is not None:
+            raw = first_examples(raw, first.value, first.value)
         paths = pack(raw, name.value, directory, parts=parts.value)
         paths += [fetch_wheel(package, directory) for package in wheels.value]
         for path in paths:
@@ -71,17 +74,6 @@ def _read(name: str, data_dir: str | None) -> RawDataset:
     from dfs_jax.data.tfds_source import load_tfds  # TFDS takes two seconds to import
 
     return check_raw_dataset(name, load_tfds(name, data_dir=data_dir))
-
-
-def _first(raw: RawDataset, count: int | None) -> RawDataset:
-    if count is None:
-        return raw
-    return raw._replace(
-        **{
-            name: type(split)(*(part[:count] for part in split))
-            for name, split in (("train", raw.train), ("test", raw.test))
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ def _planes(array: np.ndarray, kept: int) -> Iterator[bytes]:
     if dropped:
         bits = (bits + np.uint32(1 << (dropped - 1))) >> np.uint32(dropped)
     for place in reversed(range(kept)):
-        yield zlib.compress(((bits >> np.uint32(8 * place)) & np.uint32(255)).astype(np.uint8), 1)
+        plane = (bits >> np.uint32(8 * place)) & np.uint32(255)
+        yield zlib.compress(plane.astype(np.uint8).tobytes(), 1)
 
 
 def _decode(leaves: list[dict[str, Any]], content: bytes) -> list[np.ndarray]:
