@@ -208,6 +208,7 @@ def test_every_model_is_checked_and_the_published_ones_first(tmp_path):
     assert [case.model for case in cases[:3]] == list(check.FIRST)
     exact = Counter(case.model for case in cases if case.dtype == "float64")
     assert exact == Counter(check.MODELS.table.keys())
+    assert all(check._narrow(case).num_exits >= 2 for case in cases)
 
 
 def test_cells_are_trained_in_the_order_of_their_worth():

@@ -36,7 +36,7 @@ _NARROW: dict[str, dict[str, Any]] = {
     "vgg": {"width": 4},
     "resnet": {"width": 4},
     "msdnet": {"growth": 2, "initial_channels": 4, "base": 1, "step": 1},
-    "vit": {"width": 12, "depth": 3, "heads": 3, "patch_size": 8},
+    "vit": {"width": 12, "depth": 3, "heads": 3, "patch_size": 8, "first_exit_layer": 1},
 }
 _GUESS_S = 45.0
 
