@@ -228,6 +228,7 @@ def test_blocks_compute_in_the_type_that_the_config_names():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of its own parts
 @pytest.mark.parametrize("fork", ["plain", "dfs"])
 def test_compiled_steps_are_the_eager_ones(fork):
     changes = {**UNAUGMENTED, "schedule.name": "constant", "fork.name": fork}
