@@ -317,7 +317,7 @@ def _strange_class(folder):
     ("damage", "message"),
     [
         (_truncate, r"1 image cannot be read: .*b\.jpg \(damaged JPEG\); replace or remove"),
-        (_one_class, r"train holds one class, 'ape': a classifier needs at least two"),
+        (_one_class, r"train holds one class, ape: a classifier needs at least two"),
         (_strange_class, r"test holds 1 class\(es\) that train/ lacks: cow"),
         (lambda d: _empty(d / "train/bee"), r"train holds no images of the class\(es\) bee"),
         (lambda d: (d / "train/bee/2.png").write_text("no image"), r"bee/2\.png \(text\)"),

@@ -69,7 +69,7 @@ def test_every_target(staged, target):
 
 
 def test_mistakes(staged):
-    with pytest.raises(UserError, match="--speedup must be above 0, got -1"):
+    with pytest.raises(UserError, match="--speedup must be above 0 and finite, got -1"):
         choose_policy(staged, "speedup", -1.0)
     with pytest.raises(UserError, match="cannot be met: the first exit alone costs"):
         choose_policy(staged, "mmacs", 1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def class_section(predictions: ExitPredictions, names: Sequence[str]) -> dict[st
     }
 
 
-def worst_classes(section: dict[str, Any], count: int) -> list[tuple[str, float]]:
+def worst_classes(section: Mapping[str, Any], count: int) -> list[tuple[str, float]]:
     """Returns the classes that the last exit gets right least often, with that fraction."""
     shares = section["accuracy"][-1]["by_class"]
     known = [

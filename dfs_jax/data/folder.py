@@ -59,8 +59,8 @@ def load_folder(
     class_names = _classes(directories["train"])
     if len(class_names) < 2:
         raise UserError(
-            f"{directories['train']} holds one class, {class_names[0]!r}: a classifier needs at "
-            f"least two directories, one for each class"
+            f"{directories['train']} holds one class, {', '.join(class_names)}: a classifier needs "
+            f"at least two directories, one for each class"
         )
     files = {split: _files_of(where, split, class_names) for split, where in directories.items()}
     if streaming is not None:

@@ -147,6 +147,7 @@ def _divided(
     train, validation = hold_out(raw, held_out, split_seed)
     mean, std = chosen or _own_statistics(train)
     origin = _divided_origin(raw, held_out, split_seed)
+    assert raw.test is not None, "held out before"
     return Dataset(name, train, validation, raw.test, raw.class_names, mean, std, origin)
 
 
@@ -313,8 +314,11 @@ def held_out_indices(
 
 
 def _join(first: AnySplit, second: AnySplit) -> AnySplit:
-    are_streamed = isinstance(first, StreamedSplit) and isinstance(second, StreamedSplit)
-    if are_streamed and first.records is second.records:  # a folder's
+    if (
+        isinstance(first, StreamedSplit)
+        and isinstance(second, StreamedSplit)
+        and first.records is second.records  # a folder's
+    ):
         indices = np.concatenate([first.indices, second.indices])
         return StreamedSplit(first.records, first.streaming, indices)
     if not (isinstance(first, Split) and isinstance(second, Split)):

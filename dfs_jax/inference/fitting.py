@@ -134,13 +134,13 @@ def check_logits(logits: np.ndarray) -> None:
 
     Neither temperatures nor thresholds can be fitted to such an exit.
     """
-    bad: np.ndarray = ~np.isfinite(logits).all(axis=2)
-    if not bad.any():
+    bad = np.logical_not(np.all(np.isfinite(logits), axis=2))
+    if not np.any(bad):
         return
-    exit_index = int(bad.any(axis=1).argmax())
-    example, count = int(bad[exit_index].argmax()), int(bad[exit_index].sum())
+    exit_index = int(np.argmax(np.any(bad, axis=1)))
+    example, count = int(np.argmax(bad[exit_index])), int(np.sum(bad[exit_index]))
     raise UserError(
-        f"exit {exit_index + 1} gives logits that are not finite for {count} of {bad.shape[1]} "
+        f"exit {exit_index + 1} gives logits that are not finite for {count} of {len(bad[0])} "
         f"examples, the first of them number {example + 1}: a policy cannot be fitted to this "
         f"checkpoint; look at these examples, or choose an earlier checkpoint"
     )
