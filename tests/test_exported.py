@@ -261,7 +261,8 @@ def test_classify_real_files(directory, tmp_path, capsys):
         assert 1 / 3 <= float(confidence.removeprefix("confidence ")) <= 1
         assert float(milliseconds.removesuffix(" ms")) > 0
     for line, path in zip(lines[1:4], (empty, cut, missing), strict=True):
-        assert line.startswith(f"error: cannot read the image {path}: ")
+        assert line.startswith("error: 1 image cannot be read: ")
+        assert str(path) in line
     expected = load_exported(directory).predictor(batch_size=1)(
         np.asarray(Image.open(good[0]))[None]
     )
@@ -269,3 +270,27 @@ def test_classify_real_files(directory, tmp_path, capsys):
     assert main([str(directory), str(good[0])]) == 0
     assert main([str(tmp_path), str(good[0])]) == 2
     assert "there is no exported network" in capsys.readouterr().err
+
+
+def test_classify_directories(directory, tmp_path, capsys):
+    """Searched with those below; one unreadable image changes the status, and is counted."""
+    from dfs_jax.inference.classify import main
+
+    folder = tmp_path / "photos"
+    (folder / "2024").mkdir(parents=True)
+    photos = [photo(folder / "one.png", (8, 8)), photo(folder / "2024" / "two.jpg", (23, 17), 1)]
+    (folder / "notes.txt").write_text("no image")
+    assert main([str(directory), str(folder)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == sorted(map(str, photos))
+    assert last.startswith("2 images: ")
+    assert last.endswith("; 0 unreadable")
+    (folder / "broken.gif").write_bytes(b"GIF8")
+    assert main([str(directory), str(folder), str(photos[0])]) == 1
+    out = capsys.readouterr().out
+    assert "broken.gif (damaged GIF)" in out
+    assert out.splitlines()[-1].startswith("4 images: ")
+    assert out.splitlines()[-1].endswith("; 1 unreadable")
+    (tmp_path / "none").mkdir()
+    assert main([str(directory), str(tmp_path / "none")]) == 2
+    assert "holds no images: they end in .apng" in capsys.readouterr().err
