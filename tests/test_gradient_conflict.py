@@ -327,8 +327,8 @@ def test_a_killed_run_ends_with_the_same_metrics(run, tmp_path, monkeypatch, ste
 def stop_after(patch, step, action):
     original = loop.training_step
 
-    def wrapped(experiment):
-        inner = original(experiment)
+    def wrapped(experiment, takes):
+        inner = original(experiment, takes)
 
         def step_fn(state, *batch):
             if int(state.step) == step:

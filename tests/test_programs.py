@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PICTURES = ("accuracy_over_time.png", "accuracy_against_operations.png")
+PICTURES = ("accuracy_over_time.png", "accuracy_against_operations.png", "confusion.png")
 # 30 training images in batches of 5, two epochs: 12 steps.
 TINY = [
     "--config=configs/common.py",
@@ -159,7 +159,7 @@ def test_eval_reports_what_was_asked_for(finished, tmp_path):
     assert status == 0, err
     assert "ensemble" in out
     report = json.loads(output.read_text())
-    assert set(report) == {"run", "anytime", "ensemble", "budgeted"}
+    assert set(report) == {"run", "anytime", "ensemble", "budgeted", "classes"}
     assert report["run"]["step"] == 12
     assert report["run"]["examples"] == 13
     assert [row["exit"] for row in report["anytime"]] == [1, 2, 3]

@@ -131,7 +131,7 @@ def test_dead_channels_stay_dead_in_concatenations():
         (lambda x: x, 5),
         (lambda x: nn.max_pool(x, (1, 1), (1, 1)), 5),
         (lambda x: nn.avg_pool(nn.relu(x) * 3 - 1, (3, 3), padding="SAME"), 5),
-        (lambda x: x.reshape(1, 35, 10)[:, :, None].reshape(x.shape), 5),
+        (lambda x: x.reshape(-1, 35, 10)[:, :, None].reshape(x.shape), 5),
         (lambda x: x + x.sum((1, 2), keepdims=True), 5),
         (lambda x: jax.jit(lambda y: y.astype(jnp.bfloat16).astype(y.dtype))(x), 5),
         (lambda x: nn.BatchNorm(use_running_average=True)(x), 10),  # scales and shifts are trained
@@ -163,12 +163,12 @@ def test_frozen_layers_cost_their_forward_pass():
 
 
 def attention(x):
-    tokens = x.reshape(1, 35, 2, 5)
+    tokens = x.reshape(-1, 35, 2, 5)
     return nn.dot_product_attention(tokens, tokens, tokens).reshape(x.shape)
 
 
 def resize(x):
-    return jax.image.resize(x, (1, 11, 13, x.shape[-1]), "bilinear")
+    return jax.image.resize(x, (len(x), 11, 13, x.shape[-1]), "bilinear")
 
 
 MIXED = [

@@ -19,6 +19,7 @@ from absl import flags
 
 from benchmarks.gpu.clock import Clock, ends_in_time
 from dfs_jax import program
+from dfs_jax.paths import local_path, output_directory
 from dfs_jax.types import UserError
 
 STAGES = ("check", "step", "infer", "train")
@@ -46,15 +47,18 @@ def main() -> None:
 
     def run() -> int | None:
         clock = Clock(minutes.value)
-        _prepare_jax(stage.value, Path(work.value or Path(output.value) / "work").absolute())
+        kept = output_directory(output.value, "--output")
+        own = kept / "work" if work.value is None else work.value
+        own = output_directory(own, "--work")
+        _prepare_jax(stage.value, own)
         from benchmarks.gpu.session import Session
 
         session = Session(
             stage.value,
-            Path(output.value).absolute(),
-            Path(work.value or Path(output.value) / "work").absolute(),
-            Path(data.value).absolute(),
-            None if carried.value is None else Path(carried.value).absolute(),
+            kept,
+            own,
+            local_path(data.value, "--data"),
+            None if carried.value is None else local_path(carried.value, "--carried"),
             clock,
             rehearse.value,
             again.value,

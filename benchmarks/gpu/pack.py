@@ -20,6 +20,7 @@ from benchmarks.gpu.data import first_examples
 from benchmarks.gpu.packed import pack
 from dfs_jax import program
 from dfs_jax.data.dataset import RawDataset, check_raw_dataset
+from dfs_jax.paths import output_directory
 from dfs_jax.types import UserError
 
 _MIB = 2**20
@@ -37,7 +38,7 @@ def main() -> None:
     wheels = flags.DEFINE_list("wheels", ["ml_collections"], "Packages to fetch the wheels of.")
 
     def run() -> None:
-        directory = Path(output.value)
+        directory = output_directory(output.value, "--output")
         raw = _read(name.value, data_dir.value)
         if first.value is not None:
             raw = first_examples(raw, first.value, first.value)

@@ -20,6 +20,9 @@ from dfs_jax.types import PyTree
 LiveElements = bool | np.ndarray
 
 
+_IMAGES = 2  # traced together: batch statistics need more than one value of each channel
+
+
 class StepCost(NamedTuple):
     """Multiply-adds of one training step on one image, by what they compute.
 
@@ -66,7 +69,7 @@ def traced_step_cost(
         )
         return value, pullback(seed)
 
-    inputs = (variables, _one_image(image_shape), jax.ShapeDtypeStruct((), jnp.float32))
+    inputs = (variables, _traced_images(image_shape), jax.ShapeDtypeStruct((), jnp.float32))
     program = _trace(step, inputs, (Kind.WEIGHT, Kind.ACTIVATION, Kind.GRADIENT))
     forward = weight_gradients = input_gradients = 0
     read: set[Value] = set()  # by products of gradients, later in the program
@@ -81,7 +84,7 @@ def traced_step_cost(
             weight_gradients += macs
         if is_gradient or not read.isdisjoint(operation.outputs):
             read.update(operation.inputs)
-    return StepCost(forward, weight_gradients, input_gradients)
+    return _of_one_image(forward, weight_gradients, input_gradients)
 
 
 def theoretical_step_cost(
@@ -99,7 +102,7 @@ def theoretical_step_cost(
     Args and Raises as in `traced_step_cost`.
     """
     function, variables = _loss_function(model, fork, loss), _variables(model, image_shape)
-    inputs = (variables["params"], variables["batch_stats"], _one_image(image_shape))
+    inputs = (variables["params"], variables["batch_stats"], _traced_images(image_shape))
 
     def forward(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
         return function({"params": params, "batch_stats": batch_stats}, images)
@@ -116,15 +119,19 @@ def theoretical_step_cost(
             for position, operand in enumerate(operation.inputs):
                 share = _live_share(operation, position, live[operand], macs)
                 costs[program.kind(operand)] += share
-    return StepCost(total, costs[Kind.WEIGHT], costs[Kind.ACTIVATION])
+    return _of_one_image(total, costs[Kind.WEIGHT], costs[Kind.ACTIVATION])
 
 
 def _variables(model: MultiExitModel, image_shape: tuple[int, int, int]) -> PyTree:
     return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))
 
 
-def _one_image(image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+def _traced_images(image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((_IMAGES, *image_shape), jnp.float32)
+
+
+def _of_one_image(*counts: int) -> StepCost:
+    return StepCost(*(count // _IMAGES for count in counts))
 
 
 def _loss_function(
