@@ -1,7 +1,8 @@
-"""The README's words are the program's: its code runs, its commands, files and names exist."""
+"""README and docs agree with the program: code runs; commands, files, links and names exist."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from dfs_jax.surgery import FeatureSurgery
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md")),
+)
 THREE_LINES = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
 
 
@@ -65,3 +71,44 @@ def test_make_targets_that_the_readme_names_exist():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_somewhere(page):
+    source = REPOSITORY / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", source.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = source.parent / path if path else source
+        assert found.is_file(), target
+        assert not anchor or anchor in headings(found), target
+
+
+SECTIONS = "mesh|model|fork|loss|gradients|data|optimizer|schedule"
+
+
+@pytest.mark.parametrize(
+    "page", ["configuration", "your_data", "training", "reproduction", "methods"]
+)
+def test_fields_that_a_page_names_are_fields_of_the_config(page):
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    config = importlib.import_module("configs.common").get_config()
+    named = set(re.findall(rf"[`.]({SECTIONS})\.(?!json)([a-z_]+)[`=]", text))
+    assert named
+    for section, field in named:
+        assert field in config[section], f"{section}.{field}"
+    if page == "configuration":
+        run = text.partition("## Model")[0]
+        for field in re.findall(r"^\| `([a-z_]+)`", run, re.MULTILINE):
+            assert field in config, field
