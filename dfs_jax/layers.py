@@ -1,4 +1,4 @@
-"""Layers that the published networks need and Flax has in another form."""
+"""Layers of the published networks that Flax lacks or defines differently."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dfs_jax.types import UserError
 
 
 def conv_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Draws a convolution's kernel as the published networks do: normal, variance 2 / fan_in.
+    """Returns a convolution's initial kernel: He normal, variance 2 / fan_in.
 
-    A power of two of numbers is drawn and the surplus dropped, so that the many shapes of a network
-    share the few random draws that have to be compiled.
+    The number of values drawn is rounded up to a power of two and the surplus is dropped, so that
+    the many shapes of a network need few compiled random draws.
 
     Args:
-      key: a random key.
-      shape: `(height, width, channels in of one group, channels out)`.
-      dtype: of the kernel.
+      key: random key.
+      shape: shape of the kernel, `(height, width, input channels of a group, output channels)`.
+      dtype: type of the kernel.
 
     Reference: He et al., ICCV 2015.
 
@@ -45,7 +45,7 @@ Conv1x1 = functools.partial(nn.Conv, kernel_size=(1, 1), padding=0, kernel_init=
 
 
 def stem_pool(x: jax.Array) -> jax.Array:
-    """Max-pools 3x3 with stride 2, one pixel of -inf on each side, as ImageNet stems do."""
+    """Applies the max-pool of ImageNet stems: 3x3, stride 2, padded with one pixel of -inf."""
     pads = ((1, 1), (1, 1))
     return nn.max_pool(x, (3, 3), (2, 2), pads)  # pyright: ignore[reportArgumentType]
 
@@ -53,8 +53,8 @@ def stem_pool(x: jax.Array) -> jax.Array:
 def upsample_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """Resizes `[batch, h, w, channels]` bilinearly with half-pixel centres, as PyTorch does.
 
-    Doubling, by far the commonest, costs a few multiplications an output; `jax.image.resize` would
-    multiply by matrices.
+    Doubling, the most common case, takes a few multiplications for each output, where
+    `jax.image.resize` would multiply by matrices.
 
     Example:
       >>> upsample_bilinear(jnp.array([0.0, 4.0]).reshape(1, 1, 2, 1), 1, 4).ravel().tolist()
@@ -67,7 +67,7 @@ def upsample_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _doubled(x: jax.Array, axis: int) -> jax.Array:
-    """Returns 3/4 of every value and 1/4 of the one before it, then of the one after it."""
+    """Doubles an axis: 3/4 of each value plus 1/4 of its left, then of its right neighbour."""
     size = x.shape[axis]
     cut = functools.partial(jax.lax.slice_in_dim, x, axis=axis)
     before = jnp.concatenate([cut(0, 1), cut(0, size - 1)], axis)
@@ -78,9 +78,9 @@ def _doubled(x: jax.Array, axis: int) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and the biased variance over `axes`, which are kept, of size 1.
+    """Returns the mean and the biased variance over `axes`, which are kept with size 1.
 
-    Devices that share a batch exchange two sums for them, and none for their gradient.
+    On several devices, the values take two all-reduced sums and the gradient takes none.
     """
     mean = jnp.mean(x, axes, keepdims=True)
     return mean, jnp.mean(jnp.square(x - mean), axes, keepdims=True)
@@ -101,19 +101,19 @@ class BatchNorm(nn.Module):
         y = scale * (x - mean) / sqrt(var + eps) + bias
         running = momentum * running + (1 - momentum) * batch
 
-    The batch is normalised by its biased variance, while the running variance takes the unbiased
-    one, n / (n - 1) times it, as PyTorch's does (Flax's own layer stores the biased one).
-    Statistics are taken in float32 (or wider) whatever the type of `x`, which is the result's.
+    The batch is normalised by its biased variance, while the running variance averages the unbiased
+    one, n / (n - 1) times as large, as in PyTorch (Flax's own layer stores the biased one).
+    Statistics are computed in float32 or wider; the result has the type of `x`.
 
     Attributes:
-      momentum: weight of the old running value (PyTorch's momentum is 1 minus it).
-      epsilon: added to the variance.
-      groups: number of equal consecutive parts of a training batch that are each normalised by
-        their own statistics, as on so many GPUs; the running statistics take their mean.
+      momentum: weight of the old running value (1 minus PyTorch's momentum).
+      epsilon: constant added to the variance.
+      groups: number of equal consecutive parts of a training batch, each normalised by its own
+        statistics, as on as many GPUs; the running statistics average theirs.
 
     Raises:
       UserError: (when called) a batch that cannot be divided into the groups, or, in training, a
-        single value per channel, whose variance is 0 whatever the value.
+        single value per channel, whose variance is always 0.
     """
 
     momentum: float = 0.9
@@ -122,7 +122,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises `x` `[..., channels]`; `train` uses, and records, the batch's statistics."""
+        """Normalises `x` `[..., channels]`; `train` uses and records the batch's statistics."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))

@@ -1,7 +1,7 @@
-"""Where the exits' gradients conflict: Gram matrices tensor by tensor, cosines, counts of pairs.
+"""Conflicts between the exits' gradients: Gram matrices by tensor, cosines, counts of pairs.
 
-Two exits conflict in a tensor that both train where their gradients have a negative inner product:
-a step that helps one then hurts the other.
+Two exits that train the same tensor conflict if their gradients have a negative inner product: a
+step that lowers the loss of one then raises that of the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel, split_trunk_and_heads
 from dfs_jax.types import PyTree
 
-# One dropout mask for every measurement, so that measurements of one batch can be compared.
+# The dropout mask is the same in every measurement, so that those of one batch can be compared.
 _DROPOUT_SEED = 0
 
 
@@ -29,9 +29,10 @@ class PairCounts(NamedTuple):
     """Pairs of exits, counted over one tensor or several.
 
     Attributes:
-      pairs: of exits that both reach the tensor.
-      conflicting: those with a negative cosine.
-      disjoint: those with a cosine of exactly 0: no weight of the tensor learns from both.
+      pairs: number of pairs whose exits both reach the tensor.
+      conflicting: number of pairs with a negative cosine.
+      disjoint: number of pairs with a cosine of exactly 0: no weight of the tensor learns from
+        both exits.
     """
 
     pairs: int
@@ -61,20 +62,20 @@ def measure_gram(
 
         G_tij = <g_ti, g_tj>,   g_ti = d loss_i / d tensor_t
 
-    The pass is that of training (the batch's own statistics, dropout with one fixed mask); the
-    running statistics that it gives are dropped. Pure, and made to be compiled.
+    The forward pass is that of training (the batch's own statistics, dropout with a fixed mask);
+    the new running statistics are discarded. The function is pure and can be compiled.
 
     Args:
-      model: a backbone whose parameters lie under `block1`.. and `head1`..
-      fork: how features are split at the exits.
-      loss: of the exits, their weights included.
-      variables: `{"params": ..., "batch_stats": ...}`.
-      images: `[batch, height, width, channels]`, normalised.
-      labels: `[batch]`.
+      model: backbone whose parameters lie under `block1`.. and `head1`..
+      fork: fork at each exit.
+      loss: loss of the exits, including their weights.
+      variables: variables of the model, `{"params": ..., "batch_stats": ...}`.
+      images: normalised images, `[batch, height, width, channels]`.
+      labels: integer labels, `[batch]`.
 
     Returns:
-      `[tensors, exits, exits]`, tensors as `tensor_names` lists them; NaN for exits that do not
-      reach the tensor, or whose gradient is zero.
+      `[tensors, exits, exits]`, with tensors in the order of `tensor_names`; NaN for exits that do
+      not reach the tensor or whose gradient is zero.
     """
     key = jax.random.key(_DROPOUT_SEED)
     found = exit_gradients(model, fork, loss, variables, images, labels, key=key)
@@ -82,7 +83,7 @@ def measure_gram(
 
 
 def tensor_names(params: PyTree) -> tuple[str, ...]:
-    """Names the trunk's tensors, shallow blocks first, heads left out.
+    """Returns the names of the trunk's tensors, shallow blocks first.
 
     >>> tensor_names({"block10": {"bias": 0}, "block2": {"conv": {"kernel": 0}}, "head1": 0})
     ('block2/conv/kernel', 'block10/bias')
@@ -107,10 +108,10 @@ def gram_by_tensor(per_exit_grads: PyTree, num_exits: int) -> jax.Array:
 
 
 def joint_gram(gram: np.ndarray) -> np.ndarray:
-    """Returns the Gram matrix of several tensors taken together, from those of each.
+    """Returns the joint Gram matrix of several tensors, the sum of their own.
 
     Args:
-      gram: `[tensors, exits, exits]`, NaN for exits that do not reach a tensor.
+      gram: Gram matrices `[tensors, exits, exits]`, NaN for exits that do not reach a tensor.
 
     Returns:
       `[exits, exits]`, NaN for exits that reach none of them.
@@ -124,7 +125,7 @@ def pair_cosines(gram: np.ndarray) -> np.ndarray:
     """Returns the cosines between the exits' gradients, NaN where the Gram matrix is.
 
     Args:
-      gram: `[..., exits, exits]`.
+      gram: Gram matrices `[..., exits, exits]`.
 
     Example:
       >>> pair_cosines(np.array([[4.0, -3.0], [-3.0, 9.0]])).tolist()
@@ -152,7 +153,7 @@ def count_pairs(gram: np.ndarray) -> PairCounts:
 
 
 def _among_all(leaf: jax.Array, num_exits: int) -> jax.Array:
-    """Returns a tensor's Gram matrix `[exits, exits]`; a gradient of zero has no direction."""
+    """Returns a tensor's Gram matrix `[exits, exits]`, NaN where a gradient is zero."""
     gram = gram_matrix(leaf)
     reached = jnp.diag(gram) > 0
     gram = jnp.where(reached[:, None] & reached, gram, jnp.nan)

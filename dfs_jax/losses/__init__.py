@@ -1,4 +1,4 @@
-"""What the exits are asked: `create_loss(name, **options)` builds any loss by name."""
+"""Losses of the exits: `create_loss(name, **options)` builds any of them by name."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LOSSES = Registry(
 
 
 class Loss(Protocol):
-    """Maps a network's outputs and `labels` `[batch]` to one loss an exit, `[exits]`.
+    """Maps a network's outputs and `labels` `[batch]` to one loss for each exit, `[exits]`.
 
-    A loss that compares features across exits sets `adapts_features = True`: early heads then get
-    an adaptation layer. One whose value for an exit sends gradient to that exit's outputs alone
-    sets `couples_exits = False`: single exits' gradients are then cheaper. One that is a mean over
-    the examples may say of what: `example_losses(outputs, labels)`, `[exits, batch]`, for methods
-    that weigh examples.
+    A loss that compares features across exits sets `adapts_features = True`, which gives early
+    heads an adaptation layer. A loss whose value for an exit sends gradient only to the outputs of
+    that exit sets `couples_exits = False`, which makes gradients of single exits cheaper. A loss
+    that is a mean over examples may define `example_losses(outputs, labels)`, `[exits, batch]`,
+    for methods that weight examples.
     """
 
     def __call__(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array: ...

@@ -1,4 +1,4 @@
-"""Deep supervision (DSN): every exit is asked for the label."""
+"""Deep supervision (DSN): every exit learns from the labels."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def exit_cross_entropies(
     """Returns each exit's cross-entropy for each example, `[exits, batch]`, in nats.
 
     Args:
-      logits: `[exits, batch, classes]`.
-      labels: `[batch]`, whole numbers.
-      label_smoothing: the share of probability spread evenly over all classes.
+      logits: logits of the exits, `[exits, batch, classes]`.
+      labels: integer labels, `[batch]`.
+      label_smoothing: fraction of the probability that is spread evenly over all classes.
     """
     if label_smoothing == 0.0:
         return jax.vmap(optax.softmax_cross_entropy_with_integer_labels, (0, None))(logits, labels)
@@ -35,7 +35,7 @@ def exit_cross_entropies(
 def linear_weights(num_exits: int) -> tuple[float, ...]:
     """Returns weights that grow with depth, `2 (i + 1) / (L + 1)` for exit i (0-based) of L.
 
-    Their mean is 1, as that of constant weights.
+    Their mean is 1, like that of constant weights.
 
     >>> linear_weights(4)
     (0.4, 0.8, 1.2, 1.6)
@@ -54,13 +54,13 @@ class DeepSupervision:
     """Weighted cross-entropy at every exit: `w_i * mean_n CE(logits_i, labels)`.
 
     Args:
-      exit_weights: w, one number an exit, shallow first; "constant" (or None) for 1 everywhere;
-        "linear" for weights that grow with depth, see `linear_weights`.
-      label_smoothing: in [0, 1).
+      exit_weights: weights w, one number for each exit, shallow first; "constant" (or None) for 1
+        everywhere; "linear" for weights that grow with depth, see `linear_weights`.
+      label_smoothing: fraction of the probability spread over all classes, in [0, 1).
 
     Raises:
       ValueError: a label smoothing outside its range, a negative or non-finite weight, an unknown
-        schedule, or (when called) another count of weights than exits.
+        schedule, or (when called) a number of weights other than the number of exits.
 
     Reference: Lee et al., "Deeply-Supervised Nets", AISTATS 2015.
 

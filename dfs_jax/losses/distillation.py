@@ -1,4 +1,4 @@
-"""Self-distillation: exits that learn from deeper ones."""
+"""Self-distillation: exits learn from deeper exits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEACHERS = ("last", "deeper")
 
 
 def safe_norm(x: jax.Array) -> jax.Array:
-    """Returns the L2 norm of all elements, with gradient zero at zero."""
+    """Returns the L2 norm of all elements, whose gradient is defined as zero at zero."""
     square = jnp.sum(x * x)
     is_zero = square == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
@@ -31,16 +31,17 @@ class BYOT:
         FD          || adapted_i - pooled_last ||_2 over the whole batch at once, not squared
 
     Args:
-      kd_weight: g in [0, 1].
-      temperature: T > 0.
-      feature_weight: l >= 0; 0 leaves out FD and the adaptation layers.
-      label_smoothing: of the cross-entropies, in [0, 1).
+      kd_weight: weight g of the distillation term, in [0, 1].
+      temperature: temperature T of the softmaxes in KD, above 0.
+      feature_weight: weight l of the feature distance, at least 0; 0 omits FD and the adaptation
+        layers.
+      label_smoothing: label smoothing of the cross-entropies, in [0, 1).
 
     Raises:
       ValueError: an argument outside its range.
 
-    Reference: Zhang et al., "Be Your Own Teacher", ICCV 2019; no T^2 and the plain norm as in its
-    published code and in that of Gong et al., ECCV 2024.
+    Reference: Zhang et al., "Be Your Own Teacher", ICCV 2019. The missing T^2 and the norm that is
+    not squared follow its published code and that of Gong et al., ECCV 2024.
 
     Example:
       >>> outputs = ExitOutputs(jnp.zeros((2, 5, 3)), (jnp.zeros((5, 7)), jnp.zeros((5, 7))))
@@ -74,7 +75,7 @@ class BYOT:
     def example_losses(self, outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
         """Returns each exit's loss for each example, `[exits, batch]`.
 
-        FD, one number for the whole batch, counts in full for each example.
+        FD is one number for the whole batch, which is added in full to each example.
         """
         losses = self._label_losses(outputs.logits, labels)
         return losses + self._feature_losses(outputs.features, losses.dtype)[:, None]
@@ -98,23 +99,23 @@ class BYOT:
 
 @dataclasses.dataclass(frozen=True)
 class MultiExitDistillation:
-    """Distillation-based training: every exit learns from the label and from deeper, detached ones.
+    """Distillation-based training: exits learn from the labels and from detached deeper exits.
 
         last exit   scale (1 - g) CE
         exit i      scale ((1 - g) CE + g T^2 KD)
         KD          mean_n -sum_c q log softmax(z_i / T)
         q           softmax(z_j / T) of the teacher j, or its mean over all teachers
 
-    The published training raises T while the teacher is sure of itself; here it is constant, the
-    other variant of the published code.
+    The published training raises T while the teacher is confident. Here T is constant, which is the
+    other variant in the published code.
 
     Args:
-      kd_weight: g in [0, 1].
-      temperature: T > 0.
-      teacher: "last" for the last exit, "deeper" for every exit beyond i.
-      scale: > 0. With g = 0.5, 2 gives the labels their weight in deep supervision; the published
-        configuration takes 10 / L for L exits.
-      label_smoothing: of the cross-entropies, in [0, 1).
+      kd_weight: weight g of the distillation term, in [0, 1].
+      temperature: temperature T of the softmaxes in KD, above 0.
+      teacher: exits that exit i learns from: "last", the last exit, or "deeper", every deeper exit.
+      scale: factor of all losses, above 0. With g = 0.5, a scale of 2 weights the labels as deep
+        supervision does; the published configuration uses 10 / L for L exits.
+      label_smoothing: label smoothing of the cross-entropies, in [0, 1).
 
     Raises:
       ValueError: an argument outside its range, or an unknown teacher.
@@ -122,7 +123,7 @@ class MultiExitDistillation:
     Reference: Phuong and Lampert, "Distillation-Based Training for Multi-Exit Architectures", ICCV
     2019; defaults as in its published code.
 
-    Example: without anything known, both parts are log 3, the second T^2 times.
+    Example: for uniform predictions over 3 classes, CE and KD are both log 3.
       >>> outputs = ExitOutputs(jnp.zeros((2, 5, 3)), ())
       >>> losses = MultiExitDistillation()(outputs, jnp.zeros(5, int))
       >>> [round(float(loss / jnp.log(3))) for loss in losses]
@@ -161,7 +162,7 @@ class MultiExitDistillation:
         )
 
     def _teachers(self, soft: jax.Array) -> jax.Array:
-        """Returns what each early exit learns, from the exits' probabilities."""
+        """Returns the target probabilities of each early exit, from the exits' probabilities."""
         if self.teacher == "last":
             return soft[-1]
         sums = jnp.cumsum(soft[:0:-1], axis=0)[::-1]
