@@ -1,8 +1,8 @@
-"""Gradients of single exits: of each exit's loss for the trunk, of all losses for the heads.
+"""Gradients by exit: each exit's own for the trunk, those of the summed losses for the heads.
 
-One pass forward; backward block by block from the last, each block for the exits at or beyond it
-alone. A backward pass of the whole network for every exit would do the work of the deep blocks,
-which most exits do not reach, again and again.
+There is one forward pass. The backward pass goes block by block from the last, and each block is
+passed only for the exits at or beyond it. A backward pass of the whole network for each exit would
+repeat the work of deep blocks, which most exits do not reach.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ExitGradients(NamedTuple):
     """Losses and gradients of one training step.
 
     Attributes:
-      losses: `[exits]`.
-      logits: `[exits, batch, classes]`.
-      trunk: gradients by exit, shaped as the trunk's parameters with an axis of exits first:
-        `[k, ...]` of the last k exits; those before them do not reach the parameter.
+      losses: loss of each exit, `[exits]`.
+      logits: logits of the exits, `[exits, batch, classes]`.
+      trunk: gradients by exit, shaped as the trunk's parameters with a leading axis of exits:
+        `[k, ...]` of the last k exits; earlier ones do not reach the parameter.
       heads: gradients of the summed losses, shaped as the heads' parameters.
-      batch_stats: the running statistics after the step.
+      batch_stats: running statistics after the step.
     """
 
     losses: jax.Array
@@ -52,27 +52,27 @@ def exit_gradients(
     key: jax.Array,
     exits: str | None = None,
 ) -> ExitGradients:
-    """Returns the gradient of each exit's own loss for the trunk, and what a step needs besides.
+    """Returns the gradient of each exit's own loss in the trunk, and the rest of a step's results.
 
-    The pass forward, with batch statistics and dropout, is that of
+    The forward pass, with batch statistics and dropout, is that of
     `model.apply(variables, images, fork, train=True, mutable=["batch_stats"], rngs=...)`.
 
     Args:
-      model: a backbone whose parameters lie under `block1`.. and `head1`..
-      fork: how features are split at the exits.
-      loss: of the exits; unless it says `couples_exits = False`, any exit's loss may have gradient
-        at any exit's outputs, and every block is passed by all exits.
-      variables: `{"params": ..., "batch_stats": ...}`.
-      images: `[batch, height, width, channels]`.
-      labels: `[batch]`.
-      key: for dropout.
-      exits: how to go back from them, with equal results: "vmap" takes those of a block together,
-        block by block; "unroll" one exit after the other, which keeps only one exit's gradients of
-        features at a time; "scan" likewise in a loop, the smallest program to compile. None is
-        "unroll" on a CPU, the fastest there (its convolutions are slow inside loops), else "vmap".
+      model: backbone whose parameters lie under `block1`.. and `head1`..
+      fork: fork at each exit.
+      loss: loss of the exits. Unless it sets `couples_exits = False`, the loss of any exit may have
+        a gradient at the outputs of any other, and every block is passed for all exits.
+      variables: variables of the model, `{"params": ..., "batch_stats": ...}`.
+      images: images, `[batch, height, width, channels]`.
+      labels: integer labels, `[batch]`.
+      key: random key of the dropout.
+      exits: order of the backward passes, which does not change the results: "vmap" batches the
+        exits of a block; "unroll" takes one exit after another, and keeps feature gradients of one
+        exit at a time; "scan" does so in a loop, the smallest program to compile. None is "unroll"
+        on a CPU, where it is the fastest (convolutions are slow inside loops there), else "vmap".
 
     Raises:
-      UserError: an unknown way, or a model with parameters outside its blocks and heads.
+      UserError: an unknown value of `exits`, or parameters outside the blocks and heads.
     """
     check_exits(exits)
     check_names(model, variables["params"])
@@ -93,18 +93,18 @@ def exit_gradients(
 
 
 def best_way(platform: str) -> str:
-    """Returns the way back from the exits that is the fastest on a platform, "cpu" or another."""
+    """Returns the value of `exits` that is the fastest on a platform, such as "cpu"."""
     return "unroll" if platform == "cpu" else "vmap"
 
 
 def check_exits(exits: str | None) -> None:
-    """Raises UserError unless `exits` is None or a way that `exit_gradients` knows."""
+    """Raises UserError unless `exits` is None or a value that `exit_gradients` knows."""
     if exits is not None and exits not in _WAYS:
         raise UserError(f"exits must be one of {', '.join(_WAYS)}, got {exits!r}")
 
 
 def check_names(model: MultiExitModel, params: PyTree) -> None:
-    """Raises UserError unless all parameters lie under block1.. and head1.., one pair an exit."""
+    """Raises UserError unless all parameters lie under block1.. and head1.. of the exits."""
     exits = range(1, model.num_exits + 1)
     outside = set(params) - {f"{part}{i}" for part in ("block", "head") for i in exits}
     if outside:
@@ -115,14 +115,15 @@ def check_names(model: MultiExitModel, params: PyTree) -> None:
 
 
 class _Stage(NamedTuple):
-    """The ways back through a block, the fork at its end and the head, as functions of gradients.
+    """Backward passes (VJPs) of a block, of the fork at its end, and of the head.
 
     Attributes:
-      head: of the head's output -> of its parameters, of its input.
-      view: of the head's input -> of the block's output.
-      onward: of the next block's input -> of the block's output; None after the last block.
-      block: of the block's output -> of its parameters, of its input.
-      params: of the block.
+      head: gradient of the head's output -> gradients of its parameters and of its input.
+      view: gradient of the head's input -> gradient of the block's output.
+      onward: gradient of the next block's input -> gradient of the block's output; None after the
+        last block.
+      block: gradient of the block's output -> gradients of its parameters and of its input.
+      params: parameters of the block.
     """
 
     head: Callable[[PyTree], tuple[PyTree, PyTree]]
@@ -135,7 +136,7 @@ class _Stage(NamedTuple):
 def _forward(
     model: MultiExitModel, fork: Fork, variables: dict[str, Any], images: jax.Array, key: jax.Array
 ) -> tuple[list[_Stage], ExitOutputs, PyTree]:
-    """Runs the exits as `run_exits` does, every part with its own way back."""
+    """Runs the exits as `run_exits` does, and keeps the backward pass of each part."""
     run = functools.partial(_run_part, model, variables["params"], key)
     stats, exits = variables.get("batch_stats", {}), model.num_exits
     carry, live, stages, outputs = images, None, [], []
@@ -175,7 +176,7 @@ def _run_part(
     live: LiveChannels,
     stats: PyTree,
 ) -> tuple[PyTree, Callable, PyTree]:
-    """Runs block or head i: its output, the way back through it, and the statistics after it."""
+    """Runs block or head i; returns its output, its backward pass and the new statistics."""
     name = f"{part}{i + 1}"
 
     def apply(own: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
@@ -197,8 +198,8 @@ def _back_through_heads(
 ) -> tuple[list[PyTree], list[jax.Array]]:
     """Returns the gradients of the heads' parameters, summed over losses, and of their inputs.
 
-    Those of the inputs are by exit, `[exits, ...]`, where losses couple exits; else each input has
-    that of its own exit.
+    The gradients of an input are by exit, `[exits, ...]`, if losses couple exits; otherwise each
+    input has the gradient of its own exit's loss.
     """
     heads, of_features = [], []
     for stage, logits, feature in zip(stages, of_outputs.logits, of_outputs.features, strict=True):
@@ -212,7 +213,7 @@ def _back_through_heads(
 def _vmap(
     stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
 ) -> list[PyTree]:
-    """Returns the gradients of the blocks' parameters by exit: block by block, its exits as one."""
+    """Returns the gradients of the blocks' parameters by exit, batched over exits by block."""
     blocks, beyond = [], None
     for stage, of_feature in zip(reversed(stages), reversed(of_features), strict=True):
         gradient = jax.vmap(stage.view)(of_feature if couples else of_feature[None])
@@ -227,7 +228,7 @@ def _vmap(
 def _unroll(
     stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
 ) -> list[PyTree]:
-    """Returns the same, exit by exit: none begins before the one before it is done."""
+    """Returns the same, one exit after another: each starts when the one before is done."""
     exits = len(stages)
     rows: list[list[PyTree]] = [[] for _ in stages]
     for e in range(exits):
@@ -249,10 +250,10 @@ def _unroll(
 def _scan(
     stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
 ) -> list[PyTree]:
-    """Returns the same, exit by exit in a loop.
+    """Returns the same, one exit after another in a loop.
 
-    At blocks that an exit does not reach, its zeros are written where the next exit's gradient is
-    about to be.
+    At a block that an exit does not reach, its zeros are written to the row that the next exit
+    overwrites.
     """
     exits = len(stages)
 
@@ -276,7 +277,7 @@ _WAYS = {"vmap": _vmap, "unroll": _unroll, "scan": _scan}
 
 
 def _joined(stage: _Stage, of_feature: jax.Array, beyond: PyTree | None) -> PyTree:
-    """Returns the gradient of a block's output, from its own head and from the blocks beyond."""
+    """Returns the gradient of a block's output, the sum over its head and the next block."""
     own = stage.view(of_feature)
     return own if stage.onward is None else jax.tree.map(jnp.add, own, stage.onward(beyond))
 
@@ -284,7 +285,7 @@ def _joined(stage: _Stage, of_feature: jax.Array, beyond: PyTree | None) -> PyTr
 def _through(
     stage: _Stage, of_feature: jax.Array, i: int, e: jax.Array, beyond: PyTree, couples: bool
 ) -> tuple[PyTree, PyTree]:
-    """Takes exit e's gradient back through stage i; zeros where it does not come by."""
+    """Propagates exit e's gradient back through stage i; zeros if it does not reach the stage."""
     if couples:
         return stage.block(_joined(stage, of_feature[e], beyond))
 
@@ -301,5 +302,5 @@ def _through(
 
 
 def _named(part: str, trees: Sequence[PyTree]) -> dict[str, PyTree]:
-    """Puts the parts' gradients under their names; a part without parameters has none."""
+    """Returns the parts' gradients by name, without parts that have no parameters."""
     return {f"{part}{i}": tree for i, tree in enumerate(trees, start=1) if tree}

@@ -1,4 +1,4 @@
-"""Meta-GF: learns, tensor by tensor, how much each exit's gradient counts."""
+"""Meta-GF: fuses the exits' gradients with learned weights, one for each tensor and exit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from dfs_jax.models.contract import split_trunk_and_heads
 from dfs_jax.types import PyTree, TrunkAndHeads, UserError, check_whole
 
 GRANULARITIES = ("tensor", "channel")
-# Of v, what goes into a softmax: that of log sigmoid(v) is sigmoid(v) over the sum of all.
+# Maps v to the scores of a softmax: softmax(log sigmoid(v)) is sigmoid(v) over its sum.
 NORMALISATIONS = {"softmax": lambda v: v, "sigmoid": jax.nn.log_sigmoid}
 SCALINGS = ("sum", "mean")
 AUXILIARY, MEMORY = 0.1, 0.9
 
 
 class Fusion(NamedTuple):
-    """What Meta-GF keeps from step to step.
+    """State of Meta-GF.
 
     Attributes:
-      logits: shaped as the trunk, of each tensor those of its exits' weights, `[exits]` or
-        `[exits, channels]`.
-      opt_state: of the optimizer that they learn by.
-      rounds: of the exits' own training; None where gradients are fused at every step.
+      logits: logits v of the weights, in the structure of the trunk: `[exits]` or
+        `[exits, channels]` for each tensor.
+      opt_state: state of the optimizer of the logits.
+      rounds: progress of a round; None if gradients are fused at every step.
     """
 
     logits: PyTree
@@ -45,13 +45,14 @@ class Fusion(NamedTuple):
 
 
 class Rounds(NamedTuple):
-    """Where a round of training exit by exit is.
+    """Progress of a round in which exits are trained one after another.
 
     Attributes:
-      steps: taken, over all rounds.
-      params: of the exit that is being trained; those of the run when the round began stay theirs.
-      moved: how far each exit's training moved the parameters, as `TrunkAndHeads` of gradients.
-      logits: when the round began.
+      steps: number of steps taken, over all rounds.
+      params: parameters of the exit that is being trained; the run's own stay as they were when
+        the round began.
+      moved: change of the parameters by each exit's training, in the structure of exit gradients.
+      logits: logits when the round began.
     """
 
     steps: jax.Array
@@ -62,42 +63,43 @@ class Rounds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MetaGF(GradientRule):
-    """Fuses the exits' gradients by weights that learn from the losses after a trial step.
+    """Fuses the exits' gradients with weights that learn from the losses after a trial step.
 
         fused_t = c sum_i a_it g_it,   a_it = e(v_it) / sum_j e(v_jt)       for each tensor t
         v <- v - Adam's update of d/dv sum_i l_i(params - update of fused(v))
 
-    over the exits i whose gradient reaches the tensor: none where it is all zero. Heads keep the
-    gradient of their own exit. The trial takes the optimizer's whole update, momentum included, on
-    the step's own batch; the step itself then takes the weights just learned.
+    where the sum runs over the exits i whose gradient in the tensor is not all zero. Heads keep the
+    gradient of their own exit. The trial applies the optimizer's whole update, momentum included,
+    on the step's own batch; the step then uses the weights just learned.
 
-    With a `window`, gradients are averaged over it as in the published program: from the same
-    parameters each exit is trained alone for so many steps, then as many steps learn v from the
-    losses at the parameters moved by the fused g, which then become the run's. Here g_i is how far
-    exit i's own training came.
+    With a `window`, gradients are averaged over many steps, as in the published program: each exit
+    is trained alone for `window` steps, from the same parameters; then v learns for `window` steps
+    from the losses at the parameters moved by the fused g, and these become the run's parameters.
+    Here g_i is the change of the parameters by exit i's own training.
 
     Args:
-      learning_rate: of v. The published program takes 0.1, as this one does for v of many steps;
-        of single ones it would follow the noise.
-      granularity: "tensor", or a weight for each of its output "channel"s. The published program
-        takes channels for VGG and tensors for ResNet and MSDNet.
-      normalisation: e is exp, "softmax", as in the paper and the program for VGG, or "sigmoid", as
-        in the program for ResNet and MSDNet.
-      scaling: "sum": c is how many exits reach the tensor, so that equal weights add gradients up;
-        "mean": c is 1. None is "mean" with a window, as published, else "sum".
-      window: steps that an exit trains for at a time; the published program takes an epoch. None
-        fuses at every step.
-      auxiliary: weight of the other exits' losses while an exit is trained, with a window alone;
-        None is 0.1. The published program has a factor for each exit besides.
-      memory: of the v when a round began, in what the next round begins from, with a window alone;
-        None is 0.9, published for ResNet and MSDNet (0.1 for VGG).
+      learning_rate: learning rate of v; None is 0.01, and 0.1 with a window. The published program
+        uses 0.1 with its window of an epoch; fusing at every step, v would follow the noise.
+      granularity: unit that has a weight: a "tensor", or a "channel" of its outputs. The published
+        program uses channels for VGG and tensors for ResNet and MSDNet.
+      normalisation: function e: "softmax" (e is exp), as in the paper and in the program for VGG,
+        or "sigmoid", as in the program for ResNet and MSDNet.
+      scaling: factor c: "sum", the number of exits that reach the tensor, with which equal weights
+        add gradients up, or "mean", 1. None is "mean" with a window, as published, else "sum".
+      window: number of steps that each exit is trained for in a round; the published program uses
+        an epoch. None fuses gradients at every step.
+      auxiliary: weight of the other exits' losses while an exit is trained, only with a window;
+        None is 0.1. The published program also has a factor for each exit.
+      memory: weight of the logits at the beginning of a round in those that begin the next one,
+        only with a window; None is 0.9, published for ResNet and MSDNet (0.1 for VGG).
 
     Raises:
-      ValueError: an argument outside its range, or one for windows without a window.
+      ValueError: an argument outside its range, or `auxiliary` or `memory` without a window.
 
     Reference: Sun et al., "Meta-GF: Training Dynamic-Depth Neural Networks Harmoniously", ECCV
-    2022. In its program the optimizer rests while v learns; here it takes the gradients at the
-    moved parameters into its momentum, so that schedules go on, but changes nothing.
+    2022. In its program the optimizer is not used while v learns. Here it keeps stepping, so that
+    schedules continue: its momentum takes in the gradients at the moved parameters, but its updates
+    are discarded.
 
     Example: with equal weights, gradients are added up.
       >>> grads = TrunkAndHeads({"block1": jnp.array([[1.0, 2.0], [10.0, 20.0]])}, {})
@@ -133,7 +135,7 @@ class MetaGF(GradientRule):
                 raise ValueError(f"{field} must lie in [0, 1), got {value!r}")
 
     def check(self, setup: Setup) -> None:
-        """Raises UserError for a run that ends within a round."""
+        """Raises UserError if the run would end within a round."""
         if self.window is None:
             return
         steps = self._steps_a_round(setup.num_exits)
@@ -145,11 +147,11 @@ class MetaGF(GradientRule):
             )
 
     def published_loop(self, num_exits: int) -> str:
-        """Returns how often the published program goes through its data in an epoch."""
+        """Describes the passes of the published program over its data in an epoch."""
         return f"{num_exits + 1} passes an epoch: one for each exit, one to learn the weights"
 
     def init(self, params: PyTree, num_exits: int, key: jax.Array) -> Fusion:
-        """Returns equal weights."""
+        """Returns the state before the first step, with equal weights."""
         del key
         trunk, _ = split_trunk_and_heads(params)
         by_channel = self.granularity == "channel"
@@ -163,15 +165,15 @@ class MetaGF(GradientRule):
         return Fusion(logits, self._optimizer.init(logits), rounds)
 
     def wrap(self, parts: StepParts) -> RuleStep:
-        """Returns the step: each a fusion, or a part of a round."""
+        """Returns the training step: a fusion of gradients, or one step of a round."""
         return self._step(parts) if self.window is None else self._step_of_round(parts)
 
     def fused(self, grads: TrunkAndHeads, logits: PyTree) -> PyTree:
-        """Returns gradients shaped as the parameters.
+        """Returns fused gradients, shaped as the parameters.
 
         Args:
-          grads: of the trunk `[k, ...]` by exit, of the last k exits; and of the heads.
-          logits: see `Fusion`.
+          grads: gradients of the trunk by exit, `[k, ...]` of the last k exits, and of the heads.
+          logits: logits of the weights, see `Fusion`.
         """
         return {**jax.tree.map(self._fuse, grads.trunk, logits), **grads.heads}
 
@@ -234,7 +236,7 @@ class MetaGF(GradientRule):
         return step
 
     def _fuse(self, leaf: jax.Array, logits: jax.Array) -> jax.Array:
-        """Fuses one tensor's gradients `[k, ...]`; exits that have none there get no weight."""
+        """Fuses one tensor's gradients `[k, ...]`; an exit with zero gradient has weight zero."""
         own = logits[len(logits) - len(leaf) :]
         inner = tuple(range(1, leaf.ndim - own.ndim + 1))
         reaches = jnp.any(leaf != 0, axis=inner)
@@ -278,7 +280,7 @@ def _first_round(params: PyTree, logits: PyTree, num_exits: int) -> Rounds:
 
     by_exit = {name: rows(name, tree) for name, tree in trunk.items()}
     moved = TrunkAndHeads(by_exit, jax.tree.map(jnp.zeros_like, heads))
-    copied = jax.tree.map(jnp.copy, (params, logits))  # a step takes its state over, array by array
+    copied = jax.tree.map(jnp.copy, (params, logits))  # the step donates each array of its state
     return Rounds(jnp.int32(0), copied[0], moved, copied[1])
 
 
@@ -290,7 +292,7 @@ def _record(
     is_end: jax.Array,
     exits: int,
 ) -> TrunkAndHeads:
-    """Writes down how far the exit whose turn ends came, where it reaches the parameters."""
+    """Records how far the exit whose turn ends has moved the parameters that it reaches."""
     trunk, heads = split_trunk_and_heads(jax.tree.map(jnp.subtract, params, start))
 
     def by_exit(rows: jax.Array, change: jax.Array) -> jax.Array:
@@ -308,7 +310,7 @@ def _record(
 
 
 def _place(name: str) -> int:
-    """Returns which exit, from 0, a part belongs to: 1 for `block2` or `head2`."""
+    """Returns the 0-based exit that a block or head belongs to: 1 for `block2` or `head2`."""
     return int(name.removeprefix("block").removeprefix("head")) - 1
 
 

@@ -1,4 +1,4 @@
-"""WPN: a small network learns how much each example counts at each exit."""
+"""WPN: a small network learns the weight of each example's loss at each exit."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from dfs_jax.inference.budgeted import exit_distribution
 from dfs_jax.losses import Loss
 from dfs_jax.types import ExitOutputs, PyTree, UserError, check_whole
 
-# Over which axes of `[exits, batch]` the predictions have mean 0.
+# Axes of `[exits, batch]` over which the predictions are centred.
 CENTRES = {"all": (0, 1), "examples": (1,), "exits": (0,)}
 
 
 class Prediction(NamedTuple):
-    """What WPN keeps from step to step.
+    """State of WPN.
 
     Attributes:
-      params: of the weight prediction network.
-      opt_state: of its optimizer.
-      steps: taken.
+      params: parameters theta of the weight prediction network.
+      opt_state: state of its optimizer.
+      steps: number of steps taken.
     """
 
     params: PyTree
@@ -45,12 +45,12 @@ class Prediction(NamedTuple):
 
 
 class WeightPredictor(nn.Module):
-    """Maps examples' losses at all exits, `[examples, exits]`, to numbers in (-1, 1) of that shape.
+    """Maps examples' losses at all exits, `[examples, exits]`, to values in (-1, 1) of that shape.
 
     Attributes:
-      num_exits: how many there are.
-      hidden_size: units of a hidden layer.
-      hidden_layers: how many, each with ReLU.
+      num_exits: number of exits.
+      hidden_size: number of units in a hidden layer.
+      hidden_layers: number of hidden layers, each with ReLU.
     """
 
     num_exits: int
@@ -67,33 +67,34 @@ class WeightPredictor(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class WPN(GradientRule):
-    """Weighs every example's loss at every exit; the weights learn from where examples will leave.
+    """Weights the losses of examples; the weights learn from the exits where examples will leave.
 
         loss = sum_i mean_n w_in l_in,   w = 1 + e (r - mean r),   r = tanh(network(l_1n .. l_Ln))
         theta <- theta - Adam's update of d/dtheta sum_i mean over S_i of l_in(trial)
         trial = params - update of the gradient of the weighted loss
 
-    The trial is a step on one half of the batch, the optimizer's momentum included; the losses
-    after it are those of the other half, each example's at one exit alone: exit by exit, shallow
-    first, S_i are the floor(n q_i) most confident of those that no earlier exit took, the last exit
-    takes the rest, and q is the distribution of budgeted inference, `exit_distribution(p)`. The
-    step itself is on the whole batch, by the weights that theta then predicts. The published
-    program makes two such steps, one on each half.
+    The trial is a step on one half of the batch, the optimizer's momentum included. The losses
+    after it are those of the other half, where each example counts at one exit: exit by exit,
+    shallow first, S_i holds the floor(n q_i) most confident examples that no earlier exit took, and
+    the last exit takes the rest. q is the distribution of budgeted inference,
+    `exit_distribution(p)`. The step itself uses the whole batch and the weights that theta then
+    predicts. The published program makes two such steps, one on each half.
 
     Args:
-      learning_rate: of theta; constant. The published programs take 1e-4, and lower it by a cosine.
-      weight_decay: of theta, added to its gradient.
-      hidden_size: units of a hidden layer of the network.
-      hidden_layers: how many.
-      strength: e in [0, 1), how far weights can lie from 1.
-      centre: what the mean of r is taken over: "all" exits and examples, as published; "examples",
-        at each exit; or "exits", of each example.
-      p: of q; below 1 most examples leave early. The published program takes 0.75 for ImageNet
-        and 1 unless told.
-      exchange: whether each half takes its turn to be tried, as published: theta learns twice a
-        step.
-      interval: steps from one trial to the next. The published program takes 100 for ImageNet
-        and 1 unless told.
+      learning_rate: constant learning rate of theta. The published programs start from 1e-4 and
+        decay it by a cosine.
+      weight_decay: weight decay of theta, added to its gradient.
+      hidden_size: number of units in a hidden layer of the network.
+      hidden_layers: number of hidden layers of the network.
+      strength: factor e, the scale of a weight's deviation from 1, in [0, 1).
+      centre: axes of the mean of r: "all" exits and examples, as published; "examples", a mean for
+        each exit; or "exits", a mean for each example.
+      p: parameter of q, positive; below 1 most examples leave early. The published program uses
+        0.75 for ImageNet and 1 by default.
+      exchange: whether a trial is made on each half in turn, as published; theta then learns twice
+        a step.
+      interval: number of steps from one trial to the next. The published program uses 100 for
+        ImageNet and 1 by default.
 
     Raises:
       ValueError: an argument outside its range.
@@ -128,7 +129,7 @@ class WPN(GradientRule):
         exit_distribution(self.p, 1)
 
     def check(self, setup: Setup) -> None:
-        """Raises UserError for what cannot be weighed by example, or halved."""
+        """Raises UserError if the loss has no example losses or the batch cannot be halved."""
         if not hasattr(setup.loss, "example_losses"):
             raise UserError(
                 f"wpn weighs examples, and loss {type(setup.loss).__name__} does not say what each "
@@ -151,7 +152,7 @@ class WPN(GradientRule):
             )
 
     def published_loop(self, num_exits: int) -> str:
-        """Returns how often the published program goes through its data in an epoch."""
+        """Describes the passes of the published program over its data in an epoch."""
         del num_exits
         return (
             "3 passes an epoch, trial, look ahead and step, and one back through the trial's "
@@ -159,13 +160,13 @@ class WPN(GradientRule):
         )
 
     def init(self, params: PyTree, num_exits: int, key: jax.Array) -> Prediction:
-        """Returns a network of random weights."""
+        """Returns the state before the first step, with a randomly initialised network."""
         dtype = jax.tree.leaves(params)[0].dtype
         theta = self._network(num_exits).init(key, jnp.zeros((1, num_exits), dtype))
         return Prediction(theta, self._optimizer.init(theta), jnp.int32(0))
 
     def wrap(self, parts: StepParts) -> RuleStep:
-        """Returns the step: a trial that theta learns from, and a step by its weights."""
+        """Returns the training step: a trial that theta learns from, then a weighted update."""
 
         def step(trained: Trained, state: Prediction, batch: Batch) -> Outcome:
             def learned(state: Prediction) -> Prediction:
@@ -196,7 +197,7 @@ class WPN(GradientRule):
     def _learned(
         self, parts: StepParts, trained: Trained, state: Prediction, batch: Batch
     ) -> Prediction:
-        """Returns what a trial on the first half teaches; and one on the second, if exchanged."""
+        """Returns the state after a trial on the first half, and one on the second if exchanged."""
         first, second = parts.divide(batch, 2)
         for half, other in ((first, second), (second, first))[: 1 + self.exchange]:
             grads = self._look_ahead(parts, trained, state.params, half, other)
@@ -227,11 +228,11 @@ class WPN(GradientRule):
 
 
 def leaving(loss: Any, p: float) -> Loss:
-    """Returns the loss of every example at the exit where it leaves: each exit's mean over its own.
+    """Returns the loss in which each exit's mean is over the examples that leave there.
 
     Args:
-      loss: one that has `example_losses`.
-      p: of `exit_distribution`.
+      loss: loss with a method `example_losses`.
+      p: parameter of `exit_distribution`.
     """
 
     def losses(outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
@@ -244,14 +245,14 @@ def leaving(loss: Any, p: float) -> Loss:
 
 
 def assigned(confidence: jax.Array, p: float) -> jax.Array:
-    """Returns which exit takes which example, `[exits, n]`: one exit each.
+    """Returns whether an example leaves at an exit, bool `[exits, n]`; it leaves at exactly one.
 
-    Exit by exit, shallow first, the floor(n q_i) most confident examples of those that are left,
-    and at the last exit all the rest.
+    Exit by exit, shallow first, the floor(n q_i) most confident of the remaining examples leave;
+    the last exit takes all that remain.
 
     Args:
-      confidence: `[exits, n]`.
-      p: of `exit_distribution`, which gives q.
+      confidence: confidence of each exit in each example, `[exits, n]`.
+      p: parameter of `exit_distribution`, which gives q.
 
     Example:
       >>> assigned(jnp.array([[0.5, 0.9, 0.7], [0.6, 0.8, 0.4]]), p=1.0).astype(int).tolist()

@@ -1,7 +1,8 @@
-"""What a backbone is, and the one loop that runs its exits.
+"""The interface of a backbone, and the loop that runs its exits.
 
-A backbone answers four questions (`block`, `feature` and `with_feature`, `head`); forks, staged
-inference, per-exit gradients and counting all use the same seams, so none of them changes a model.
+A backbone defines `block` and `head`, and `feature` and `with_feature` if its carry is more than
+the feature. Forks, staged inference, gradients by exit and counting use these four methods, so that
+none of them changes a model.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
 
-# Of a mesh of devices: those along it share the work of one layer.
+# Mesh axis whose devices share the work of one layer.
 TENSOR_AXIS = "tensor"
 
 
 class MultiExitModel(nn.Module):
-    """Base of every backbone: exits shallow to deep, 0-based, one at the end of each block.
+    """Base of every backbone: an exit at the end of each block, 0-based, shallow to deep.
 
     Parameters must lie under `block1`, `block2`, ... and `head1`, `head2`, ..., so that trunk and
-    heads split by name. A subclass defines `num_exits`, `block` and `head`; one whose carry is more
-    than the feature itself (MSDNet's scales) also `feature` and `with_feature`.
+    heads can be told apart by name. A subclass defines `num_exits`, `block` and `head`, and also
+    `feature` and `with_feature` if its carry is more than the feature (MSDNet's scales).
 
     Attributes:
-      num_classes: width of every exit's logits.
-      adapt_features: give each early head a layer that maps its pooled feature to the last exit's
-        width; a loss that compares features across exits asks for it.
-      remat: in training, keep nothing of the inside of blocks and heads for the backward pass,
-        which computes it again: less memory for another pass forward, equal gradients.
-      tensor_axes: of a model whose layers can be split over the devices along `TENSOR_AXIS`, the
-        axis of each parameter that is, by the end of its path.
+      num_classes: number of classes, the width of every exit's logits.
+      adapt_features: whether each early head has a layer that maps its pooled feature to the width
+        of the last exit's, for losses that compare features across exits.
+      remat: whether training recomputes the inside of blocks and heads in the backward pass: less
+        memory for another forward pass, equal gradients.
+      tensor_axes: axis of each parameter that is split over the devices along `TENSOR_AXIS`, by
+        the end of the parameter's path; empty if the layers cannot be split.
     """
 
     num_classes: int
@@ -49,16 +50,17 @@ class MultiExitModel(nn.Module):
 
     @property
     def num_exits(self) -> int:
-        """How many exits the network has."""
+        """Number of exits."""
         raise NotImplementedError
 
     def block(self, i: int, carry: PyTree, live: LiveChannels = None, *, train: bool) -> PyTree:
-        """Runs block i; block 0 takes the images `[batch, height, width, channels]`.
+        """Runs block i; block 0 reads the images `[batch, height, width, channels]`.
 
         Args:
-          carry: what the block before returned, its feature replaced by the forked one.
-          live: which channels of that feature can carry gradient.
-          train: whether batch statistics are the batch's own and dropout is on.
+          i: index of the block, from 0.
+          carry: output of the previous block, with its feature replaced by the forked one.
+          live: channels of that feature that can carry gradient.
+          train: whether to use the batch's own statistics and dropout.
 
         Returns:
           A pytree of arrays with the batch first.
@@ -66,7 +68,7 @@ class MultiExitModel(nn.Module):
         raise NotImplementedError
 
     def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
-        """Runs classifier i on its view of the feature, of whose channels `live` carry gradient."""
+        """Runs classifier i on its view of the feature; `live` channels can carry gradient."""
         raise NotImplementedError
 
     def feature(self, carry: PyTree) -> jax.Array:
@@ -81,8 +83,9 @@ class MultiExitModel(nn.Module):
     def live_after(self, i: int, live: LiveChannels) -> LiveChannels:
         """Returns the feature's live channels after block i, given those of the block's input.
 
-        None, every channel, for a block that mixes channels; where old channels travel on
-        (concatenation) their intervals do too. Static: called outside any trace.
+        The result is None (every channel) for a block that mixes channels. A block that
+        concatenates new channels to old ones keeps the intervals of the old ones. The function is
+        static: it is called outside any trace.
         """
         del i, live
         return None
@@ -90,7 +93,7 @@ class MultiExitModel(nn.Module):
     def __call__(
         self, images: jax.Array, fork: Fork | None = None, *, train: bool = False
     ) -> ExitOutputs:
-        """Runs every exit on `images` `[batch, height, width, channels]`; by default unforked."""
+        """Runs every exit on `images` `[batch, height, width, channels]`, by default unforked."""
         return run_exits(self, images, fork or PlainFork(), train=train)
 
 
@@ -98,12 +101,12 @@ class ConvolutionalModel(MultiExitModel):
     """Base of the backbones whose convolutions read a forked feature.
 
     Attributes:
-      partitioned_backward: leave out the gradient of channels that train nothing (else the naive
-        graph computes it, then drops it); the results are equal.
-      cpu_kernels: use this package's own kernels where the program runs on a CPU.
-      dtype: in which blocks compute, such as "bfloat16"; None for that of the parameters, which
-        stay float32, as statistics do, and heads from their pools on.
-      batch_norm_groups: parts of a training batch that each have statistics of their own.
+      partitioned_backward: whether the backward pass skips the gradient of channels that train
+        nothing (the naive graph computes and discards it); results are equal.
+      cpu_kernels: whether the program uses this package's kernels on a CPU.
+      dtype: type in which blocks compute, such as "bfloat16"; None for that of the parameters.
+        Parameters and statistics stay float32, as do heads from their pools on.
+      batch_norm_groups: number of parts of a training batch with statistics of their own.
     """
 
     partitioned_backward: bool = True
@@ -125,10 +128,10 @@ def run_exits(
     """Runs every block and head of a bound model, forking the feature at the end of each block.
 
     Args:
-      model: a bound multi-exit module (inside `apply` or a method).
-      images: `[batch, height, width, channels]`.
-      fork: how each feature is split between its exit and the next block.
-      train: batch statistics and dropout as in training.
+      model: bound model (inside `apply` or a method).
+      images: images, `[batch, height, width, channels]`.
+      fork: fork of each feature between its exit and the next block.
+      train: whether to use the batch's own statistics and dropout.
 
     Returns:
       `ExitOutputs`, shallow exit first.
@@ -147,7 +150,7 @@ def run_exits(
 def _run_part(
     model: MultiExitModel, part: str, i: int, x: PyTree, live: LiveChannels, *, train: bool
 ) -> Any:
-    """Runs block or head i; with `remat`, what its backward pass needs is computed again there."""
+    """Runs block or head i; with `remat`, its backward pass recomputes the inside."""
 
     def run(model: MultiExitModel, x: PyTree) -> Any:
         return getattr(model, part)(i, x, live, train=train)

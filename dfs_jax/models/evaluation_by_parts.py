@@ -1,4 +1,4 @@
-"""Evaluates a program of many equal parts without compiling it as a whole."""
+"""Evaluates a function equation by equation, without compiling it as a whole."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import jax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-# On a CPU: above level 1 a random draw compiles three times as long; at 0, it runs five times.
+# On a CPU: above level 1, a random draw takes 3 times as long to compile; at 0, 5 times to run.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 def evaluate_by_parts(function: Callable[..., Any], *arguments: Any) -> Any:
     """Returns `function(*arguments)`, equation by equation; equal inner programs compile once.
 
-    Made for initialisation, which draws hundreds of arrays of few shapes, and traces a forward pass
-    that none of them needs: equations that no output needs are left out. Within another trace
-    (`jax.eval_shape`) the function is traced as it is.
+    This suits initialisation, which draws hundreds of arrays of few shapes and traces a forward
+    pass that none of them depends on: equations that no output depends on are skipped. Within
+    another trace (`jax.eval_shape`) the function is traced as usual.
 
     Args:
-      function: from pytrees of arrays to a pytree of arrays.
-      arguments: its arguments.
+      function: function from pytrees of arrays to a pytree of arrays.
+      arguments: arguments of the function.
 
     Example:
       >>> evaluate_by_parts(lambda x: {"twice": 2 * x}, jax.numpy.arange(3))
@@ -45,7 +45,7 @@ def evaluate_by_parts(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _needed_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """Returns in order the equations that the outputs depend on."""
+    """Returns the equations that the outputs depend on, in order."""
     needed, kept = set(filter(_is_variable, jaxpr.outvars)), []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or not needed.isdisjoint(equation.outvars):
@@ -55,7 +55,7 @@ def _needed_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
 
 
 def _as_function(equation: JaxprEqn, jaxpr: Jaxpr, compiled: dict[Any, Callable]) -> Callable:
-    """Returns a function of the equation's inputs that are no literals; compiled for a call."""
+    """Returns a function of the equation's non-literal inputs, compiled if it is a jit call."""
     alone = jaxpr.replace(
         constvars=[],
         invars=list(filter(_is_variable, equation.invars)),
@@ -65,7 +65,7 @@ def _as_function(equation: JaxprEqn, jaxpr: Jaxpr, compiled: dict[Any, Callable]
     run = jaxpr_as_fun(ClosedJaxpr(alone, ()))
     if equation.primitive.name != "jit":
         return run
-    # Tracing gives calls of one function with one set of shapes the same inner program.
+    # Calls of one function with equal shapes share their inner jaxpr.
     literals = [str(v.val) if isinstance(v, Literal) else None for v in equation.invars]
     key = (id(equation.params["jaxpr"]), *literals)
     if key not in compiled:

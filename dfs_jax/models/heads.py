@@ -1,4 +1,4 @@
-"""Classifiers that several backbones share."""
+"""Classifiers shared by several backbones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dfs_jax.types import HeadOutput
 class PooledLinearHead(nn.Module):
     """Global average pool over all positions, then a linear classifier.
 
-    The classifier reads the pooled feature; the adapted one serves feature distillation alone. From
-    the pool on all is float32 (or wider), whatever the type of the map.
+    The classifier reads the pooled feature; the adapted feature is for feature distillation only.
+    From the pool on, the computation is in float32 or wider, whatever the type of the map.
 
     Attributes:
-      num_classes: width of the logits.
+      num_classes: number of classes, the width of the logits.
       use_bias: whether the classifier has a bias (VGG's has none).
       adapted_width: width of the adapted feature; None for no adaptation layer.
-      dropout: rate between the pooled feature and the classifier, in training.
+      dropout: dropout rate between the pooled feature and the classifier.
       execution: how the layers run.
     """
 

@@ -1,4 +1,4 @@
-"""MSDNet: several scales side by side, densely connected, with exits on the coarsest."""
+"""MSDNet: densely connected layers at several scales, with exits on the coarsest."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class ConvNorm(nn.Module):
     """Convolution, BatchNorm, ReLU.
 
     Attributes:
-      features: output channels.
-      kernel: side of the kernel, odd; half of it is padded on each side.
-      stride: of the convolution.
+      features: number of output channels.
+      kernel: side of the kernel, an odd number; each side is padded with half of it.
+      stride: stride of the convolution.
       use_bias: whether the convolution has a bias.
       execution: how the layers run.
     """
@@ -65,11 +65,11 @@ class ConvNorm(nn.Module):
 
 
 class BottleneckConv(nn.Module):
-    """A 1x1 `ConvNorm` that narrows and a 3x3 one, which takes the stride.
+    """A 1x1 `ConvNorm` that narrows, then a strided 3x3 `ConvNorm`.
 
     Attributes:
-      plan: channels of both.
-      stride: of the 3x3.
+      plan: number of channels of both convolutions.
+      stride: stride of the 3x3 convolution.
       execution: how the layers run.
     """
 
@@ -86,11 +86,12 @@ class BottleneckConv(nn.Module):
 
 
 class FirstLayer(nn.Module):
-    """Makes the scales: each coarser one is a 3x3/2 convolution of the one before.
+    """Creates the scales: each coarser one is a 3x3/2 convolution of the one before.
 
     Attributes:
-      channels: of each scale, finest first.
-      stem: what makes the finest: "cifar" a 3x3; "imagenet" a 7x7/2 (with a bias) and max-pool/2.
+      channels: number of channels of each scale, finest first.
+      stem: layers of the finest scale: "cifar", a 3x3 convolution, or "imagenet", a 7x7/2
+        convolution with a bias and a max-pool/2.
       execution: how the layers run.
     """
 
@@ -119,8 +120,8 @@ class GrowingScale(nn.Module):
     """One scale of a layer: [x, 3x3/2 of the finer scale, 3x3 of x], old channels first.
 
     Attributes:
-      down: reads the finer scale; None where there is none to read.
-      same: reads this one.
+      down: channels of the convolutions that read the finer scale; None if no finer scale is read.
+      same: channels of the convolutions that read this scale.
       execution: how the layers run.
     """
 
@@ -132,7 +133,7 @@ class GrowingScale(nn.Module):
     def __call__(
         self, x: jax.Array, finer: jax.Array | None, live: LiveChannels = None, *, train: bool
     ) -> jax.Array:
-        """Appends channels to `x`; `live` are those of `x` that can carry gradient."""
+        """Appends channels to `x`, whose channels `live` can carry gradient."""
         parts = [x]
         if self.down is not None and finer is not None:
             down = BottleneckConv(self.down, 2, self.execution, name="down")
@@ -143,10 +144,10 @@ class GrowingScale(nn.Module):
 
 
 class MSDNetLayer(nn.Module):
-    """Every kept scale grows; a scale that is dropped is read once more on the way.
+    """Grows every kept scale; a scale that is dropped here is still read.
 
     Attributes:
-      plan: how each kept scale grows.
+      plan: growth of each kept scale.
       execution: how the layers run.
     """
 
@@ -155,7 +156,7 @@ class MSDNetLayer(nn.Module):
 
     @nn.compact
     def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
-        """Maps scales to the kept ones; `live` belongs to the coarsest, finer ones are all live."""
+        """Maps scales to the kept ones; `live` is of the coarsest, finer scales are all live."""
         dropped, grown = len(scales) - len(self.plan.scales), []
         for j, growth in enumerate(self.plan.scales, start=dropped):
             scale = GrowingScale(
@@ -170,7 +171,7 @@ class MSDNetTransition(nn.Module):
     """A 1x1 convolution, BatchNorm and ReLU at every scale.
 
     Attributes:
-      plan: channels of each.
+      plan: number of channels at each scale.
       execution: how the layers run.
     """
 
@@ -179,7 +180,7 @@ class MSDNetTransition(nn.Module):
 
     @nn.compact
     def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
-        """Maps scales to narrower ones; `live` belongs to the coarsest, finer ones are all live."""
+        """Maps scales to narrower ones; `live` is of the coarsest, finer scales are all live."""
         return tuple(
             ConvNorm(mix.features, 1, execution=self.execution, name=f"scale{mix.scale}")(
                 x, _at_scale(j, scales, live), train=train
@@ -192,8 +193,8 @@ class MSDNetBlock(nn.Module):
     """The layers and transitions between two exits; block 1 begins with the first layer.
 
     Attributes:
-      plan: of the block.
-      stem: see `FirstLayer`.
+      plan: layout of the block.
+      stem: layers of the finest scale, see `FirstLayer`.
       execution: how the layers run.
     """
 
@@ -205,7 +206,7 @@ class MSDNetBlock(nn.Module):
     def __call__(
         self, carry: jax.Array | Scales, live: LiveChannels = None, *, train: bool
     ) -> Scales:
-        """Maps images (block 1) or scales to scales; `live` belongs to the coarsest one."""
+        """Maps images (block 1) or scales to scales; `live` is of the coarsest scale."""
         if isinstance(carry, tuple):
             scales = carry
         else:
@@ -223,12 +224,12 @@ class MSDNetBlock(nn.Module):
 class MSDNetHead(nn.Module):
     """Two 3x3/2 `ConvNorm`, average pool, dropout, linear with bias.
 
-    The pool is over all positions, which at the published image sizes are the published 2x2.
+    The pool covers all positions, which equals the published 2x2 pool at the published image sizes.
 
     Attributes:
-      num_classes: width of the logits.
-      width: channels of the convolutions.
-      dropout: rate before the linear.
+      num_classes: number of classes, the width of the logits.
+      width: number of channels of the convolutions.
+      dropout: dropout rate before the linear layer.
       adapted_width: width of the adapted feature; None for no adaptation layer.
       execution: how the layers run.
     """
@@ -258,31 +259,33 @@ class MSDNetHead(nn.Module):
 class MSDNet(ConvolutionalModel):
     """Multi-scale dense network: exits read the coarsest of several densely connected scales.
 
-    The carry is the tuple of scales that are kept, finest first; the feature, which alone is
-    forked, is the coarsest. The defaults are the CIFAR-100 network of Deep Feature Surgery.
+    The carry is the tuple of kept scales, finest first. The feature is the coarsest scale, and only
+    it is forked. The defaults are the CIFAR-100 network of Deep Feature Surgery.
 
     Attributes:
-      num_exits: how many.
-      base: layers of block 1, besides the first layer that makes the scales.
-      step: layers of every later block; with "lin_grow" block k has `step * (k - 1) + 1`.
-      step_mode: "even" or "lin_grow".
+      num_exits: number of exits.
+      base: number of layers in block 1, besides the first layer that creates the scales.
+      step: number of layers in every later block, or its increase from block to block.
+      step_mode: "even" for `step` layers in every later block; "lin_grow" for
+        `step * (k - 1) + 1` layers in block k.
       initial_channels: width after the first layer; a scale has its factor times the width.
-      growth: what a layer adds to the width.
-      scale_factors: one for each scale, finest first.
-      bottleneck_factors: one for each scale; a 1x1 convolution that reads a scale narrows it to
-        its factor times the channels that the 3x3 after it makes.
-      prune: "max" drops the finest scale at equal distances, a transition after each drop; "min"
-        drops the scales that the end does not need, with transitions after thirds of the layers.
-      reduction: fraction of the width that a transition leaves; 0 for no transitions.
-      stem: "cifar" (3x3) or "imagenet" (7x7/2, max-pool/2).
-      head_channels: width of the classifiers' convolutions; None for that of their input, as
-        published for ImageNet.
-      head_dropout: rate before the linear classifiers: 0.5 in the published code of Deep Feature
-        Surgery, 0 in MSDNet's own. Needs a "dropout" key in training.
+      growth: width that a layer adds.
+      scale_factors: width of each scale in multiples of the network's, finest first.
+      bottleneck_factors: width after the 1x1 convolution that reads a scale, in multiples of the
+        3x3 convolution's after it, for each scale.
+      prune: rule by which fine scales end: "max" drops the finest scale at equal distances, with a
+        transition after each drop; "min" drops the scales that the last exit does not depend on,
+        with transitions after each third of the layers.
+      reduction: fraction of the width that a transition keeps; 0 for no transitions.
+      stem: layers of the finest scale: "cifar" (3x3) or "imagenet" (7x7/2, max-pool/2).
+      head_channels: width of the heads' convolutions; None for that of their input, as published
+        for ImageNet.
+      head_dropout: dropout rate before the linear classifiers: 0.5 in the published code of Deep
+        Feature Surgery, 0 in MSDNet's own. It needs a "dropout" key in training.
 
     Raises:
-      UserError: an argument is out of range or does not fit another, or (when called) the images
-        are too small for so many scales.
+      UserError: an argument out of range, arguments that do not fit together, or (when called)
+        images too small for the number of scales.
 
     Reference: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image
     Classification", ICLR 2018; forks as in Gong et al., ECCV 2024.
@@ -313,12 +316,12 @@ class MSDNet(ConvolutionalModel):
         check_fraction("head_dropout", self.head_dropout, below_one=True)
         if self.head_channels is not None:
             check_whole("head_channels", self.head_channels)
-        _ = self.plan  # refuses arguments that do not fit
+        _ = self.plan  # raises for arguments that do not fit together
         super().__post_init__()
 
     @property
     def plan(self) -> tuple[Block, ...]:
-        """The layout of every block."""
+        """Layout of every block."""
         return plan_blocks(
             num_exits=self.num_exits,
             base=self.base,
@@ -370,7 +373,7 @@ class MSDNet(ConvolutionalModel):
 
 
 def _at_scale(j: int, scales: Scales, live: LiveChannels) -> LiveChannels:
-    """Returns scale j's live channels: `live` at the coarsest, all of them at finer ones."""
+    """Returns the live channels of scale j: `live` for the coarsest, all for finer ones."""
     return live if j == len(scales) - 1 else None
 
 

@@ -1,7 +1,7 @@
-"""How an MSDNet is laid out: scales, channels, live channels of every layer, by arithmetic alone.
+"""Layout of an MSDNet: scales, channels and live channels of every layer, by arithmetic alone.
 
-Scales count from 1, finest first; layers count from 1 through the whole network, the first layer,
-which makes the scales, not among them.
+Scales are counted from 1, finest first. Layers are counted from 1 through the whole network, but
+for the first layer, which creates the scales.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ class Bottleneck(NamedTuple):
 
 
 class ScaleGrowth(NamedTuple):
-    """What a layer appends at one scale, in this order: [input, `down`, `same`].
+    """Channels that a layer appends at one scale, in this order: [input, `down`, `same`].
 
     Attributes:
-      scale: which one.
-      channels: how many it had.
-      down: reads the next finer scale with stride 2; None where there is none to read.
-      same: reads this scale.
+      scale: number of the scale.
+      channels: number of channels before the layer.
+      down: convolutions that read the next finer scale with stride 2; None if there is none to
+        read.
+      same: convolutions that read this scale.
     """
 
     scale: int
@@ -42,7 +43,7 @@ class ScaleGrowth(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Channels after the layer."""
+        """Number of channels after the layer."""
         return self.channels + self.same.features + (self.down.features if self.down else 0)
 
 
@@ -55,13 +56,13 @@ class ScaleMix(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of the network: how each scale that it keeps grows, finest first."""
+    """A layer of the network: the growth of each scale that it keeps, finest first."""
 
     name: str
     scales: tuple[ScaleGrowth, ...]
 
     def live_after(self, live: LiveChannels) -> LiveChannels:
-        """Returns the coarsest scale's live channels after the layer: the old ones and all new."""
+        """Returns the coarsest scale's live channels after the layer: the old and all new ones."""
         coarsest = self.scales[-1]
         if live is None:
             return None
@@ -69,7 +70,7 @@ class Layer(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """Fewer channels at every kept scale, finest first."""
+    """A transition: 1x1 convolutions that narrow every kept scale, finest first."""
 
     name: str
     scales: tuple[ScaleMix, ...]
@@ -84,10 +85,11 @@ Step: TypeAlias = Layer | Transition
 
 
 class Block(NamedTuple):
-    """What lies between two exits.
+    """Layers and transitions up to an exit.
 
     Attributes:
-      first: channels of each scale after the network's first layer; empty but in block 1.
+      first: number of channels of each scale after the network's first layer, in block 1; empty in
+        later blocks.
       steps: layers and transitions, in their order.
     """
 
@@ -96,16 +98,16 @@ class Block(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Channels of the coarsest scale at the block's end, where it is forked."""
+        """Number of channels of the coarsest scale at the block's end, where it is forked."""
         return self.steps[-1].scales[-1].features
 
     def live(self, live: LiveChannels) -> tuple[LiveChannels, ...]:
         """Returns the coarsest scale's live channels before each step and, last, at the end.
 
-        Finer scales are never forked: all of their channels are live.
+        Finer scales are never forked, so that all of their channels are live.
 
         Args:
-          live: those of the block's input.
+          live: live channels of the block's input.
         """
         found = [live]
         for step in self.steps:
@@ -114,7 +116,7 @@ class Block(NamedTuple):
 
 
 def append_live(live: tuple[tuple[int, int], ...], old: int, new: int) -> LiveChannels:
-    """Returns the live channels once live ones, `old` to `new`, are appended to `old` channels.
+    """Returns the live channels after live channels `old` to `new` were appended to `old` ones.
 
     >>> append_live(((0, 3),), 7, 11), append_live(((2, 7),), 7, 11), append_live((), 7, 11)
     (((0, 3), (7, 11)), ((2, 11),), ((7, 11),))
@@ -126,13 +128,13 @@ def append_live(live: tuple[tuple[int, int], ...], old: int, new: int) -> LiveCh
 
 
 def block_sizes(num_exits: int, base: int, step: int, step_mode: str) -> tuple[int, ...]:
-    """Returns the layers in each block: `base`, then `step` or, in block k, `step * (k - 1) + 1`.
+    """Returns the layers of each block: `base`, then `step` or, in block k, `step * (k - 1) + 1`.
 
     >>> block_sizes(4, 4, 2, "even"), block_sizes(4, 1, 1, "lin_grow")
     ((4, 2, 2, 2), (1, 2, 3, 4))
 
     Raises:
-      UserError: an argument is out of range, or a block would have no layer.
+      UserError: an argument out of range, or a block without layers.
     """
     check_whole("num_exits", num_exits)
     check_whole("base", base, at_least=0)
@@ -149,16 +151,16 @@ def block_sizes(num_exits: int, base: int, step: int, step_mode: str) -> tuple[i
 
 
 def kept_scales(num_layers: int, num_scales: int, prune: str) -> tuple[int, ...]:
-    """Returns how many scales, the coarsest, each layer outputs.
+    """Returns the number of scales that each layer outputs, which are the coarsest.
 
-    "max" drops the finest one at equal distances; "min" keeps all that the last layer's coarsest
-    scale still depends on.
+    "max" drops the finest scale at equal distances; "min" keeps the scales that the last layer's
+    coarsest scale depends on.
 
     >>> kept_scales(7, 3, "max"), kept_scales(7, 3, "min")
     ((3, 3, 3, 2, 2, 2, 1), (3, 3, 3, 3, 3, 2, 1))
 
     Raises:
-      UserError: "min" and so few layers that one would have to drop several scales.
+      UserError: "min" with so few layers that one would have to drop several scales.
     """
     check_name("prune", prune, PRUNINGS)
     if prune == "max":
@@ -175,7 +177,7 @@ def kept_scales(num_layers: int, num_scales: int, prune: str) -> tuple[int, ...]
 def transition_layers(kept: Sequence[int], num_scales: int, prune: str) -> frozenset[int]:
     """Returns the numbers of the layers that a transition follows.
 
-    "max": those that drop a scale; "min": the last ones of the first and second third of them all.
+    "max": the layers that drop a scale; "min": the last layers of the first and the second third.
 
     >>> sorted(transition_layers((3, 3, 2, 2, 1), 3, "max"))
     [3, 5]
@@ -202,13 +204,13 @@ def plan_blocks(
     prune: str,
     reduction: float,
 ) -> tuple[Block, ...]:
-    """Lays out a whole network; the arguments are those of `MSDNet`.
+    """Returns the layout of a whole network; the arguments are those of `MSDNet`.
 
-    Before layer n a scale has width x scale factor channels; a layer adds `growth` to the width, a
-    transition leaves floor(reduction x width) of it.
+    A scale has width x scale factor channels. A layer adds `growth` to the width, and a transition
+    reduces it to floor(reduction x width).
 
     Raises:
-      UserError: an argument is out of range or does not fit another.
+      UserError: an argument out of range, or arguments that do not fit together.
 
     Example: one scale, 5 + 3 channels in its only layer.
       >>> block, = plan_blocks(
@@ -240,18 +242,18 @@ def plan_blocks(
 
 
 class _Scales(NamedTuple):
-    """What is the same in every layer."""
+    """Settings that all layers share."""
 
     growth: int
     factors: tuple[float, ...]
     bottleneck_factors: tuple[int, ...]
 
     def channels(self, width: int) -> tuple[int, ...]:
-        """Returns every scale's channels at a width, finest first."""
+        """Returns the number of channels of each scale at a width, finest first."""
         return tuple(_times(width, factor, f"a width of {width}") for factor in self.factors)
 
     def layer(self, number: int, width: int, kept: Sequence[int]) -> Layer:
-        """Plans layer `number`, which reads what the layer before kept."""
+        """Plans layer `number`, which reads the scales that the previous layer kept."""
         read = kept[number - 2] if number > 1 else len(self.factors)
         grown = (self._growth(s, width, read) for s in self._coarsest(kept[number - 1]))
         return Layer(f"layer{number}", tuple(grown))
@@ -285,7 +287,7 @@ class _Scales(NamedTuple):
 
 
 def check_fraction(name: str, value: Any, *, below_one: bool = False) -> None:
-    """Raises UserError unless `value` is a number from 0 to 1, itself excluded if `below_one`."""
+    """Raises UserError unless `value` is a number from 0 to 1, or below 1 if `below_one`."""
     if not (_is_number(value) and 0 <= value <= 1) or (below_one and value == 1):
         raise UserError(f"{name} must lie in [0, 1{')' if below_one else ']'}, got {value!r}")
 
@@ -325,7 +327,7 @@ def _times(width: int, factor: float, what: str) -> int:
 
 
 def _reduced(width: int, reduction: float, number: int) -> int:
-    # Published programs round the width down, then multiply by each scale's factor.
+    # As in the published programs: round the width down, then multiply by each scale's factor.
     narrow = math.floor(reduction * width)
     if not narrow:
         raise UserError(

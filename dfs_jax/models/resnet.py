@@ -1,4 +1,4 @@
-"""ResNet with an exit after every stage; early exits look through an attention gate."""
+"""ResNet with an exit after every stage; early exits have an attention gate."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dfs_jax.partitioned import Execution
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
-# How often a stem halves the image.
+# Number of times that a stem halves the image.
 STEM_HALVINGS = {"cifar": 0, "imagenet": 2}
 # Output channels of a bottleneck block, in multiples of its inner ones.
 EXPANSION = 4
 
 
 class Stem(nn.Module):
-    """First convolution: 3x3 on small images ("cifar"), 7x7/2 and a 3x3/2 max-pool on large ones.
+    """First layers: a 3x3 convolution ("cifar"), or a 7x7/2 one and a 3x3/2 max-pool ("imagenet").
 
     Attributes:
-      features: output channels.
-      kind: "cifar" or "imagenet".
+      features: number of output channels.
+      kind: kind of the stem, "cifar" or "imagenet".
       execution: how the layers run.
     """
 
@@ -66,18 +66,18 @@ class Stem(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """relu(residual(x) + shortcut(x)); both read the same, possibly forked, x.
+    """Residual block: relu(residual(x) + shortcut(x)); both read the same, possibly forked, x.
 
         basic       3x3/stride, 3x3
         bottleneck  1x1, 3x3/stride, 1x1 to `EXPANSION` times the channels
 
-    with BatchNorm after every convolution and ReLU between them; the shortcut is a 1x1/stride and
-    BatchNorm where the shape changes, the identity elsewhere.
+    BatchNorm follows every convolution, and ReLU stands between them. The shortcut is a 1x1/stride
+    convolution and BatchNorm where the shape changes, and the identity elsewhere.
 
     Attributes:
-      features: channels of the 3x3 convolutions.
-      stride: of the block.
-      bottleneck: which of the two.
+      features: number of channels of the 3x3 convolutions.
+      stride: stride of the block.
+      bottleneck: whether the block is a bottleneck block rather than a basic one.
       execution: how the layers run.
     """
 
@@ -124,14 +124,14 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """The stem, where there is one, and residual blocks; the first one takes the stride.
+    """Residual blocks, of which the first is strided, after the stem in the first stage.
 
     Attributes:
-      features: channels of the blocks' 3x3 convolutions.
-      num_blocks: how many.
-      stride: of the first block.
-      bottleneck: kind of the blocks.
-      stem: "cifar" or "imagenet" before the first stage, else None.
+      features: number of channels of the blocks' 3x3 convolutions.
+      num_blocks: number of blocks.
+      stride: stride of the first block.
+      bottleneck: whether the blocks are bottleneck blocks.
+      stem: kind of the stem in the first stage, "cifar" or "imagenet"; None in later stages.
       execution: how the layers run.
     """
 
@@ -160,13 +160,13 @@ class Stage(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """Two depthwise-pointwise pairs, the first depthwise strided, the second widening.
+    """Two depthwise-pointwise pairs: the first is strided, the second changes the channels.
 
         3x3 depthwise/stride, 1x1, BatchNorm, ReLU, 3x3 depthwise, 1x1, BatchNorm, ReLU
 
     Attributes:
-      features: output channels.
-      stride: of the first depthwise convolution.
+      features: number of output channels.
+      stride: stride of the first depthwise convolution.
       execution: how the layers run.
     """
 
@@ -193,12 +193,12 @@ class SeparableConv(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Multiplies a feature by a mask of its own, computed at half the resolution.
+    """Multiplies a feature by a mask computed from it at half the resolution.
 
         x * sigmoid(upsample(relu(norm(separable(x)))))
 
-    The mask is resized bilinearly with half-pixel centres to the feature's size, which is twice its
-    own where the feature's sides are even.
+    The mask is resized bilinearly with half-pixel centres to the feature's size, which is twice the
+    mask's if the feature's sides are even.
 
     Attributes:
       execution: how the layers run.
@@ -216,14 +216,14 @@ class AttentionGate(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Early classifier: attention gate, separable convolutions up to the last stage, pooled linear.
+    """Early classifier: attention gate, separable convolutions, pooled linear classifier.
 
     Each separable convolution halves the sides and doubles the channels, as a stage does.
 
     Attributes:
-      num_classes: width of the logits.
-      num_reductions: how many separable convolutions, one for each stage that the exit leaves out.
-      adapt: whether there is an adaptation layer.
+      num_classes: number of classes, the width of the logits.
+      num_reductions: number of separable convolutions, one for each stage after the exit.
+      adapt: whether the head has an adaptation layer.
       execution: how the layers run.
     """
 
@@ -235,7 +235,7 @@ class AttentionHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        del live  # a depthwise convolution comes first, which has nothing to leave out
+        del live  # the first convolution is depthwise, which has nothing to skip
         execution = self.execution
         x = AttentionGate(execution, name="gate")(x, train=train)
         for j in range(1, self.num_reductions + 1):
@@ -249,20 +249,21 @@ class AttentionHead(nn.Module):
 
 
 class ResNet(ConvolutionalModel):
-    """ResNet: a stem and stages of residual blocks, an exit after each stage.
+    """ResNet: a stem and stages of residual blocks, with an exit after each stage.
 
-    Stage s has 2^s times `width` channels (times `EXPANSION` outside bottleneck blocks) and halves
-    the map, but for the first. The feature that is forked comes after a stage's last ReLU.
+    Stage s, from 0, has 2^s times `width` channels (times `EXPANSION` at the ends of bottleneck
+    blocks); every stage but the first halves the map. The forked feature is the output of a stage's
+    last ReLU.
 
     Attributes:
-      width: channels of the first stage's 3x3 convolutions.
-      stem: "cifar" (3x3, keeps the size) or "imagenet" (7x7/2, max-pool/2).
-      stage_sizes: residual blocks in each stage.
-      bottleneck: bottleneck blocks instead of basic ones.
+      width: number of channels of the first stage's 3x3 convolutions.
+      stem: kind of the stem: "cifar" (3x3, keeps the size) or "imagenet" (7x7/2, max-pool/2).
+      stage_sizes: number of residual blocks in each stage.
+      bottleneck: whether the blocks are bottleneck blocks.
 
     Raises:
-      UserError: a width that is no positive whole number, an unknown stem, or (when called) images
-        too small to be halved so often.
+      UserError: a width that is not a positive whole number, an unknown stem, or (when called)
+        images too small for the number of stages.
 
     Reference: He et al., CVPR 2016, with the stride of a bottleneck block on its 3x3; heads as in
     Zhang et al., "SCAN", NeurIPS 2019, and Gong et al., ECCV 2024.

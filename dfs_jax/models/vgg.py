@@ -20,9 +20,9 @@ class ConvBlock(nn.Module):
     """Convolution, ReLU, BatchNorm, and a 2x2 max-pool at the end of a stage.
 
     Attributes:
-      features: output channels.
+      features: number of output channels.
       use_bias: whether the convolution has a bias.
-      pool: whether the map is halved at the end.
+      pool: whether a max-pool halves the map at the end.
       execution: how the layers run.
     """
 
@@ -46,12 +46,12 @@ class ConvBlock(nn.Module):
 
 
 class ConvBlocks(nn.Module):
-    """Several `ConvBlock`s, with an exit after the last of them alone.
+    """Several `ConvBlock`s between two exits.
 
     Attributes:
-      features: output channels of each.
+      features: number of output channels of each convolution.
       use_bias: whether the first convolution has a bias.
-      pools: after which of them the map is halved.
+      pools: whether a max-pool follows, for each convolution.
       execution: how the layers run.
     """
 
@@ -73,14 +73,14 @@ class ConvBlocks(nn.Module):
 class VGG(ConvolutionalModel):
     """VGG: stages of 3x3 convolutions, all or some with an exit; a stage ends in a max-pool.
 
-    Only the first convolution has a bias; heads pool globally and have none.
+    Only the first convolution has a bias. Classifiers follow a global pool and have none.
 
     Attributes:
-      width: channels of the first stage.
-      stage_sizes: convolutions in each stage.
-      stage_multipliers: channels of each stage, in multiples of `width`.
-      exits: the convolutions, counted from 1, that have an exit, the last one among them; None for
-        all. Those between two exits are one block.
+      width: number of channels in the first stage.
+      stage_sizes: number of convolutions in each stage.
+      stage_multipliers: number of channels in each stage, in multiples of `width`.
+      exits: convolutions that have an exit, counted from 1 and including the last; None for all.
+        The convolutions between two exits form one block.
 
     Example:
       >>> VGG(num_classes=10, exits=(1, 6)).num_exits

@@ -25,14 +25,14 @@ Dense = functools.partial(nn.Dense, kernel_init=_init)
 
 
 class Embedding(nn.Module):
-    """Patches as tokens, a class token before them, and a trained vector for each position.
+    """Embeds an image: a class token and one token for each patch, with trained positions.
 
         [class, conv(patch 1), ..., conv(patch n)] + position
 
     Attributes:
-      width: of a token.
+      width: width of a token.
       patch_size: side of a patch in pixels.
-      dtype: of the tokens; None for that of the parameters.
+      dtype: type of the tokens; None for that of the parameters.
     """
 
     width: int
@@ -44,8 +44,8 @@ class Embedding(nn.Module):
         """Maps images `[batch, height, width, 3]` to tokens `[batch, 1 + patches, width]`.
 
         Raises:
-          UserError: patches do not fill the images, or the images are not of the size that the
-            position embedding was made for.
+          UserError: a patch size that does not divide the images' sides, or images of another size
+            than the position embedding's.
         """
         self._check_size(images.shape)
         size = (self.patch_size, self.patch_size)
@@ -77,14 +77,13 @@ class Embedding(nn.Module):
 
 
 class QueryKeyValue(nn.Module):
-    """One linear layer that makes queries, keys and values, in this order, of every head.
+    """Linear layer for the queries, keys and values of every head, in this order.
 
-    Its kernel is `[width, 3 * width]`. Compiled for devices along `TENSOR_AXIS`, each computes its
-    part of the heads.
+    Its kernel is `[width, 3 * width]`. Devices along `TENSOR_AXIS` each compute some of the heads.
 
     Attributes:
-      heads: among which the width is split.
-      dtype: in which it computes; None for that of the parameters.
+      heads: number of heads that the width is split into.
+      dtype: type of the computation; None for that of the parameters.
     """
 
     heads: int
@@ -103,7 +102,7 @@ class QueryKeyValue(nn.Module):
 
 
 def _split_heads(kernel: jax.Array) -> jax.Array:
-    """Splits `[width, 3, heads, size]` by heads over the devices that the program is for."""
+    """Shards `[width, 3, heads, size]` by heads over the devices along `TENSOR_AXIS`."""
     parts = jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
     if parts == 1:
         return kernel
@@ -116,12 +115,12 @@ def _split_heads(kernel: jax.Array) -> jax.Array:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; the softmax is taken in float32 (or wider).
+    """Multi-head self-attention, with a softmax in float32 or wider.
 
     Attributes:
-      heads: among which the width is split.
-      dropout: rate after the output's linear layer.
-      dtype: in which it computes; None for that of the parameters.
+      heads: number of heads that the width is split into.
+      dropout: dropout rate after the output's linear layer.
+      dtype: type of the computation; None for that of the parameters.
     """
 
     heads: int
@@ -147,9 +146,9 @@ class EncoderLayer(nn.Module):
     The MLP is two linear layers with an exact GELU between them, `MLP_RATIO` times as wide inside.
 
     Attributes:
-      heads: of the attention.
-      dropout: rate after the attention and after the MLP.
-      dtype: in which it computes; None for that of the parameters.
+      heads: number of attention heads.
+      dropout: dropout rate after the attention and after the MLP.
+      dtype: type of the computation; None for that of the parameters.
     """
 
     heads: int
@@ -168,15 +167,16 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """The encoder layers up to an exit; the first block begins with the embedding.
+    """Encoder layers up to an exit; the first block starts with the embedding.
 
     Attributes:
-      layers: their labels, counted from 1 through the whole network.
-      width: of a token.
-      heads: of the attention.
-      dropout: see `EncoderLayer`.
-      patch_size: of the embedding; None in later blocks, which have none.
-      dtype: in which it computes; None for that of the parameters.
+      layers: numbers of the layers, counted from 1 through the whole network.
+      width: width of a token.
+      heads: number of attention heads.
+      dropout: dropout rate, see `EncoderLayer`.
+      patch_size: side of a patch in pixels in the first block; None in later ones, which have no
+        embedding.
+      dtype: type of the computation; None for that of the parameters.
     """
 
     layers: tuple[int, ...]
@@ -188,7 +188,7 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images, in the first block, or tokens to tokens `[batch, tokens, width]`."""
+        """Maps images (first block) or tokens to tokens `[batch, tokens, width]`."""
         if self.patch_size is not None:
             x = Embedding(self.width, self.patch_size, self.dtype, name="embedding")(x)
         for label in self.layers:
@@ -198,13 +198,13 @@ class EncoderBlock(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """LayerNorm, then the class token or the mean of the patches' tokens, then a linear classifier.
+    """LayerNorm, the class token or the mean of the patches' tokens, and a linear classifier.
 
-    All in float32 (or wider), whatever the type of the tokens.
+    It computes in float32 or wider, whatever the type of the tokens.
 
     Attributes:
-      num_classes: width of the logits.
-      pool: "class" or "mean".
+      num_classes: number of classes, the width of the logits.
+      pool: token that the classifier reads: the "class" token, or the "mean" of the others.
       adapted_width: width of the adapted feature; None for no adaptation layer.
     """
 
@@ -224,29 +224,29 @@ class TokenHead(nn.Module):
 
 
 class ViT(MultiExitModel):
-    """Vision transformer: exits after encoder layers `first_exit_layer`, ..., `depth`.
+    """Vision transformer with exits after encoder layers `first_exit_layer`, ..., `depth`.
 
-    The tokens are forked along their width. Between a fork and the linear layers that read it
-    stands a LayerNorm, whose statistics, and trained scale, need the whole gradient: here Deep
-    Feature Surgery separates the gradients of exits, but saves no work in the backward pass.
+    The tokens are forked along their width. A LayerNorm stands between a fork and the linear layers
+    that read it, and its statistics and trained scale need the whole gradient. Deep Feature Surgery
+    therefore separates the exits' gradients here, but saves no work in the backward pass.
 
-    The position embedding has one vector for each patch and the class token, so weights belong to
-    one image size and are refused with another.
+    The position embedding has one vector for each patch and for the class token, so that weights
+    belong to one image size and are refused with another.
 
     Attributes:
-      width: of a token.
-      heads: of the attention; they divide the width.
-      depth: encoder layers.
-      patch_size: side of a patch in pixels; it divides the images' sides.
-      first_exit_layer: the encoder layer after which the first exit stands, counted from 1.
-      pool: what classifiers read: the "class" token, or the "mean" of the patches' tokens.
-      dropout: rate after each attention and MLP, in training.
-      dtype: in which blocks compute, such as "bfloat16"; None for that of the parameters, which
-        stay float32, as softmax and classifiers do.
+      width: width of a token.
+      heads: number of attention heads, a divisor of the width.
+      depth: number of encoder layers.
+      patch_size: side of a patch in pixels, a divisor of the images' sides.
+      first_exit_layer: encoder layer that the first exit follows, counted from 1.
+      pool: token that classifiers read: the "class" token, or the "mean" of the others.
+      dropout: dropout rate after each attention and MLP.
+      dtype: type in which blocks compute, such as "bfloat16"; None for that of the parameters.
+        Parameters, softmax and classifiers stay float32.
 
     Raises:
-      UserError: an argument is out of range or does not fit another, or (when called) images that
-        do not fit the patches or the weights.
+      UserError: an argument out of range, arguments that do not fit together, or (when called)
+        images that do not fit the patches or the weights.
 
     Reference: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; exits as in Gong et
     al., ECCV 2024.
@@ -265,8 +265,8 @@ class ViT(MultiExitModel):
     dropout: float = 0.0
     dtype: str | None = None
 
-    # Heads and the MLP's inner units. Queries, keys and values lie side by side in one kernel, that
-    # is stored in parts of its other axis and dealt out by head where it is used.
+    # Attention is split by heads and the MLP by its inner units. One kernel holds queries, keys and
+    # values side by side; it is stored split along its input axis and resharded by heads when used.
     tensor_axes: ClassVar[Mapping[str, int]] = {
         "attention/qkv/kernel": -2,
         "attention/output/kernel": -2,
@@ -299,7 +299,7 @@ class ViT(MultiExitModel):
         return self.depth - self.first_exit_layer + 1
 
     def layers_of_block(self, i: int) -> tuple[int, ...]:
-        """Returns the labels of the encoder layers in block i (0-based), counted from 1."""
+        """Returns the numbers, from 1, of the encoder layers in block i (0-based)."""
         last = self.first_exit_layer + i
         return (last,) if i else tuple(range(1, last + 1))
 
