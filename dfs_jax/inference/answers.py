@@ -1,4 +1,4 @@
-"""What early-exit inference returns, and the table in which answers wait for their turn."""
+"""Results of early-exit inference, and the table in which answers wait for their turn."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from dfs_jax.types import UserError
 
 
 class Prediction(NamedTuple):
-    """What the network says of one example.
+    """Answer of the network for one example.
+
+    Where there is an error, all fields but `index` and `error` are None.
 
     Attributes:
-      index: its place in the input, over all batches.
-      predicted: its class; None where there is an error, as for all that follow.
-      probabilities: `[classes]` float32, of the exit taken, at the policy's temperature.
-      exit_index: the exit that answered, 0-based.
-      confidence: by the policy's measure.
-      latency: seconds from when it was taken from the input to when its answer was known.
-      error: why there is no answer, or None.
+      index: position in the input, counted over all batches.
+      predicted: predicted class.
+      probabilities: class probabilities of the exit taken, at the policy's temperature,
+        `[classes]` float32.
+      exit_index: exit that answered, 0-based.
+      confidence: confidence by the policy's measure.
+      latency: seconds from reading the example to knowing its answer.
+      error: reason why there is no answer, or None.
     """
 
     index: int
@@ -36,15 +39,16 @@ class Prediction(NamedTuple):
 
 
 class BatchPrediction(NamedTuple):
-    """What the network says of n examples; -1 and NaN stand for examples with an error.
+    """Answers of the network for n examples; those with an error have -1 and NaN.
 
     Attributes:
-      predicted: `[n]` int64.
-      probabilities: `[n, classes]` float32, of the exit taken, at the policy's temperature.
-      exit_index: `[n]` int64, the exit that answered, 0-based.
-      confidence: `[n]` float32, by the policy's measure.
-      latency: `[n]` float64, seconds from the call to when the answer was known.
-      errors: why there is no answer, by place.
+      predicted: predicted classes, `[n]` int64.
+      probabilities: class probabilities of the exit taken, at the policy's temperature,
+        `[n, classes]` float32.
+      exit_index: exits that answered, 0-based, `[n]` int64.
+      confidence: confidence by the policy's measure, `[n]` float32.
+      latency: seconds from the call to knowing the answer, `[n]` float64.
+      errors: reasons why there is no answer, by position.
     """
 
     predicted: np.ndarray
@@ -56,8 +60,14 @@ class BatchPrediction(NamedTuple):
 
 
 def one_answer(packed: np.ndarray, exit_index: int, came: float) -> BatchPrediction:
-    """Returns what an exit said of a single example, `[1, classes + 2]`, that came at `came`."""
-    # One probability tells: a logit that is no finite number makes all of them NaN.
+    """Returns the answer of a single example from its packed row.
+
+    Args:
+      packed: packed answer, `[1, classes + 2]` (see `dfs_jax.inference.programs`).
+      exit_index: exit that answered, 0-based.
+      came: time of arrival, in seconds of `time.perf_counter`.
+    """
+    # One probability is enough: a logit that is not finite makes all of them NaN.
     if not (math.isfinite(packed[0, 0]) and math.isfinite(packed[0, -2])):
         table = AnswerTable(1, packed.shape[1] - 2)
         table.record(table.take(1, came), packed, exit_index)
@@ -73,13 +83,17 @@ def one_answer(packed: np.ndarray, exit_index: int, came: float) -> BatchPredict
 
 
 class AnswerTable:
-    """Answers of at most `capacity` examples in a row, in whatever order they come.
+    """Table that takes answers in any order and releases them in the order of the examples.
 
-    Examples are numbered by tickets 0, 1, ...; ticket t lies in row t % capacity.
+    Examples are numbered by tickets 0, 1, ..., and ticket t uses row t % capacity.
+
+    Args:
+      capacity: number of rows, the maximum number of examples in flight.
+      classes: number of classes.
 
     Attributes:
-      taken: how many tickets were given out.
-      released: how many answers have been handed on; `taken - released` are under way.
+      taken: number of tickets given out.
+      released: number of answers released; `taken - released` examples are in flight.
     """
 
     def __init__(self, capacity: int, classes: int):
@@ -88,24 +102,24 @@ class AnswerTable:
         self._classes = classes
         self._packed = np.full((capacity, classes + 2), np.nan, np.float32)
         self._exits = np.full(capacity, -1)
-        self._times = np.zeros(capacity)  # when it came; once answered, how long that took
+        self._times = np.zeros(capacity)  # time of arrival; once answered, latency
         self._done = np.zeros(capacity, bool)
         self._errors: dict[int, str] = {}
 
     @property
     def free(self) -> int:
-        """How many more examples can come before answers are handed on."""
+        """Number of further examples that the table can take before answers are released."""
         return len(self._done) - (self.taken - self.released)
 
     def take(self, n: int, now: float) -> np.ndarray:
-        """Returns tickets `[n]` for n examples that come now."""
+        """Returns tickets `[n]` for n examples that arrive at the time `now`."""
         tickets = np.arange(self.taken, self.taken + n)
         self.taken += n
         self._times[tickets % len(self._done)] = now
         return tickets
 
     def record(self, tickets: np.ndarray, packed: np.ndarray, exit_index: int) -> None:
-        """Notes what an exit said, `[n, classes + 2]` (see `dfs_jax.inference.programs`)."""
+        """Records an exit's answers `[n, classes + 2]` (see `dfs_jax.inference.programs`)."""
         rows = tickets % len(self._done)
         self._packed[rows] = packed
         self._exits[rows] = exit_index
@@ -115,7 +129,7 @@ class AnswerTable:
             self.fail(int(tickets[i]), "the network's answer is not a finite number")
 
     def fail(self, ticket: int, reason: str) -> None:
-        """Notes that an example has no answer."""
+        """Records that an example has no answer, and why."""
         row = ticket % len(self._done)
         self._errors[ticket] = reason
         self._packed[row] = np.nan
@@ -124,7 +138,7 @@ class AnswerTable:
         self._done[row] = True
 
     def release(self) -> Iterator[Prediction]:
-        """Yields the answers that are next in order and known, each once."""
+        """Yields the known answers that are next in order."""
         while self.released < self.taken:
             start = self.released % len(self._done)
             stop = min(len(self._done), start + self.taken - self.released)
@@ -135,7 +149,7 @@ class AnswerTable:
             yield from self._predictions(slice(start, start + n))
 
     def all(self) -> BatchPrediction:
-        """Returns every answer, of a table that has been filled once and not released from."""
+        """Returns all answers of a table that was filled once and has released none."""
         return BatchPrediction(
             predicted=self._classes_of(self._packed),
             probabilities=self._packed[:, : self._classes],
@@ -171,17 +185,18 @@ class AnswerTable:
 def check_images(
     images: np.ndarray | Sequence[Any], example: jax.ShapeDtypeStruct
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Sorts out what the network cannot be asked about.
+    """Separates the images that the network accepts from the others.
 
     Args:
-      images: an array `[n, height, width, channels]`, or n arrays of one image each.
-      example: what one image must be.
+      images: array `[n, height, width, channels]`, or n arrays of one image each.
+      example: required shape and type of an image.
 
     Returns:
-      The good images as one array, their places `[m]`, and why the others are none, by place.
+      The valid images as one array, their positions `[m]`, and the reasons why the others are
+      refused, by position.
 
     Raises:
-      UserError: no array and no list.
+      UserError: neither an array nor a list.
 
     Example:
       >>> example = jax.ShapeDtypeStruct((2, 2, 3), np.float32)

@@ -1,4 +1,4 @@
-"""How fast a network answers: streams and single batches, early exits against whole programs."""
+"""Speed of inference, in streams and single batches: early exits against whole programs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dfs_jax.inference.scores import max_softmax
 from dfs_jax.inference.stages import Stage
 from dfs_jax.inference.timing import StageTimes, measure_stages
 
-_ROUNDS_FULL, _ROUNDS_ALONE = 5, 31  # of the stages' own times, in each round
-_CALLED = 512  # examples, or one full batch, whose latencies are measured in each round
+_ROUNDS_FULL, _ROUNDS_ALONE = 5, 31  # measurements of the stages' times in each round
+_CALLED = 512  # examples (or one full batch) whose latencies are measured in each round
 
 
 class Contender(Protocol):
-    """Something that answers images `[n, height, width, channels]`."""
+    """A way to classify images `[n, height, width, channels]`, whose speed is measured."""
 
     def go_through(self, images: np.ndarray, batch: int) -> None:
-        """Answers all of them, as fast as it can, given in batches."""
+        """Classifies all images in batches, as fast as possible."""
         ...
 
     def answer(self, images: np.ndarray) -> np.ndarray:
-        """Answers one batch; returns after how many seconds each answer was known, `[n]`."""
+        """Classifies one batch; returns each answer's latency in seconds, `[n]`."""
         ...
 
 
@@ -36,9 +36,9 @@ class UpToExit:
     """The network up to exit k as one compiled program, with that head alone.
 
     Args:
-      stages: of the whole network.
-      k: the exit, 0-based.
-      example: one image's shape and type.
+      stages: stages of the whole network.
+      k: exit, 0-based.
+      example: shape and type of an image.
     """
 
     def __init__(self, stages: Sequence[Stage], k: int, example: jax.ShapeDtypeStruct):
@@ -54,7 +54,7 @@ class UpToExit:
 
 
 class EarlyExits:
-    """A predictor: its stream, or its calls where examples come one at a time."""
+    """A predictor's stream, or its calls for examples one at a time."""
 
     def __init__(self, predictor: EarlyExitPredictor):
         self.predictor = predictor
@@ -72,13 +72,14 @@ class EarlyExits:
 
 
 class Speed(NamedTuple):
-    """What was measured of one contender.
+    """Measured speed of one contender.
 
     Attributes:
-      seconds: an example, in the median round. One at a time, each example has a median of its own.
-      speedup: how many times faster than the first contender, see `race`.
-      p50: the median over examples of the seconds from a call to the answer, for a batch alone.
-      p99: as p50, which 99 of 100 examples do not exceed.
+      seconds: time for each example, the median over rounds. With batches of one, the median is
+        taken for each example.
+      speedup: speed-up over the first contender, see `race`.
+      p50: median latency over examples, in seconds from a call with one batch to the answer.
+      p99: 99th percentile of the same latency.
     """
 
     seconds: float
@@ -95,22 +96,23 @@ def race(
     batch: int,
     rounds: int,
 ) -> tuple[list[Speed], StageTimes]:
-    """Measures contenders and stages; all take turns, in each round in another order.
+    """Measures contenders and stages, which alternate, in another order in each round.
 
-    The first contender, which speeds are against, runs between all others too: their machine is
-    often faster in one minute than in the next. So a round's speed-up is the mean time of the first
-    one's runs just before and after over the contender's own, and the median round counts. One at a
-    time, each example has a median of its own, and their mean is weighted by the time they take.
+    A machine's speed may drift from minute to minute. The first contender, which is the reference,
+    therefore also runs between all others. The speed-up in a round is the mean time of the
+    reference just before and just after, divided by the contender's time; the median over rounds is
+    reported. With batches of one, the median is taken for each example, and the mean of these
+    medians is weighted by the examples' times.
 
     Args:
-      contenders: whose programs are compiled already (`go_through` has been called).
-      predictor: whose stages are measured.
-      images: `[n, height, width, channels]`, n a multiple of `batch`.
-      batch: examples in a full batch.
-      rounds: over which medians are taken.
+      contenders: contenders whose programs are compiled (`go_through` has been called).
+      predictor: predictor whose stages are measured.
+      images: images `[n, height, width, channels]`, with n a multiple of `batch`.
+      batch: number of examples in a full batch.
+      rounds: number of rounds that medians are taken over.
 
     Returns:
-      Each contender's speed, and the stages' times in a full batch.
+      The speed of each contender, and the stages' times in a full batch.
     """
     parts = list(_batches(images, 1)) if batch == 1 else [images]
 
@@ -146,13 +148,13 @@ def race(
 
 
 def _speedup(reference: np.ndarray, own: np.ndarray) -> float:
-    """Returns how many times faster `own` is, both `[rounds, parts]` seconds."""
+    """Returns the speed-up of `own` over `reference`, both `[rounds, parts]` seconds."""
     ratios = np.median(reference / own, axis=0)
     return float(np.average(ratios, weights=np.median(own, axis=0)))
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Returns how long a call takes."""
+    """Returns the duration of a call in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

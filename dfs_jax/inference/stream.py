@@ -1,4 +1,4 @@
-"""Examples from an iterator, answers in order: batches are merged so that deep stages run full."""
+"""Streaming inference: answers in order, with batches merged so that deep stages run full."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from dfs_jax.inference.answers import AnswerTable, Prediction, check_images
 from dfs_jax.inference.pipeline import Pipeline
 
 _READ_AHEAD = 2  # batches
-_PATIENCE = 0.1  # seconds between looks at whether anybody still reads
+_PATIENCE = 0.1  # seconds between checks whether the stream has been closed
 
 
 class Arrived(NamedTuple):
-    """A batch that has been read: its good images and their places, and what is wrong elsewhere."""
+    """A batch that has been read.
+
+    Attributes:
+      n: number of examples.
+      images: images that the network accepts, `[m, height, width, channels]`.
+      places: positions of these images in the batch, `[m]`, ascending.
+      errors: reasons why the other images are refused, by position.
+      time: time of arrival, in seconds of `time.perf_counter`.
+    """
 
     n: int
     images: np.ndarray
@@ -39,21 +47,21 @@ def stream_answers(
 ) -> Iterator[Prediction]:
     """Yields a `Prediction` for every example of every batch, in order.
 
-    The input is read in a thread of its own, at most two batches ahead. At most as many examples
-    as the table has rows are under way; if the first of them holds all others up, the stage it
-    waits for runs without being full.
+    The input is read in a separate thread, at most two batches ahead. The number of rows of the
+    table bounds the number of examples in flight. If the table is full, the stage that its first
+    example waits for runs with a batch that is not full.
 
     Args:
-      batches: arrays `[n, height, width, channels]` or lists of n images.
-      make_pipeline: what runs the stages, for a table.
-      table: where answers wait for their turn; new.
-      example: what one image must be.
-      chunk: how many examples are taken at a time, at most half of the table.
+      batches: iterable of arrays `[n, height, width, channels]` or lists of n images.
+      make_pipeline: function from a table to the pipeline that fills it.
+      table: empty table in which answers wait for their turn.
+      example: required shape and type of an image.
+      chunk: number of examples that are added at a time, at most half of the table.
       max_wait: seconds for which an example waits at a stage for others to fill the batch; None
-        for as long as it takes.
+        for no limit.
 
     Raises:
-      Whatever reading the input raises, after the answers to what was read before.
+      Any exception of the input, after the answers to the batches before it.
     """
     pipeline, reader = make_pipeline(table), _Reader(batches, example)
     try:
@@ -78,7 +86,7 @@ def stream_answers(
 
 
 def _add(pipeline: Pipeline, table: AnswerTable, arrived: Arrived, start: int, n: int) -> None:
-    """Gives tickets to n examples of a batch, and the good ones to the pipeline."""
+    """Takes tickets for n examples of a batch, and adds the valid ones to the pipeline."""
     tickets = table.take(n, arrived.time)
     low, high = np.searchsorted(arrived.places, (start, start + n))
     good = arrived.places[low:high] - start
@@ -93,7 +101,7 @@ class _Reader:
     """Reads and checks batches in a thread, a few ahead.
 
     Attributes:
-      is_exhausted: whether `next` has nothing more to give.
+      is_exhausted: whether the end of the input was reached.
     """
 
     def __init__(self, batches: Iterable[Any], example: jax.ShapeDtypeStruct):
@@ -104,7 +112,7 @@ class _Reader:
         threading.Thread(target=self._read, args=(batches, example), daemon=True).start()
 
     def next(self, timeout: float | None) -> Arrived:
-        """Returns the next batch; an empty one at the end, or if none comes in time (seconds)."""
+        """Returns the next batch, or an empty one at the end and after `timeout` seconds."""
         try:
             arrived = self._queue.get(timeout=timeout)
         except queue.Empty:
@@ -113,12 +121,12 @@ class _Reader:
         return arrived or _NOTHING
 
     def raise_error(self) -> None:
-        """Raises what reading raised, if it did."""
+        """Raises the exception of the input, if there was one."""
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """Lets the thread end, once its input has given the batch that it is waiting for."""
+        """Ends the thread, once the input has returned the batch that it waits for."""
         self._stopped.set()
 
     def _read(self, batches: Iterable[Any], example: jax.ShapeDtypeStruct) -> None:
@@ -132,7 +140,7 @@ class _Reader:
         self._put(None)
 
     def _put(self, arrived: Arrived | None) -> bool:
-        """Waits for room in the queue; returns whether there was any before `stop`."""
+        """Adds to the queue when it has room; returns False if `stop` came first."""
         while not self._stopped.is_set():
             try:
                 self._queue.put(arrived, timeout=_PATIENCE)
@@ -145,7 +153,7 @@ class _Reader:
 def _check(batch: Any, example: jax.ShapeDtypeStruct) -> Arrived:
     now = time.perf_counter()
     images, places, errors = check_images(batch, example)
-    # A copy: the input may fill the same array again while these wait.
+    # A copy, because the input may reuse its array while these wait.
     return Arrived(len(places) + len(errors), images.copy(), places, errors, now)
 
 

@@ -1,4 +1,4 @@
-"""How long each stage takes on this machine, and whether stopping early pays here."""
+"""Times of the stages on this machine, and whether stopping early pays here."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 
 from dfs_jax.inference.programs import Programs
 
-# What merging and deciding cost besides the stages: below this gain the whole network runs instead.
+# Least ideal speed-up for running by stages, which covers the cost of merging and deciding.
 LEAST_GAIN = 1.03
 
 
 class StageTimes(NamedTuple):
-    """Measured seconds an example.
+    """Measured times, in seconds for each example.
 
     Attributes:
-      batch: how many examples went through at a time.
-      stages: of each stage, its head and its answers included.
-      whole: of the whole network as one program, with the last head alone.
+      batch: number of examples in a batch.
+      stages: time of each stage, including its head and its answers.
+      whole: time of the whole network as one program, with the last head alone.
     """
 
     batch: int
@@ -29,7 +29,7 @@ class StageTimes(NamedTuple):
     whole: float
 
     def up_to_exit(self) -> tuple[float, ...]:
-        """Returns the seconds an example up to and including each exit: costs of thresholds.
+        """Returns the time up to and including each exit, in seconds for each example.
 
         >>> StageTimes(1, (0.5, 0.25), 0.6).up_to_exit()
         (0.5, 0.75)
@@ -37,7 +37,7 @@ class StageTimes(NamedTuple):
         return tuple(np.cumsum(self.stages).tolist())
 
     def staged(self, exit_shares: Sequence[float]) -> float:
-        """Returns the mean seconds an example where exit k answers a share `exit_shares[k]`.
+        """Returns the mean time of an example if exit k answers a fraction `exit_shares[k]`.
 
         >>> StageTimes(1, (0.5, 0.25), 0.6).staged([0.75, 0.25])
         0.5625
@@ -49,7 +49,7 @@ class StageTimes(NamedTuple):
         return seconds
 
     def ideal_speedup(self, exit_shares: Sequence[float]) -> float:
-        """Returns how much faster than the whole network stages are if all else is free."""
+        """Returns the speed-up of stages over the whole network, without any overhead."""
         return self.whole / self.staged(exit_shares)
 
     def stopping_pays(self, exit_shares: Sequence[float]) -> bool:
@@ -58,9 +58,14 @@ class StageTimes(NamedTuple):
 
 
 def measure_stages(programs: Programs, batch: int, *, rounds: int) -> StageTimes:
-    """Measures every stage and the whole network on a batch of noise; medians over `rounds`.
+    """Returns the times of every stage and of the whole network, medians over rounds.
 
-    They take turns, so that what else the machine does meets them alike.
+    Stages and whole network alternate, so that other work of the machine affects them equally.
+
+    Args:
+      programs: compiled stages.
+      batch: number of examples in the batch of noise that they run on.
+      rounds: number of measurements.
     """
     images = _noise(programs, batch)
     carries = [images]

@@ -1,7 +1,7 @@
-"""Examples that wait for a stage: rows of several batches, put together into full ones.
+"""Queues before stages: rows of several batches are repacked into full ones.
 
-On a CPU rows are copied by the host (measured on VGG7, batches of 256: 3 ms for 33 MB, where a
-gather inside the next stage's program took 22), on accelerators by the device.
+On a CPU the host copies rows (measured on VGG7, batches of 256: 3 ms for 33 MB, where a gather in
+the next stage's program took 22 ms); on accelerators the device does.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import numpy as np
 
 from dfs_jax.types import PyTree
 
-_ALIGNMENT = 64  # bytes: what XLA wants of host memory that it reads in place
+_ALIGNMENT = 64  # bytes; XLA reads host memory of this alignment in place
 
 
 class Buffer(Protocol):
-    """Room for the carries of a fixed number of examples."""
+    """Storage for the carries of a fixed number of examples."""
 
     def put(self, carry: PyTree, rows: np.ndarray, at: int) -> None:
-        """Copies rows of a carry to places `at`, `at + 1`, ..."""
+        """Copies rows of a carry to positions `at`, `at + 1`, ..."""
         ...
 
     def first(self, size: int) -> PyTree:
-        """Returns the first `size` places; valid until the next `put` or `drop`."""
+        """Returns the first `size` positions; valid until the next `put` or `drop`."""
         ...
 
     def drop(self, n: int, count: int) -> None:
-        """Moves places n to count to the front."""
+        """Moves positions n to count to the front."""
         ...
 
 
 class HostBuffer:
-    """In the host's memory, which programs on a CPU read in place."""
+    """A buffer in host memory, which programs on a CPU read in place."""
 
     def __init__(self, example: PyTree, capacity: int):
         leaves, self._structure = jax.tree.flatten(example)
@@ -44,7 +44,7 @@ class HostBuffer:
 
     def put(self, carry: PyTree, rows: np.ndarray, at: int) -> None:
         for array, leaf in zip(self._arrays, jax.tree.leaves(carry), strict=True):
-            # "clip": the default would copy once more, to leave `out` untouched by a bad index
+            # "clip" avoids the copy by which the default mode protects `out` from a bad index.
             np.take(np.asarray(leaf), rows, axis=0, out=array[at : at + len(rows)], mode="clip")
 
     def first(self, size: int) -> PyTree:
@@ -56,7 +56,7 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """In the device's memory, changed in place by small programs."""
+    """A buffer in device memory, updated in place by small programs."""
 
     def __init__(self, example: PyTree, capacity: int):
         self._capacity = capacity
@@ -65,7 +65,7 @@ class DeviceBuffer:
         )
 
     def put(self, carry: PyTree, rows: np.ndarray, at: int) -> None:
-        # Every row of the carry gets a place, those that are not kept one outside.
+        # Rows that are not kept go to a position outside of the buffer, which drops them.
         places = np.full(_batch(carry), self._capacity, np.int32)
         places[rows] = np.arange(at, at + len(rows))
         self._arrays = _scatter(self._arrays, carry, places)
@@ -94,15 +94,15 @@ def _roll(arrays: PyTree, shift: jax.Array) -> PyTree:
 
 
 class Waiting:
-    """The queue before one stage: first come, first run.
+    """Queue of the examples before one stage, first in, first out.
 
-    A batch that comes as a whole to an empty queue is kept as it is, and never copied if it also
-    leaves as a whole.
+    A whole batch that enters an empty queue is kept as it is, and is not copied if it also leaves
+    as a whole.
 
     Attributes:
-      count: how many wait.
-      tickets: `[capacity]` int64, the examples' numbers, of which the first `count` count.
-      since: `[capacity]` seconds, when they came.
+      count: number of examples in the queue.
+      tickets: tickets of the examples, `[capacity]` int64, valid up to `count`.
+      since: times of arrival in seconds, `[capacity]`, valid up to `count`.
     """
 
     def __init__(self, make_buffer: Callable[[], Buffer], capacity: int):
@@ -116,11 +116,11 @@ class Waiting:
 
     @property
     def free(self) -> int:
-        """How many more can come."""
+        """Number of further examples that the queue can hold."""
         return self._capacity - self.count
 
     def put(self, carry: PyTree, rows: np.ndarray, tickets: np.ndarray, now: float) -> None:
-        """Adds the rows of a carry, ascending and at most `free` of them."""
+        """Adds rows of a carry, ascending and at most `free`."""
         n, count = len(rows), self.count
         if not n:
             return
@@ -134,14 +134,14 @@ class Waiting:
         self.count += n
 
     def first(self, n: int, size: int) -> PyTree:
-        """Returns the carries of the first n, filled up to `size` with anything."""
+        """Returns the carries of the first n examples, padded to `size` with arbitrary values."""
         if self._whole is not None and n == self.count and _batch(self._whole) == size:
             return self._whole
         self._settle()
         return self._room().first(size)
 
     def drop(self, n: int) -> None:
-        """Forgets the first n, whose program has run."""
+        """Removes the first n examples."""
         left = self.count - n
         if left:
             self._settle()
@@ -152,11 +152,11 @@ class Waiting:
         self.count = left
 
     def clear(self) -> None:
-        """Forgets everybody."""
+        """Removes all examples."""
         self.count, self._whole = 0, None
 
     def _settle(self) -> None:
-        """Copies a batch that was kept as it is."""
+        """Copies a batch that was kept as it is into the buffer."""
         if self._whole is not None:
             self._room().put(self._whole, np.arange(self.count), 0)
             self._whole = None
