@@ -1,8 +1,7 @@
-"""Budgeted-batch inference: confidence thresholds that spread a batch of examples over the exits.
+"""Budgeted batch classification: confidence thresholds that spread examples over the exits.
 
-For a parameter p, exit k (1-based) is to answer a share q_k = p^k / sum_j p^j of all examples: a
-small p spends little, a large one much. Thresholds come from validation data, the report from test
-data.
+For a parameter p, exit k (1-based) answers a fraction q_k = p^k / sum_j p^j of all examples: the
+smaller p, the smaller the cost. Thresholds come from validation data, the report from test data.
 
 Reference: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification",
 ICLR 2018.
@@ -18,7 +17,7 @@ import numpy as np
 from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 
-# 0.05, 0.10, ... 2.00, each the nearest float to its decimal.
+# 0.05, 0.10, ... 2.00, each the float nearest to its decimal.
 DEFAULT_BUDGETS = tuple(step / 20 for step in range(1, 41))
 
 
@@ -26,11 +25,12 @@ class BudgetPoint(NamedTuple):
     """One point of the budgeted curve.
 
     Attributes:
-      p: the parameter of `exit_distribution`.
-      thresholds: one confidence an exit; an example leaves at the first exit where it reaches it.
-      accuracy: a fraction of all examples.
-      macs: the mean over the examples of the operations up to the exit that each one takes, in the
-        unit of the costs.
+      p: parameter of `exit_distribution`.
+      thresholds: confidence threshold of each exit; an example leaves at the first exit whose
+        threshold it reaches.
+      accuracy: fraction of all examples that are classified correctly.
+      macs: mean number of operations up to the exit that an example takes, in the unit of the
+        costs.
     """
 
     p: float
@@ -40,12 +40,12 @@ class BudgetPoint(NamedTuple):
 
 
 def exit_distribution(p: float, num_exits: int) -> np.ndarray:
-    """Returns the share of examples that each exit is to answer, `[exits]` float64, sum 1.
+    """Returns the fraction of examples that each exit should answer, `[exits]` float64, sum 1.
 
         q_k = p^k / sum_j p^j,   k = 1 .. exits
 
     Raises:
-      ValueError: p is not above 0 and finite, or there is no exit.
+      ValueError: a p that is not positive and finite, or no exit.
 
     Example:
       >>> exit_distribution(0.5, 2).round(4).tolist()
@@ -60,29 +60,31 @@ def exit_distribution(p: float, num_exits: int) -> np.ndarray:
 
 
 def choose_thresholds(confidence: np.ndarray, p: float | Sequence[float]) -> np.ndarray:
-    """Chooses the exits' thresholds so that exit k answers about a share q_k of the examples.
+    """Returns thresholds with which exit k answers about a fraction q_k of the examples.
 
     Exit by exit, shallow first, the examples that no earlier exit answers are ranked by their
-    confidence, and the threshold is that of the m-th, m = floor(n * q_k) in float64 with n the
-    whole set. Then:
+    confidence, and the threshold is the m-th highest confidence, with m = floor(n * q_k) in float64
+    and n the size of the whole set. Then:
 
-    - the exit answers whoever reaches `confidence >= threshold`: examples tied with the m-th are
-      answered too, so it can answer more than m, and later exits rank fewer;
-    - the order among ties never matters, since they are answered together;
-    - m = 0, or fewer than m examples left: `NOBODY` (1e8), and all stay for later exits;
-    - the last exit takes the rest: `EVERYBODY` (-1e8);
-    - a confidence that is not a number is never ranked and reaches no threshold.
+    - the exit answers examples with `confidence >= threshold`. Examples tied with the m-th are
+      answered too, so that it can answer more than m, and later exits rank fewer;
+    - the order among ties does not matter, since they are answered together;
+    - if m = 0 or fewer than m examples remain, the threshold is `NOBODY` (1e8), and all of them
+      stay for later exits;
+    - the last exit takes the rest: its threshold is `EVERYBODY` (-1e8);
+    - a NaN confidence is not ranked and reaches no threshold.
 
     Args:
-      confidence: `[exits, n]` float32 or float64, of the data to choose on (validation data).
-      p: one parameter of `exit_distribution`, or several.
+      confidence: confidence of each exit in each example, `[exits, n]` float32 or float64, of
+        validation data.
+      p: parameter of `exit_distribution`, or several of them.
 
     Returns:
-      Thresholds float64 (confidences are kept to the bit), `[exits]` for one p and
+      Thresholds as float64, which holds confidences exactly: `[exits]` for one p and
       `[budgets, exits]` for several.
 
     Raises:
-      ValueError: a p that is not above 0, or confidences that are not `[exits, n]` with n > 0.
+      ValueError: a p that is not positive, or confidences that are not `[exits, n]` with n > 0.
 
     Example: with q = (2/3, 1/3) and three examples the first exit's second confidence counts.
       >>> confidence = np.array([[0.9, 0.5, 0.7], [0.6, 0.8, 0.7]])
@@ -100,7 +102,7 @@ def choose_thresholds(confidence: np.ndarray, p: float | Sequence[float]) -> np.
 
 
 def thresholds_for_shares(confidence: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Chooses thresholds `[exits]`, as `choose_thresholds` does, for any shares `[exits]`."""
+    """Returns thresholds `[exits]` as `choose_thresholds` does, for any fractions `[exits]`."""
     num_exits, n = confidence.shape
     thresholds = np.full(num_exits, NOBODY)
     left = np.ones(n, bool)
@@ -122,11 +124,11 @@ def budgeted_curve(
     costs: Sequence[float],
     ps: Sequence[float] = DEFAULT_BUDGETS,
 ) -> list[BudgetPoint]:
-    """Chooses thresholds on one set and reports what they give on another, for each budget.
+    """Chooses thresholds on one set and reports their results on another, for each budget.
 
     Args:
-      validation: the predictions that thresholds are chosen on.
-      test: the predictions that are reported.
+      validation: predictions that thresholds are chosen on.
+      test: predictions that are reported.
       costs: operations of the network up to and including each exit, shallow first.
       ps: parameters of `exit_distribution`.
 
@@ -134,7 +136,7 @@ def budgeted_curve(
       One `BudgetPoint` for each p.
 
     Raises:
-      ValueError: the two sets or the costs are of different counts of exits, or a set is empty.
+      ValueError: different numbers of exits in the sets or the costs, or an empty set.
     """
     counts = (len(validation.confidence), len(test.confidence), len(costs))
     if len(set(counts)) != 1:

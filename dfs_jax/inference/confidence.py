@@ -1,4 +1,4 @@
-"""What every exit says of every example, and how often it is right (anytime prediction)."""
+"""Predictions of all exits, and their accuracies (anytime prediction)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dfs_jax.losses.deep_supervision import exit_cross_entropies
 
 
 class ExitPredictions(NamedTuple):
-    """What the exits say of n examples, shallow exit first.
+    """Predictions of the exits for n examples, shallow exit first.
 
     Attributes:
-      confidence: `[exits, n]` float32, the largest softmax probability unless another measure of
-        `dfs_jax.inference.scores` was asked for.
-      predicted: `[exits, n]` int32, the class of the largest logit (the first of equals).
-      ensemble: `[n]` int32, the class of the largest mean over all exits, the last included, of
-        their softmax probabilities.
-      loss: `[exits, n]` float32, cross-entropy in nats.
-      labels: `[n]` int32.
+      confidence: confidence, `[exits, n]` float32: the largest softmax probability, or another
+        measure of `dfs_jax.inference.scores`.
+      predicted: class of the largest logit (the first of equals), `[exits, n]` int32.
+      ensemble: class of the largest mean of the softmax probabilities over all exits, including
+        the last, `[n]` int32.
+      loss: cross-entropy in nats, `[exits, n]` float32.
+      labels: labels, `[n]` int32.
     """
 
     confidence: Any
@@ -34,11 +34,11 @@ class ExitPredictions(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
         return self.labels.shape[0]
 
     def correct(self) -> Any:
-        """Which exits are right about which examples, `[exits, n]` bool."""
+        """Returns whether each exit classifies each example correctly, `[exits, n]` bool."""
         return self.predicted == self.labels[None]
 
 
@@ -49,14 +49,13 @@ def exit_predictions(
     measure: Measure = max_softmax,
     temperatures: Sequence[float] | jax.Array | None = None,
 ) -> ExitPredictions:
-    """Reduces logits to what evaluation needs; pure JAX, made for the inside of a jitted step.
+    """Reduces logits to the quantities that evaluation needs; pure, for use in a jitted step.
 
     Args:
-      logits: `[exits, n, classes]`; softmax and cross-entropy are taken in float32.
-      labels: `[n]`, whole numbers.
-      measure: what `confidence` is.
-      temperatures: one an exit, by which its logits are divided before anything is taken of them;
-        None for 1.
+      logits: logits `[exits, n, classes]`; softmax and cross-entropy are computed in float32.
+      labels: integer labels, `[n]`.
+      measure: measure of confidence.
+      temperatures: temperature of each exit, which divides its logits; None for 1.
 
     Returns:
       `ExitPredictions` of jax arrays.
@@ -89,15 +88,15 @@ def concatenate_predictions(
     """Joins the batches of one pass over a data set into host arrays, without the padding.
 
     Args:
-      parts: predictions of each batch, in order.
-      masks: for each batch `[n]` bool, False where an example only fills the batch up; None where
-        no batch is padded.
+      parts: predictions for each batch, in order.
+      masks: masks of the examples of each batch, `[n]` bool, False for padding; None if no batch is
+        padded.
 
     Returns:
       `ExitPredictions` of numpy arrays in which every example counts once.
 
     Raises:
-      ValueError: no batches, or another count of masks or of their elements.
+      ValueError: no batches, or masks whose number or sizes do not match them.
 
     Example:
       >>> batch = exit_predictions(jnp.zeros((2, 3, 5)), jnp.zeros(3, int))
@@ -121,7 +120,7 @@ def anytime_accuracy(predictions: ExitPredictions) -> np.ndarray:
     """Returns each exit's accuracy over all examples, `[exits]`, as fractions.
 
     Raises:
-      ValueError: there are no examples.
+      ValueError: no examples.
     """
     _check_not_empty(predictions)
     return np.count_nonzero(np.asarray(predictions.correct()), axis=1) / predictions.num_examples
@@ -131,7 +130,7 @@ def ensemble_accuracy(predictions: ExitPredictions) -> float:
     """Returns the accuracy of the mean of all exits' probabilities, a fraction.
 
     Raises:
-      ValueError: there are no examples.
+      ValueError: no examples.
     """
     _check_not_empty(predictions)
     correct = np.asarray(predictions.ensemble) == np.asarray(predictions.labels)

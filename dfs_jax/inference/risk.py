@@ -1,14 +1,15 @@
-"""Thresholds with a guarantee: the cheapest whose risk is at most epsilon, but for bad luck delta.
+"""Thresholds with a guarantee: risk at most epsilon with probability at least 1 - delta.
 
-Learn-then-Test: every policy of a curve is a hypothesis "its true risk exceeds epsilon", tested on
-calibration data that nothing was fitted on. The p-value is the exact binomial tail: with n examples
-of which m were answered badly,
+Learn-then-Test: for every policy of a curve, the hypothesis "its true risk exceeds epsilon" is
+tested on calibration data that nothing was fitted on. The p-value is the exact binomial tail: with
+m mistakes in n examples,
 
     p = P(Binomial(n, epsilon) <= m).
 
-They are tested in a fixed order, by their risk on the fitting data, safest first, each at level
-delta, until the first that is not rejected. So no correction for their number is needed: the chance
-that any policy with a risk above epsilon is accepted is at most delta.
+Policies are tested in a fixed order, by their risk on the fitting data, safest first, each at level
+delta, until the first hypothesis that is not rejected. The fixed order makes a correction for the
+number of policies unnecessary: the probability that any policy with a risk above epsilon is
+accepted is at most delta.
 
 Reference: Angelopoulos et al., "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk
 Control", 2021.
@@ -29,17 +30,17 @@ from dfs_jax.types import UserError
 
 
 class Certificate(NamedTuple):
-    """The outcome of the tests.
+    """Outcome of the tests.
 
     Attributes:
-      point: the cheapest point that qualified, with what it gave on the fitting data; None where
-        none did.
-      covers_last_exit: whether the last exit alone qualified too.
-      epsilon: what its risk stays below, a fraction, for all but a share delta of calibration sets.
-      delta: see epsilon.
-      risk: "error" or "disagreement".
-      examples: how many it was calibrated on.
-      p_values: of the policies in the order in which they were tested, the first that failed last.
+      point: cheapest policy that qualified, with its results on the fitting data; None if none
+        did.
+      covers_last_exit: whether using the last exit alone qualified too.
+      epsilon: bound on the true risk, a fraction.
+      delta: probability, over calibration sets, that the bound fails.
+      risk: kind of risk, "error" or "disagreement".
+      examples: number of calibration examples.
+      p_values: p-values of the tested policies, in order; the test stops at the first failure.
     """
 
     point: OperatingPoint | None
@@ -51,7 +52,7 @@ class Certificate(NamedTuple):
     p_values: tuple[float, ...]
 
     def describe(self) -> str:
-        """Says in one sentence what was found."""
+        """Describes the outcome in one sentence."""
         terms = (
             f"a risk ({self.risk}) of at most {self.epsilon:g} with confidence {1 - self.delta:g}"
         )
@@ -64,7 +65,7 @@ class Certificate(NamedTuple):
 
 
 def binomial_p_value(bad: int, n: int, epsilon: float) -> float:
-    """Returns P(Binomial(n, epsilon) <= bad): how likely so few mistakes are at a risk of epsilon.
+    """Returns P(Binomial(n, epsilon) <= bad), the probability of so few mistakes at risk epsilon.
 
     >>> round(binomial_p_value(0, 10, 0.5), 6) == round(0.5**10, 6)
     True
@@ -80,16 +81,18 @@ def certify(
     delta: float,
     risk: str = "error",
 ) -> Certificate:
-    """Returns the cheapest policy of a curve whose risk is at most epsilon, but for bad luck delta.
+    """Returns the cheapest policy of a curve that is shown to have a risk of at most epsilon.
+
+    Its true risk is at most epsilon with probability at least 1 - delta over calibration samples.
 
     Args:
       curve: `operating_curve` of a fitting set, which also gave the temperatures.
-      calibration: predictions of examples that nothing was fitted on, drawn like those to come; the
-        same measure and temperatures.
-      epsilon: the risk that is allowed, a fraction in (0, 1).
-      delta: the chance of a calibration set that misleads, in (0, 1).
-      risk: "error" (the label is missed) or "disagreement" (with the last exit, which needs no
-        labels).
+      calibration: predictions for examples that nothing was fitted on, from the distribution of
+        future examples, with the same measure and temperatures.
+      epsilon: bound on the risk, a fraction in (0, 1).
+      delta: probability that the guarantee fails, in (0, 1).
+      risk: kind of risk: "error" (a wrong label) or "disagreement" with the last exit, which needs
+        no labels.
 
     Raises:
       UserError: epsilon or delta out of range, an unknown risk, no examples.
@@ -121,7 +124,7 @@ def certify(
 
 
 def _in_order(curve: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """Returns the points worth a test, safest first: not those dearer and riskier than another."""
+    """Returns the points worth a test, safest first: none dearer and riskier than the safest."""
     safest = min(curve, key=lambda point: (point.risk, point.cost))
     worth = [p for p in curve if p.cost <= safest.cost or _is_last_exit_only(p)]
     return sorted(worth, key=lambda point: (point.risk, -point.cost))

@@ -1,12 +1,13 @@
-"""How sure an exit is of its answer: the measures that thresholds are compared with.
+"""Measures of an exit's confidence, which thresholds are compared with.
 
     "max_softmax"  max_c p_c
     "entropy"      1 - H(p) / log(classes), H(p) = -sum_c p_c log p_c
-    "margin"       the largest p_c less the second largest
-    "patience"     how many exits in a row, this one included, have given this answer
+    "margin"       the largest p_c minus the second largest
+    "patience"     number of consecutive exits, up to this one, that gave this answer
 
-p is the softmax of the exit's logits over its temperature. More is surer for all of them; the first
-three lie in [0, 1]. One code serves the compiled stages and recorded logits, in float32.
+p is the softmax of the exit's logits divided by its temperature. Higher values mean more
+confidence; the first three lie in [0, 1]. Compiled stages and recorded logits use the same code, in
+float32.
 
 References: Huang et al., ICLR 2018 (maximum); Teerapittayanon et al., "BranchyNet", ICPR 2016
 (entropy); Zhou et al., "BERT Loses Patience", NeurIPS 2020 (patience).
@@ -34,10 +35,13 @@ MEASURES = Registry(
 
 
 class Measure(Protocol):
-    """Maps one exit's answers to how sure it is, `[batch]`, and to what the next exit must know.
+    """Maps one exit's answers to its confidence `[batch]`, and to a history for the next exit.
 
-    `probabilities` are `[batch, classes]`, `predicted` the classes `[batch]`; `history` is what the
-    measure returned at the exit before (a pytree with the batch first), None at the first exit.
+    Args:
+      probabilities: class probabilities, `[batch, classes]`.
+      predicted: predicted classes, `[batch]`.
+      history: history that the measure returned at the previous exit, a pytree with the batch
+        first; None at the first exit.
     """
 
     def __call__(
@@ -46,12 +50,12 @@ class Measure(Protocol):
 
 
 class ExitAnswers(NamedTuple):
-    """What one exit says of a batch.
+    """Answers of one exit for a batch.
 
     Attributes:
-      probabilities: `[batch, classes]` float32, softmax of the logits over the temperature.
-      predicted: `[batch]` int32, the class of the largest logit (the first of equals).
-      confidence: `[batch]` float32.
+      probabilities: softmax of the logits divided by the temperature, `[batch, classes]` float32.
+      predicted: class of the largest logit (the first of equals), `[batch]` int32.
+      confidence: confidence by the measure, `[batch]` float32.
     """
 
     probabilities: jax.Array
@@ -62,7 +66,7 @@ class ExitAnswers(NamedTuple):
 def answer(
     measure: Measure, logits: jax.Array, temperature: jax.Array | float, history: PyTree
 ) -> tuple[ExitAnswers, PyTree]:
-    """Returns what an exit says, given its logits `[batch, classes]`, and the measure's history.
+    """Returns an exit's answers, given its logits `[batch, classes]`, and the measure's history.
 
     Example:
       >>> answers, _ = answer(margin, jnp.log(jnp.array([[0.75, 0.25]])), 1.0, None)
@@ -79,7 +83,7 @@ def answer(
 def max_softmax(
     probabilities: jax.Array, predicted: jax.Array, history: PyTree
 ) -> tuple[jax.Array, PyTree]:
-    """The largest probability."""
+    """Returns the largest probability."""
     del predicted, history
     return jnp.max(probabilities, axis=-1), None
 
@@ -87,7 +91,7 @@ def max_softmax(
 def entropy(
     probabilities: jax.Array, predicted: jax.Array, history: PyTree
 ) -> tuple[jax.Array, PyTree]:
-    """How far the entropy lies below that of a guess, as a share of it."""
+    """Returns 1 minus the entropy, as a fraction of the entropy of a uniform distribution."""
     del predicted, history
     summed = jnp.sum(jax.scipy.special.entr(probabilities), axis=-1)
     return 1 - summed / jnp.log(jnp.float32(probabilities.shape[-1])), None
@@ -96,7 +100,7 @@ def entropy(
 def margin(
     probabilities: jax.Array, predicted: jax.Array, history: PyTree
 ) -> tuple[jax.Array, PyTree]:
-    """The largest probability less the second largest."""
+    """Returns the largest probability minus the second largest."""
     classes = jnp.arange(probabilities.shape[-1])
     others = jnp.where(classes == predicted[:, None], 0, probabilities)
     del history
@@ -106,12 +110,12 @@ def margin(
 def patience(
     probabilities: jax.Array, predicted: jax.Array, history: PyTree
 ) -> tuple[jax.Array, PyTree]:
-    """How many exits in a row, this one included, have given this answer: 1, 2, ..."""
+    """Returns the number of consecutive exits, up to this one, with this answer: 1, 2, ..."""
     if history is None:
         agreeing = jnp.ones(predicted.shape, jnp.float32)
     else:
         before, agreeing = history
         agreeing = jnp.where(predicted == before, agreeing + 1, 1)
-    # What is no number has no answer to agree with.
+    # NaN probabilities have no answer to agree with.
     confidence = jnp.where(jnp.isnan(probabilities[:, 0]), jnp.nan, agreeing)
     return confidence, (predicted, agreeing)

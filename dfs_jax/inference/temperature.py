@@ -1,4 +1,4 @@
-"""Temperature scaling: one number an exit that makes its probabilities mean what they say.
+"""Temperature scaling: one number for each exit that calibrates its probabilities.
 
 Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 """
@@ -10,25 +10,24 @@ import math
 import numpy as np
 from scipy.optimize import brentq
 
-# A perfect exit would want 0, one that knows nothing infinity.
+# Bounds: the temperature of a perfect exit is 0, that of an uninformative one infinite.
 COLDEST, HOTTEST = 0.05, 20.0
 
 
 def fit_temperatures(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
-    """Returns each exit's temperature T, for which its cross-entropy is least.
+    """Returns each exit's temperature T, which minimises its cross-entropy.
 
         T = argmin mean_n -log softmax(z_n / T)[y_n]
 
-    The cross-entropy is convex in 1 / T, so the zero of its derivative,
+    The cross-entropy is convex in 1 / T, and the zero of its derivative,
 
         mean_n (sum_c p_c z_nc - z_n,y_n),   p = softmax(z_n / T),
 
-    is found by bracketing, within 0.05 and 20. Examples with a logit that is not finite are left
-    out.
+    is bracketed between T = 0.05 and T = 20. Examples with a logit that is not finite are omitted.
 
     Args:
-      logits: `[exits, n, classes]`, of data that the network was not trained on.
-      labels: `[n]`, whole numbers.
+      logits: logits `[exits, n, classes]` of data that the network was not trained on.
+      labels: integer labels, `[n]`.
 
     Raises:
       ValueError: other shapes, or no example with finite logits.

@@ -1,7 +1,7 @@
-"""Choosing thresholds: from a target for the mean cost, along a curve of ever cheaper policies.
+"""Thresholds for a target mean cost, from a curve of policies of decreasing cost.
 
-Costs are of any kind that adds up over stages: operations, seconds of a single example on this
-machine (latency), seconds an example in a full batch (the inverse of throughput).
+A cost is any quantity that adds up over stages: operations, the time of a single example on this
+machine (latency), or the time for each example in a full batch (the inverse of throughput).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 from dfs_jax.types import UserError
 
 RISKS = ("error", "disagreement")
-_SWEEPS = 10  # at most; two or three settle it
+_SWEEPS = 10  # upper bound; two or three suffice
 _BISECTIONS = 20
-_STEPS = 100  # a curve's mean costs lie at most about a hundredth of the whole network's apart
-# How much of an answer's worth a whole pass through the network may cost, from least to most.
+_STEPS = 100  # neighbours on a curve differ by about 1/100 of the whole network's cost at most
+# Prices of a pass through the whole network, in units of one mistake.
 _PRICES = np.geomspace(1e-4, 1e1, 81)
 
 
 class OperatingPoint(NamedTuple):
-    """What thresholds give on the data they were chosen on.
+    """Thresholds and their results on the data they were chosen on.
 
     Attributes:
-      thresholds: one for each exit but the last, None where nobody leaves; midway between the
-        confidences of the last that leaves and the first that stays.
-      risk: the share of examples answered wrongly, or otherwise than the last exit would.
-      cost: the mean over the examples, in the unit of the costs.
-      exit_shares: the share of examples that each exit answers.
+      thresholds: threshold of each exit but the last, midway between the lowest confidence that
+        leaves and the highest that stays; None where no example leaves.
+      risk: fraction of the examples answered wrongly, or differently from the last exit.
+      cost: mean cost of an example, in the unit of the costs.
+      exit_shares: fraction of the examples that each exit answers.
     """
 
     thresholds: tuple[float | None, ...]
@@ -42,14 +42,15 @@ class OperatingPoint(NamedTuple):
 
 
 def mistakes(predictions: ExitPredictions, risk: str) -> np.ndarray:
-    """Returns at which exits which examples are answered badly, `[exits, n]` bool.
+    """Returns whether each exit's answer to each example is a mistake, `[exits, n]` bool.
 
     Args:
-      predictions: of n examples.
-      risk: "error", another answer than the label, or "disagreement", another than the last exit's.
+      predictions: predictions for n examples.
+      risk: kind of mistake: "error", an answer other than the label, or "disagreement", an answer
+        other than the last exit's.
 
     Raises:
-      UserError: another risk.
+      UserError: an unknown risk.
     """
     if risk not in RISKS:
         raise UserError(f"unknown risk {risk!r}: choose one of {', '.join(RISKS)}")
@@ -60,16 +61,18 @@ def mistakes(predictions: ExitPredictions, risk: str) -> np.ndarray:
 def midway(
     confidence: np.ndarray, thresholds: Sequence[float] | np.ndarray
 ) -> tuple[float | None, ...]:
-    """Moves thresholds to the middle between neighbouring confidences, where rounding is harmless.
+    """Moves thresholds midway between neighbouring confidences, where rounding is harmless.
 
-    Who leaves where stays the same. The neighbours are those of the examples that come to the exit.
+    Every example still leaves at the same exit. Only confidences of examples that reach the exit
+    are neighbours.
 
     Args:
-      confidence: `[exits, n]`.
-      thresholds: one for every exit, as `choose_thresholds` returns them.
+      confidence: confidence of each exit in each example, `[exits, n]`.
+      thresholds: threshold of every exit, as returned by `choose_thresholds`.
 
     Returns:
-      One for each exit but the last: None where nobody leaves, `EVERYBODY` (-1e8) where all do.
+      The threshold of each exit but the last: None where no example leaves, `EVERYBODY` (-1e8)
+      where all do.
 
     Example:
       >>> midway(np.array([[0.9, 0.5, 0.25], [0.5, 0.5, 0.5]]), [0.5, EVERYBODY])
@@ -93,7 +96,7 @@ def midway(
 def point_for_budget(
     predictions: ExitPredictions, costs: Sequence[float], p: float, *, risk: str = "error"
 ) -> OperatingPoint:
-    """Returns the literature's budgeted batch for one p (see `dfs_jax.inference.budgeted`)."""
+    """Returns the point of budgeted batch classification for one p (see `budgeted`)."""
     confidence = np.asarray(predictions.confidence)
     return _Family(predictions, costs, risk).point(choose_thresholds(confidence, p))
 
@@ -101,18 +104,18 @@ def point_for_budget(
 def point_for_cost(
     predictions: ExitPredictions, costs: Sequence[float], at_most: float, *, risk: str = "error"
 ) -> OperatingPoint:
-    """Returns the point of least risk found whose mean cost is at most `at_most`.
+    """Returns the point of least risk found with a mean cost of at most `at_most`.
 
-    On the `operating_curve`, or between its neighbours on both sides of the target.
+    The point lies on the `operating_curve`, or between its neighbours on both sides of the target.
 
     Args:
-      predictions: what thresholds are chosen on (validation data).
-      costs: of the network up to and including each exit, shallow first.
-      at_most: the target, in the unit of the costs.
-      risk: "error" or "disagreement".
+      predictions: predictions that thresholds are chosen on (validation data).
+      costs: cost of the network up to and including each exit, shallow first.
+      at_most: target cost, in the unit of the costs.
+      risk: kind of risk, "error" or "disagreement".
 
     Raises:
-      UserError: not even the first exit alone costs so little.
+      UserError: a target below the cost of the first exit alone.
     """
     family = _Family(predictions, costs, risk)
     curve = family.curve()
@@ -139,31 +142,31 @@ def _cannot_be_met(at_most: float, cheapest: OperatingPoint, family: _Family) ->
 def operating_curve(
     predictions: ExitPredictions, costs: Sequence[float], *, risk: str = "error"
 ) -> list[OperatingPoint]:
-    """Returns points from "nobody leaves early" to "all leave at the first exit", ever cheaper.
+    """Returns points of decreasing cost, from no early exit to all examples at the first exit.
 
-    For a price of operations, thresholds are chosen that make the least of
+    For a price of the cost, thresholds are chosen that minimise
 
         mean_n mistake(n) + price * mean_n cost(n)
 
-    exit by exit from the deepest: those who leave at an exit are the surest that come to it, down
-    to where leaving on the whole stops being better than what they would get further on. Choices at
-    shallow exits change who comes to deep ones, so this is repeated until nothing changes. The
-    curve goes through 81 prices; where the policies of two of them lie far apart, others between
-    them mix the shares of examples that leave at each exit.
+    exit by exit from the deepest. The examples that leave at an exit are the most confident that
+    reach it, as many as minimise the objective given the other thresholds. Thresholds of shallow
+    exits change which examples reach deep ones, so this is repeated until nothing changes. The
+    curve covers 81 prices. Where the policies of two neighbouring prices differ much in cost,
+    policies between them mix the fractions of examples that leave at each exit.
 
     Args:
-      predictions: what thresholds are chosen on (validation data).
-      costs: of the network up to and including each exit, rising.
-      risk: "error" or "disagreement".
+      predictions: predictions that thresholds are chosen on (validation data).
+      costs: cost of the network up to and including each exit, ascending.
+      risk: kind of risk, "error" or "disagreement".
 
     Raises:
-      UserError: costs that do not rise, or are of another count of exits; an unknown risk.
+      UserError: costs that do not ascend or whose number is not that of the exits; an unknown risk.
     """
     return _Family(predictions, costs, risk).curve()
 
 
 class _Family:
-    """The policies that one set of predictions gives."""
+    """The policies that are chosen on one set of predictions."""
 
     def __init__(self, predictions: ExitPredictions, costs: Sequence[float], risk: str):
         self.confidence = np.asarray(predictions.confidence, np.float64)
@@ -174,11 +177,11 @@ class _Family:
             raise UserError(f"{self.exits} exits take {self.exits} rising costs, got {list(costs)}")
         if not self.n:
             raise UserError("thresholds cannot be chosen on 0 examples")
-        # The surest first; what is no number is never sure.
+        # Most confident first; NaN is last.
         self.order = np.argsort(np.nan_to_num(-self.confidence, nan=np.inf), axis=1, kind="stable")
 
     def point(self, thresholds: Sequence[float] | np.ndarray) -> OperatingPoint:
-        """Returns what thresholds, one for every exit, give."""
+        """Returns the point of thresholds `[exits]`."""
         taken = apply_thresholds(self.confidence, thresholds)
         shares = np.bincount(taken, minlength=self.exits) / self.n
         return OperatingPoint(
@@ -189,7 +192,7 @@ class _Family:
         )
 
     def curve(self) -> list[OperatingPoint]:
-        """Returns points, each cheaper than the one before."""
+        """Returns points of decreasing cost."""
         nobody = [*[NOBODY] * (self.exits - 1), EVERYBODY]
         first = [EVERYBODY] * self.exits
         found = [self.point(self.for_price(price)) for price in _PRICES / self.costs[-1]]
@@ -204,7 +207,7 @@ class _Family:
         return points
 
     def for_price(self, price: float) -> np.ndarray:
-        """Returns the thresholds, one for every exit, of a price."""
+        """Returns the thresholds `[exits]` for a price."""
         loss = self.mistakes + price * self.costs[:, None]
         thresholds = np.full(self.exits, NOBODY)
         thresholds[-1] = EVERYBODY
@@ -217,14 +220,14 @@ class _Family:
         return thresholds
 
     def mixture(self, dear: OperatingPoint, cheap: OperatingPoint, part: float) -> OperatingPoint:
-        """Returns a point between two; of the cheaper one comes a share of `part`."""
+        """Returns a point between two, with the weight `part` for the cheaper one."""
         shares = (1 - part) * np.array(dear.exit_shares) + part * np.array(cheap.exit_shares)
         return self.point(thresholds_for_shares(self.confidence, shares))
 
     def up_to(
         self, at_most: float, dear: OperatingPoint, cheap: OperatingPoint
     ) -> Iterator[OperatingPoint]:
-        """Yields points between two, whose cost comes ever closer to `at_most` from below."""
+        """Yields points between two whose cost approaches `at_most` from below."""
         too_dear, cheap_enough = 0.0, 1.0
         for _ in range(_BISECTIONS):
             part = (too_dear + cheap_enough) / 2
@@ -236,7 +239,7 @@ class _Family:
                 too_dear = part
 
     def _best_cut(self, k: int, thresholds: np.ndarray, loss: np.ndarray) -> float:
-        """Returns the threshold at exit k that is best, given those of all other exits."""
+        """Returns the best threshold of exit k, given those of all other exits."""
         come = apply_thresholds(self.confidence, [*thresholds[:k], *[EVERYBODY] * (self.exits - k)])
         later = apply_thresholds(self.confidence, [*[NOBODY] * (k + 1), *thresholds[k + 1 :]])
         sure = ~np.isnan(self.confidence[k])
@@ -245,7 +248,7 @@ class _Family:
             return NOBODY
         gain = np.cumsum(loss[later[ranked], ranked] - loss[k, ranked])
         confidence = self.confidence[k][ranked]
-        # A cut between equals is none.
+        # Equal confidences cannot be separated.
         gain[:-1][confidence[:-1] == confidence[1:]] = -np.inf
         best = int(np.argmax(gain))
         return float(confidence[best]) if gain[best] > 0 else NOBODY
