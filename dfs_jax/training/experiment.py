@@ -1,4 +1,4 @@
-"""From a config to the parts of a run."""
+"""Builds the parts of a run from its config."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from dfs_jax.training.state_sharding import check_split, is_split, tree_sharding
 from dfs_jax.training.step import TrainStep, make_eval_step, make_train_step
 from dfs_jax.types import Config, UserError, check_whole
 
-# One key a purpose, so that changing what one of them draws leaves the others alone.
+# One key for each purpose, so that a change of one's draws does not affect the others.
 _INIT, _TRAIN = 0, 1
-# `compute_dtype` and the model's `dtype`: None follows the parameters, which are float32.
+# Model's `dtype` by `compute_dtype`; None is the parameters' type, float32.
 _DTYPES = {None: None, "float32": None, "bfloat16": "bfloat16"}
 
 
 class Experiment(NamedTuple):
-    """Everything a config describes, built; nothing here changes while the run goes on."""
+    """The components that a config describes; they do not change during the run."""
 
     config: Config
     mesh: Mesh
@@ -69,12 +69,12 @@ class Experiment(NamedTuple):
 
     @property
     def total_steps(self) -> int:
-        """Training steps in the whole run."""
+        """Number of training steps in the whole run."""
         return self.config.epochs * self.sampler.steps_per_epoch
 
     @property
     def score_split(self) -> str:
-        """The split on which choices are made: validation, or train where nothing is held out."""
+        """Split that choices are made on: validation, or train if nothing is held out."""
         return "train" if self.dataset.validation is None else "validation"
 
 
@@ -85,18 +85,18 @@ def build_experiment(
     mesh: Mesh | None = None,
     prepare: Callable[[Dataset], Dataset] = lambda dataset: dataset,
 ) -> Experiment:
-    """Builds every part that `config` names; what can fail without the data set fails first.
+    """Builds every component that `config` names; errors that need no data are raised first.
 
     Args:
-      config: of a run.
-      dataset: to use instead of the one that the config names.
-      mesh: to use instead of the one that the config names, for what does not train.
-      prepare: maps the data set to the one to use, such as the one that a run knows.
+      config: configuration of the run.
+      dataset: data set to use instead of the config's.
+      mesh: device mesh to use instead of the config's, for programs that do not train.
+      prepare: function from the data set to the one to use, such as the one that a run recorded.
 
     Raises:
       UserError: an unknown name, an option that its component lacks, a value out of range, a
-        missing data set, a mesh that the devices cannot make, a batch that they cannot divide or
-        that the data cannot fill.
+        missing data set, a mesh that does not fit the devices, or a batch that the devices cannot
+        divide or the data cannot fill.
     """
     parts = 1  # where nothing trains, batches need not be divided
     if mesh is None:
@@ -127,18 +127,18 @@ def build_experiment(
 
 
 def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experiment:
-    """Builds what the run in `workdir` was made of, to evaluate it on the devices at hand.
+    """Builds the components of the run in `workdir`, to evaluate it on the devices at hand.
 
     Classes, statistics and shapes are those that the run recorded; a split's images are read when
-    they are first used. (A run that recorded nothing, of an earlier version, reads its data set.)
-    Where the devices cannot make the mesh that it was trained on, all of them divide the batch.
+    they are first used. (The data set of a run of an earlier version, which recorded nothing, is
+    read.) If the run's mesh does not fit the devices, all of them divide the batch.
 
     Args:
-      workdir: the run's directory.
-      data_dir: where the data lies now, if it has moved.
+      workdir: directory of the run.
+      data_dir: directory of the data, if it has moved.
 
     Raises:
-      UserError: there is no run, or as `build_experiment`.
+      UserError: no run in the directory, or an error of `build_experiment`.
     """
     config = read_config(workdir)
     if data_dir is not None:
@@ -153,9 +153,9 @@ def rebuild_experiment(workdir: Path, *, data_dir: str | None = None) -> Experim
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, on the devices; `init_from` fills its trunk.
+    """Returns the state before the first step, on the devices, with the trunk of `init_from`.
 
-    Arrays that are split over devices are made there, and are never whole on one.
+    Arrays that are split over devices are created split, and are never whole on one device.
     """
     e, shape = experiment, experiment.dataset.image_shape
     create = functools.partial(init_variables, e.model, image_shape=shape)
@@ -191,26 +191,26 @@ def abstract_state(experiment: Experiment) -> Any:
 
 
 def state_shardings(experiment: Experiment) -> Any:
-    """Returns where the state's arrays lie; None where all are whole on every device."""
+    """Returns the shardings of the state's arrays; None if all are replicated."""
     if not is_split(experiment.mesh):
         return None
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
 
 
 def variable_shardings(experiment: Experiment) -> Any:
-    """Returns where `{"params": ..., "batch_stats": ...}` lie; None as in `state_shardings`."""
+    """Returns the shardings of `{"params": ..., "batch_stats": ...}`; None if replicated."""
     where = state_shardings(experiment)
     return None if where is None else {"params": where.params, "batch_stats": where.batch_stats}
 
 
 def accumulate_steps(config: Config) -> int:
-    """Returns in how many micro batches a step's batch is taken."""
+    """Returns the number of micro batches of a step."""
     steps = config.get("accumulate_steps")
     return 1 if steps is None else steps
 
 
 def training_step(experiment: Experiment, takes: str = BATCH) -> TrainStep:
-    """Returns the compiled training step of an experiment, or several in one; see `dispatch`."""
+    """Returns the compiled training step of an experiment, or a loop of steps; see `dispatch`."""
     e = experiment
     return make_train_step(
         e.model,
@@ -245,7 +245,7 @@ def evaluation_step(experiment: Experiment, takes: str = BATCH):
 
 
 def state_copier(experiment: Experiment) -> Callable[[TrainState], TrainState]:
-    """Returns what copies a state on its devices, for use after the next step took the original."""
+    """Returns a function that copies a state, since the next step donates the original."""
     where = state_shardings(experiment) or replicated(experiment.mesh)
 
     def copied(state: TrainState) -> TrainState:
@@ -255,7 +255,7 @@ def state_copier(experiment: Experiment) -> Callable[[TrainState], TrainState]:
 
 
 def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:
-    """Returns the model of a section `model`, with the adaptation layers that the loss asks for."""
+    """Returns the model of a section `model`, with adaptation layers if the loss needs them."""
     # Left unset where not needed: a user's model may not have adaptation layers.
     adapt = True if getattr(loss, "adapts_features", False) else None
     return create_model(
@@ -264,7 +264,7 @@ def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> Multi
 
 
 def _warn_of_old_weights(path: Path) -> None:
-    """Says in the log if a run has a better checkpoint than the weights that lie beside it."""
+    """Logs a warning if a run has a better checkpoint than the weights in its directory."""
     step = weights_notes(path).get(STEP)
     # Several processes may have the file in different places, and open checkpoints together only.
     if step is None or not has_steps(path.parent) or jax.process_count() > 1:
@@ -282,19 +282,19 @@ def _warn_of_old_weights(path: Path) -> None:
 
 
 def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:
-    """Returns the model as it runs on these devices: the CPU's kernels are for one of them.
+    """Returns the model as it runs on the mesh, without CPU kernels if it has several devices.
 
-    They go through a batch chunk by chunk, for which several devices would gather all of it.
+    Those kernels process a batch in chunks, for which several devices would gather it.
     """
     alone = mesh.size == 1 or not isinstance(model, ConvolutionalModel)
     return model if alone else model.clone(cpu_kernels=False)
 
 
 def _configured(model: MultiExitModel, config: Config) -> MultiExitModel:
-    """Returns the model with what the config says of its layers, but not of its shape.
+    """Returns the model with `compute_dtype`, `batch_norm_groups` and `remat` of the config.
 
     Raises:
-      UserError: the model lacks what is asked for, or the batch cannot be divided into the groups.
+      UserError: an attribute that the model lacks, or a batch that the groups do not divide.
     """
     dtype, groups = config.get("compute_dtype"), config.get("batch_norm_groups")
     if dtype not in _DTYPES:
@@ -331,7 +331,7 @@ def _check_shapes(
     mesh: Mesh,
     micro_batch: int,
 ) -> None:
-    """Traces one training pass, so that options that do not fit the model are named at once."""
+    """Traces one training pass, which raises for options that do not fit the model."""
 
     def trace(key: jax.Array):
         images = jax.numpy.zeros((micro_batch, *dataset.image_shape))

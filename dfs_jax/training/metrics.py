@@ -1,4 +1,4 @@
-"""Numbers of a run as lines of JSON and as TensorBoard events."""
+"""Metrics of a run as lines of JSON and as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _COORDINATES = ("step", "epoch", "split")
 
 
 class MetricsWriter:
-    """Appends one line an evaluation to `DIR/metrics.jsonl`, and the same to TensorBoard.
+    """Appends lines to `metrics.jsonl` in a run's directory, and writes the same to TensorBoard.
 
     Args:
-      workdir: the run's directory.
-      start_step: lines of later steps, left by a run that was stopped after its last checkpoint,
-        are cut off.
+      workdir: directory of the run.
+      start_step: step that the run starts from. Lines of later steps, from a run that was stopped
+        after its last checkpoint, are removed.
     """
 
     def __init__(self, workdir: Path, start_step: int):
@@ -36,10 +36,10 @@ class MetricsWriter:
         self._events = EventsFile(workdir / EVENTS_DIRECTORY, start_step)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Writes a line (`step`, `epoch`, `split` and numbers) that survives the program's death.
+        """Writes a line (`step`, `epoch`, `split` and numbers) and syncs it to disk.
 
         Raises:
-          UserError: it could not be written (a full disk).
+          UserError: the line could not be written, for example on a full disk.
         """
         finite = {name: _none_unless_finite(value) for name, value in line.items()}
         try:
@@ -59,7 +59,7 @@ class MetricsWriter:
 
 
 class NoMetrics:
-    """Stands for the writer in the processes that write nothing."""
+    """Replaces `MetricsWriter` in processes that write nothing."""
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Does nothing."""
@@ -69,7 +69,7 @@ class NoMetrics:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the lines of `DIR/metrics.jsonl`, oldest first; a last line cut short is left out."""
+    """Returns the lines of a run's `metrics.jsonl`, oldest first, without a truncated last one."""
     path = workdir / FILE
     return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
 
@@ -102,7 +102,7 @@ def evaluation_line(
 
 
 def training_line(totals: EpochTotals, *, step: int, epoch: int) -> dict[str, Any]:
-    """Returns the line of one epoch of training: mean training loss of an exit, and accuracies."""
+    """Returns the line of an epoch of training: the loss, mean over exits, and accuracies."""
     examples = max(int(totals.examples), 1)
     return {
         "step": step,
@@ -119,7 +119,7 @@ def mean_exit_loss(totals: EpochTotals) -> float:
 
 
 def exit_accuracies(accuracies: Iterable[Any]) -> dict[str, float]:
-    """Names accuracies by exit, shallow first.
+    """Returns accuracies by the names of their exits, shallow first.
 
     >>> exit_accuracies([0.25, 0.5])
     {'exit1/accuracy': 0.25, 'exit2/accuracy': 0.5}
@@ -128,12 +128,12 @@ def exit_accuracies(accuracies: Iterable[Any]) -> dict[str, float]:
 
 
 def mean_exit_accuracy(predictions: ExitPredictions) -> float:
-    """Returns the mean of the exits' accuracies, a fraction: the score of a checkpoint."""
+    """Returns the mean of the exits' accuracies, a fraction, which is a checkpoint's score."""
     return float(anytime_accuracy(predictions).mean())
 
 
 def _none_unless_finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity."""
+    """Returns the value, or None for NaN and infinity, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -152,5 +152,5 @@ def _cut_back(path: Path, start_step: int) -> None:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Returns the lines that end in a newline: a killed writer may leave a part of one."""
+    """Returns the lines that end in a newline; a killed writer may leave an incomplete one."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]

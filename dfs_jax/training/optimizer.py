@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, on optax, with PyTorch's conventions."""
+"""Optimizers and learning-rate schedules on top of optax, with PyTorch's conventions."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """SGD as PyTorch has it: weight decay is added to the gradient, of every parameter.
+    """Returns SGD as in PyTorch: weight decay is added to the gradient of every parameter.
 
-    g += weight_decay * w;  m = momentum * m + g;  w -= learning_rate * m
+        g += weight_decay * w;  m = momentum * m + g;  w -= learning_rate * m
+
+    Args:
+      learning_rate: schedule of the learning rate.
+      momentum: weight of the old momentum.
+      nesterov: whether to use Nesterov momentum.
+      weight_decay: coefficient of the weight decay.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
@@ -46,12 +52,12 @@ def sgd(
 def adamw(
     learning_rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """AdamW: weight decay apart from the gradient, `w -= learning_rate * weight_decay * w`."""
+    """Returns AdamW, with decoupled weight decay: `w -= learning_rate * weight_decay * w`."""
     return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
 
 
 def constant(learning_rate: float, total_epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """The same learning rate throughout."""
+    """Returns a schedule with a constant learning rate."""
     del total_epochs, steps_per_epoch
     return optax.constant_schedule(learning_rate)
 
@@ -64,7 +70,7 @@ def multistep(
     decay_epochs: Sequence[int],
     decay_factor: float = 0.1,
 ) -> optax.Schedule:
-    """Multiplies the learning rate by `decay_factor` at the start of each of `decay_epochs`.
+    """Returns a schedule that multiplies the rate by `decay_factor` at each of `decay_epochs`.
 
     >>> schedule = multistep(1.0, 5, 7, decay_epochs=(2,))
     >>> float(schedule(13)), round(float(schedule(14)), 6)
@@ -78,12 +84,12 @@ def multistep(
 
 
 def cosine(learning_rate: float, total_epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """Half a cosine from `learning_rate` to 0 over the whole run."""
+    """Returns a schedule that decays as half a cosine from `learning_rate` to 0."""
     return optax.cosine_decay_schedule(learning_rate, total_epochs * steps_per_epoch)
 
 
 def with_warmup(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
-    """Scales the first `warmup_steps` steps by 1/n, 2/n, ..., 1."""
+    """Returns the schedule with its first n = `warmup_steps` steps scaled by 1/n, 2/n, ..., 1."""
     if not warmup_steps:
         return schedule
     return lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / warmup_steps)
@@ -92,7 +98,7 @@ def with_warmup(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
 def create_schedule(
     config: Mapping[str, Any], learning_rate: float, total_epochs: int, steps_per_epoch: int
 ) -> optax.Schedule:
-    """Builds `config.schedule` (name, warmup_epochs, the schedule's own options): step -> rate."""
+    """Returns the schedule of a config's section `schedule`, a function from step to rate."""
     options = dict(config)
     warmup_epochs = options.pop("warmup_epochs") or 0
     if not 0 <= warmup_epochs < total_epochs:
@@ -108,7 +114,7 @@ def create_schedule(
 def create_optimizer(
     config: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Builds `config.optimizer`: clipping by global norm if asked for, then the optimizer."""
+    """Returns the optimizer of a config's section `optimizer`, after clipping by global norm."""
     options = {key: value for key, value in config.items() if key not in _NOT_THE_OPTIMIZERS}
     optimizer = OPTIMIZERS.create(options.pop("name"), schedule, **options)
     clip = config["gradient_clip"]
@@ -118,7 +124,7 @@ def create_optimizer(
 
 
 def check_optimizer(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a value that no run can be meant to have (a NaN learning rate)."""
+    """Raises UserError for a value out of range, such as a NaN learning rate."""
     for field in ("learning_rate", "gradient_clip"):
         value = config[field]
         if value is not None and not 0 < value < math.inf:

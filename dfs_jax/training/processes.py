@@ -1,7 +1,7 @@
-"""Several processes as one run: who writes, what all agree on, and how all of them end.
+"""A run of several processes: the writer, values that all agree on, and a common end.
 
-JAX connects the processes, computes over all their devices, and passes on a notice of preemption.
-Added here is what a user sees: one writer, and one sentence when a process is gone.
+JAX connects the processes, computes over all their devices, and forwards a notice of preemption.
+This module adds what a user sees: output of one process, and one sentence when a process is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 from absl import logging
-from jax._src import distributed  # the only way to JAX's store of keys, which Orbax takes too
+from jax._src import distributed  # the only access to JAX's key-value store; Orbax uses it too
 
 from dfs_jax.guard import INTERRUPTED_STATUS, USAGE_STATUS, fail
 from dfs_jax.launch import Launch
@@ -31,34 +31,34 @@ from dfs_jax.output import show, silence
 from dfs_jax.types import UserError
 
 CRASH_STATUS, LOST_STATUS = 1, 3
-# Seconds. How long processes wait for each other at the start, and what JAX takes for death.
+# Seconds: time limit for connecting at the start, and JAX's heartbeat timeout.
 JOIN, HEARTBEAT = 300, 60
-# How often processes look at each other, and how often one may be found silent before it is gone.
+# Seconds between checks of the other processes, and silent checks after which one is lost.
 POLL, SILENT_POLLS = 2, 15
-# The end of a process waits so long for the others to hear why.
+# Seconds that an ending process waits for the others to receive the reason.
 HEARING = 5
 _LONG = 24 * 3600
 _STOP, _HEARD, _ALIVE, _END = (f"dfs_jax/{name}" for name in ("stop", "heard", "alive", "end"))
-_LOST = re.compile("gloo|nccl|coordination service", re.IGNORECASE)  # in what JAX's runtime says
+_LOST = re.compile("gloo|nccl|coordination service", re.IGNORECASE)  # in messages of JAX's runtime
 _CONTINUE = "the same command, started on all processes, continues after the last checkpoint"
-# All processes ask the same questions in the same order.
+# Numbers calls of `by_writer`, which all processes make in the same order.
 _questions = itertools.count()
 
 
 def is_writer() -> bool:
-    """Whether this process writes logs, metrics and reports, as one of them does."""
+    """Returns whether this process is the one that writes logs, metrics and reports."""
     return jax.process_index() == 0
 
 
 def by_writer(
     function: Callable[..., Any], *args: Any, errors: tuple[type[Exception], ...] = (UserError,)
 ) -> Any:
-    """Returns what the writer finds by calling the function; all processes have to ask.
+    """Returns the result of a function that only the writer calls; all processes must call this.
 
     Args:
-      function: called in the writer alone; returns what JSON can hold.
-      *args: its arguments.
-      errors: what it may raise: then all processes raise it.
+      function: function whose result can be represented in JSON.
+      *args: arguments of the function.
+      errors: exceptions that the function may raise, which all processes then raise.
     """
     if jax.process_count() == 1:
         return function(*args)
@@ -80,16 +80,16 @@ def by_writer(
 
 @contextlib.contextmanager
 def joined(launch: Launch | None) -> Iterator[None]:
-    """Runs what is within as one of several processes, all of which end together.
+    """Runs the body as one of several processes, all of which end together.
 
-    Whatever goes wrong in one of them ends the process there and then, and the others too, each
-    with a sentence. All but the writer have no standard output.
+    A failure in any process ends it at once, and then the others, each with one sentence. Only the
+    writer has standard output.
 
     Args:
-      launch: how the others are found; None: there are none.
+      launch: addresses by which the processes connect; None for a single process.
 
     Raises:
-      UserError: the others were not found.
+      UserError: the processes could not connect.
     """
     if launch is None:
         yield
@@ -106,10 +106,10 @@ def joined(launch: Launch | None) -> Iterator[None]:
 
 
 class _Watch:
-    """Ends this process, with a sentence, when another one fails or is gone.
+    """Ends this process, with one sentence, when another one fails or is lost.
 
-    A thread waits for a word from the others in JAX's store, which lies in process 0: no answer
-    from there means that process 0 is gone. Process 0 sees to it that the others are alive.
+    A thread waits for a message from the others in JAX's key-value store, which process 0 holds; if
+    the store does not respond, process 0 is lost. Process 0 checks that the others are alive.
     """
 
     def __init__(self):
@@ -124,7 +124,7 @@ class _Watch:
         self._thread.start()
 
     def finish(self) -> None:
-        """Waits until all processes have come to their end, and parts from them."""
+        """Waits until all processes have finished, and disconnects."""
         self._client.wait_at_barrier(_END, 1000 * _LONG)
         if not self._index:
             self._client.key_value_set(_STOP, "")
@@ -133,11 +133,11 @@ class _Watch:
         _call_at_abort(None)
 
     def explain(self, error: BaseException) -> NoReturn:
-        """Ends all processes because of an exception in this one."""
+        """Ends all processes because of an exception in this one, with the reason."""
         said = [str(cause) for cause in _causes(error) if not isinstance(cause, UserError)]
         losses = [text for text in said if _LOST.search(text)]
         if losses:
-            time.sleep(POLL)  # the thread may hear why
+            time.sleep(POLL)  # the thread may receive the reason
             lost = f"another process of this run was lost ({_first_line(losses[0])}); {_CONTINUE}"
             self._leave(LOST_STATUS, lost, tell=lost)
         if isinstance(error, UserError):
@@ -165,7 +165,7 @@ class _Watch:
             self._leave(LOST_STATUS, word, heard=True)
 
     def _abort(self, number: int) -> None:
-        """Stands in for the end that JAX's runtime makes of a process which lost another."""
+        """Replaces the abort by which JAX's runtime ends a process that lost another one."""
         del number
         self._leave(
             LOST_STATUS,
@@ -174,7 +174,7 @@ class _Watch:
         )
 
     def _hear(self) -> str | None:
-        """Waits a while for a word; "" means that the run has come to its end."""
+        """Waits for a message for `POLL` seconds; "" means that the run has finished."""
         try:
             return self._client.blocking_key_value_get(_STOP, 1000 * POLL)
         except jax.errors.JaxRuntimeError as error:
@@ -183,7 +183,7 @@ class _Watch:
             raise
 
     def _beat(self) -> None:
-        """Says that this process is alive; process 0 looks whether the others are."""
+        """Reports that this process is alive; in process 0, checks the others."""
         if self._index:
             beat = str(next(self._beats))
             self._client.key_value_set(f"{_ALIVE}/{self._index}", beat, allow_overwrite=True)
@@ -200,12 +200,12 @@ class _Watch:
     def _leave(
         self, status: int, message: str, *, tell: str | None = None, heard: bool = False
     ) -> NoReturn:
-        """Ends this process at once: the usual end of Python would wait for the lost ones.
+        """Ends this process at once, since Python's normal exit would wait for lost processes.
 
         Args:
-          status: the process's.
-          message: for this process's user.
-          tell: for those of the others.
+          status: exit status.
+          message: message to the user of this process.
+          tell: message to the users of the other processes, if there is one.
           heard: whether the message came from another process.
         """
         self._leaving.acquire()
@@ -214,7 +214,7 @@ class _Watch:
             show(stream, stream.flush)
         for child in multiprocessing.active_children():
             child.terminate()
-        # The store may be gone, or its threads may be stopped at `abort`: no answer, no matter.
+        # The store may be lost, or its threads stopped at `abort`: do not depend on an answer.
         threading.Timer(HEARING, os._exit, (status,)).start()
         with contextlib.suppress(Exception):
             if tell is not None:
@@ -225,17 +225,17 @@ class _Watch:
         os._exit(status)
 
     def _wait_until_heard(self) -> None:
-        """Process 0 holds the store: it stays until the others know why they have to end."""
+        """Keeps process 0, which holds the store, until the others have received the reason."""
         heard = self._client.key_value_increment(_HEARD, 1)
         while not self._index and heard < self._count:
-            time.sleep(0.1)  # the last one's answer is on its way when it has been counted
+            time.sleep(0.1)  # the last answer is still being sent when it has been counted
             heard = self._client.key_value_increment(_HEARD, 0)
 
 
 def _call_at_abort(function: Callable[[int], None] | None) -> Any:
-    """Has `abort`, which JAX's runtime calls from a thread of its own, call the function first.
+    """Makes `abort`, which JAX's runtime calls in its own thread, call the function first.
 
-    Python's own handlers run later than that, and in another thread. None: as it was before.
+    Python's own handlers would run later, and in another thread. None restores the default.
     """
     handler = None if function is None else ctypes.CFUNCTYPE(None, ctypes.c_int)(function)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
@@ -268,7 +268,7 @@ def _connect(launch: Launch) -> None:
 
 
 def _is_no_preemption(record: Any) -> bool:
-    """Leaves out what Orbax says in every process of a stop that the writer tells of."""
+    """Filters Orbax's message about a preemption, which the writer reports itself."""
     return "preemption sync point" not in record.getMessage()
 
 

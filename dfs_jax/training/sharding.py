@@ -1,4 +1,4 @@
-"""The mesh of devices, how a batch lies on it, and programs that are compiled for it."""
+"""The device mesh, shardings of batches, and compilation for the mesh."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dfs_jax.types import PyTree, UserError, check_whole
 DATA_AXIS = "data"
 FSDP_AXIS = "fsdp"
 AXES = (DATA_AXIS, FSDP_AXIS, TENSOR_AXIS)
-# Devices along these get examples of their own.
+# Axes whose devices have different examples.
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 THE_REST = -1
 _DEFAULTS = {DATA_AXIS: THE_REST, FSDP_AXIS: 1, TENSOR_AXIS: 1}
@@ -30,12 +30,13 @@ def create_mesh(
     """Returns the mesh over all devices of all processes.
 
     Args:
-      section: a config's `mesh`: how many devices along each axis, see `mesh_sizes`; None for all
-        of them along the data axis.
-      devices: to use instead, such as those of a machine that is only compiled for.
+      section: section `mesh` of a config, the number of devices along each axis, see `mesh_sizes`;
+        None for all of them along the data axis.
+      devices: devices of the mesh, such as those of a machine that is only compiled for; None for
+        all devices.
 
     Raises:
-      UserError: the sizes do not fit the devices.
+      UserError: sizes that do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(section or {}, len(devices))
@@ -43,15 +44,16 @@ def create_mesh(
 
 
 def mesh_sizes(section: Mapping[str, Any], device_count: int) -> dict[str, int]:
-    """Returns how many devices lie along each axis.
+    """Returns the number of devices along each axis.
 
     Args:
-      section: of each axis, a whole number, or -1 or None for the devices that the others leave; by
-        default "data" takes all of them.
-      device_count: how many devices there are.
+      section: size of each axis, a whole number, or -1 or None for all remaining devices; by
+        default the axis "data" has all of them.
+      device_count: number of devices.
 
     Raises:
-      UserError: a size below 1, two axes that take the rest, or a product other than the devices.
+      UserError: a size below 1, two axes for the remaining devices, or a product of sizes other
+        than the number of devices.
 
     Example:
       >>> mesh_sizes({"fsdp": 2}, device_count=8)
@@ -75,14 +77,14 @@ def mesh_sizes(section: Mapping[str, Any], device_count: int) -> dict[str, int]:
 
 
 def jit_for_mesh(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
-    """Returns `jax.jit(function, **options)`, compiled as suits the mesh and its devices' kind."""
+    """Returns `jax.jit(function, **options)` with the mesh's context and compiler options."""
     platform = mesh.devices.flat[0].platform
     function = on_mesh(function, mesh)
     return jax.jit(function, compiler_options=compiler_options(platform), **options)
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Returns the function, which finds the mesh around it where layers are split over devices."""
+    """Returns the function, run in the context of the mesh if layers are split over devices."""
     if mesh.shape.get(TENSOR_AXIS, 1) == 1:
         return function
 
@@ -95,17 +97,17 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Returns over how many devices a batch is divided."""
+    """Returns the number of devices that a batch is divided over."""
     return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
-    """Raises UserError unless every device gets the same number of examples at a time.
+    """Raises UserError unless every device gets the same number of examples of a micro batch.
 
     Args:
-      batch_size: of a training step.
-      mesh: of the devices.
-      accumulate_steps: micro batches that a step's batch is divided into first.
+      batch_size: number of examples in a training step.
+      mesh: device mesh that the batch is divided over.
+      accumulate_steps: number of micro batches of a step.
     """
     check_whole("accumulate_steps", accumulate_steps)
     parts = batch_parts(mesh)
@@ -118,25 +120,25 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> 
 
 
 def round_up_to_devices(batch_size: int, mesh: Mesh) -> int:
-    """Returns the smallest multiple of the batch's parts that is at least `batch_size`."""
+    """Returns `batch_size` rounded up to a multiple of the devices that divide a batch."""
     parts = batch_parts(mesh)
     return -(-batch_size // parts) * parts
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding with a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharded(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
-    """One axis, the first unless told, split over the devices that get examples of their own."""
+    """Returns the sharding that splits one axis, by default the first, like a batch."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, _batch_axes(mesh)))
 
 
 def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Returns which rows of a batch lie on this process's devices, rising, `[rows]`.
+    """Returns the rows of a batch that this process's devices hold, ascending, `[rows]`.
 
-    Processes whose devices lie beside each other along the tensor axis hold the same ones.
+    Processes that differ only along the tensor axis hold the same rows.
     """
     held = np.zeros(batch_size, bool)
     places = batch_sharded(mesh).addressable_devices_indices_map((batch_size,))
@@ -151,7 +153,7 @@ def put_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
     Args:
       batch: arrays whose rows are those of `rows_here`.
       mesh: device mesh that the batch is divided over.
-      axis: along which the rows lie; 1 where several batches are stacked.
+      axis: axis of the rows; 1 where several batches are stacked.
 
     Returns:
       Arrays `[batch, ...]` over the devices of all processes.
@@ -163,17 +165,17 @@ def put_batch(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> PyTree:
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copies arrays that every process has to all devices, whole."""
+    """Copies arrays that every process holds to all devices, replicated."""
     return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
 
 
 def put_where(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Copies arrays that every process has, or moves those of all, to where they belong."""
+    """Places arrays by their shardings: host arrays that every process holds, or global ones."""
     return jax.tree.map(_put, tree, shardings)
 
 
 def gathered(tree: PyTree) -> PyTree:
-    """Returns the arrays as host arrays, whole in every process; all of them must ask for it."""
+    """Returns the whole arrays on the host of every process; all processes must call it."""
     return jax.tree.map(_gather, tree)
 
 

@@ -1,4 +1,4 @@
-"""All that a training run carries from step to step, and so all that a checkpoint holds."""
+"""State that a training run carries from step to step, which is the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dfs_jax.gradients.summed import Sum
 from dfs_jax.types import PyTree
 
 NO_BAD_STEP = -1
-# Folded into the run's key for what is drawn before the first step; steps fold in their numbers.
+# Folded into the run's key for draws before the first step; steps fold in their numbers.
 _NO_STEP = 2**32 - 1
 _SUM = Sum()
 
@@ -23,9 +23,9 @@ class EpochTotals(struct.PyTreeNode):
     """Sums over the training examples of the epoch so far.
 
     Attributes:
-      loss: sum over examples of the total training loss.
-      correct: `[exits]`, examples that each exit classified correctly.
-      examples: how many were counted.
+      loss: sum over examples of the training loss, which is summed over exits.
+      correct: number of examples that each exit classified correctly, `[exits]`.
+      examples: number of examples.
     """
 
     loss: jax.Array
@@ -34,23 +34,23 @@ class EpochTotals(struct.PyTreeNode):
 
     @classmethod
     def zero(cls, num_exits: int) -> EpochTotals:
-        """Nothing counted yet."""
+        """Returns sums over no examples."""
         return cls(jnp.float32(0), jnp.zeros(num_exits, jnp.int32), jnp.int32(0))
 
 
 class TrainState(struct.PyTreeNode):
-    """A run at the end of a step.
+    """State of a run after a step.
 
     Attributes:
-      step: steps taken.
+      step: number of steps taken.
       params: trained parameters, under `block1`.. and `head1`..
       batch_stats: running statistics.
-      opt_state: the optimizer's.
-      rule_state: the gradient rule's.
+      opt_state: state of the optimizer.
+      rule_state: state of the gradient rule.
       averaged: exponential moving average of parameters and statistics, or None.
       totals: sums over the epoch so far.
-      key_data: the run's random key, from which each step's keys are folded.
-      first_bad_step: the first step with a non-finite loss or update, or `NO_BAD_STEP`.
+      key_data: data of the run's random key, from which each step's keys are derived.
+      first_bad_step: first step with a non-finite loss or update, or `NO_BAD_STEP`.
     """
 
     step: jax.Array
@@ -65,7 +65,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """What evaluation uses: the average where there is one, else the trained values."""
+        """Variables for evaluation: the moving average if there is one, else the trained values."""
         return self.averaged or {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -78,14 +78,14 @@ def create_state(
     keep_average: bool,
     rule: GradientRule = _SUM,
 ) -> TrainState:
-    """Returns the state before the first step, from freshly initialised `variables`.
+    """Returns the state before the first step.
 
     Args:
-      variables: `{"params": ..., "batch_stats": ...}`.
-      optimizer: of the run.
-      key: the run's, from which each step's keys are folded.
-      num_exits: of the model.
-      keep_average: of parameters and statistics.
+      variables: initial variables of the model, `{"params": ..., "batch_stats": ...}`.
+      optimizer: optimizer of the run.
+      key: random key of the run, from which each step's keys are derived.
+      num_exits: number of exits of the model.
+      keep_average: whether to keep a moving average of parameters and statistics.
       rule: gradient rule of the run.
     """
     return TrainState(

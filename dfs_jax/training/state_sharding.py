@@ -1,13 +1,13 @@
-"""How parameters, and all that is shaped like them, lie on the mesh: one rule by path and shape.
+"""Shardings of parameters and of all that is shaped like them, by one rule on path and shape.
 
-    tensor   the axis that the model names for the parameter (`tensor_axes`)
-    fsdp     of what is left, the largest axis that can be divided evenly, of large arrays alone
+    tensor   splits the axis that the model names for the parameter (`tensor_axes`)
+    fsdp     splits the largest remaining axis that divides evenly, of large arrays only
 
-Optimizer and rule states, averaged weights and gradients hold arrays of the parameters' names
-and shapes, so that the same rule puts theirs beside them. All else is whole on every device.
+Optimizer and rule states, averaged weights and gradients hold arrays with the names and shapes of
+the parameters, so that the same rule gives them the same shardings. All else is replicated.
 
-What is split along `fsdp` is gathered before layers use it. Left to itself, the compiler splits
-layers as their parameters are, and gathers the features of the batch instead, which are larger.
+Arrays split along `fsdp` are gathered before layers use them. Otherwise the compiler would split
+layers like their parameters, and gather the features of the batch, which are larger.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dfs_jax.models.contract import TENSOR_AXIS, MultiExitModel
 from dfs_jax.training.sharding import FSDP_AXIS
 from dfs_jax.types import PyTree, UserError
 
-# Elements. Gathering smaller arrays takes longer to begin than to do, and saves next to nothing.
+# Elements. For smaller arrays, the latency of a gather dominates and little memory is saved.
 LEAST_SPLIT = 2**12
 
 
 def is_split(mesh: Mesh) -> bool:
-    """Whether some arrays are not whole on every device."""
+    """Returns whether some arrays are split over devices."""
     return mesh.shape.get(FSDP_AXIS, 1) > 1 or mesh.shape.get(TENSOR_AXIS, 1) > 1
 
 
@@ -41,14 +41,15 @@ def tree_shardings(
     leading: int = 0,
     gathered: bool = False,
 ) -> PyTree:
-    """Returns the shardings of a tree of parameters, or of anything that holds such trees.
+    """Returns the shardings of a tree of parameters, or of a tree that contains such trees.
 
     Args:
-      tree: of arrays or their shapes.
-      mesh: of the devices.
-      tensor_axes: see `MultiExitModel.tensor_axes`.
-      leading: axes before those of the parameters, which are never split: 1 for gradients by exit.
-      gathered: whether nothing is split along `fsdp`, as layers use it.
+      tree: tree of arrays or their shapes.
+      mesh: device mesh.
+      tensor_axes: axis that is split along `tensor`, by path, see `MultiExitModel.tensor_axes`.
+      leading: number of axes before those of the parameters, which are never split: 1 for
+        gradients by exit.
+      gathered: whether arrays are whole along `fsdp`, as layers use them.
     """
     fsdp = 1 if gathered else mesh.shape.get(FSDP_AXIS, 1)
     tensor = mesh.shape.get(TENSOR_AXIS, 1)
@@ -71,7 +72,7 @@ def constrain(
     leading: int = 0,
     gathered: bool = False,
 ) -> PyTree:
-    """Returns the tree, put where `tree_shardings` says; for the inside of a compiled step."""
+    """Constrains a tree to its `tree_shardings`, inside a compiled step."""
     if mesh is None or not is_split(mesh):
         return tree
     shardings = tree_shardings(tree, mesh, model.tensor_axes, leading=leading, gathered=gathered)
@@ -79,18 +80,18 @@ def constrain(
 
 
 def scatter(grads: PyTree, mesh: Mesh | None, model: MultiExitModel, *, leading: int = 0) -> PyTree:
-    """Returns gradients where their parameters lie, computed from each device's own examples."""
+    """Sums gradients over the devices' examples and shards them like their parameters."""
     summed = constrain(grads, mesh, model, leading=leading, gathered=True)
     return constrain(summed, mesh, model, leading=leading)
 
 
 def check_split(params: PyTree, mesh: Mesh, model: MultiExitModel) -> None:
-    """Raises UserError where an axis of the mesh would split nothing of the model.
+    """Raises UserError if an axis of the mesh would split nothing of the model.
 
     Args:
-      params: of the model, or their shapes.
-      mesh: of the devices.
-      model: which names what can be split along `tensor`.
+      params: parameters of the model, or their shapes.
+      mesh: device mesh.
+      model: model, which names the axes that can be split along `tensor`.
     """
     parts = mesh.shape.get(TENSOR_AXIS, 1)
     if parts > 1 and not model.tensor_axes:
