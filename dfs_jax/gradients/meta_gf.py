@@ -79,7 +79,7 @@ class MetaGF(GradientRule):
 
     Args:
       learning_rate: learning rate of v; None is 0.01, and 0.1 with a window. The published program
-        uses 0.1 with its window of an epoch; fusing at every step, v would follow the noise.
+        uses 0.1 with a window of an epoch; without a window, such a v would follow the noise.
       granularity: unit that has a weight: a "tensor", or a "channel" of its outputs. The published
         program uses channels for VGG and tensors for ResNet and MSDNet.
       normalisation: function e: "softmax" (e is exp), as in the paper and in the program for VGG,
