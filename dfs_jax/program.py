@@ -48,6 +48,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(fail(str(error)))
     except AttributeError as error:
         sys.exit(fail(f"the config has no such field: {_innermost(error)}"))
+    except KeyError as error:
+        sys.exit(fail(f"the config has no such section: {_innermost(error)}"))
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(INTERRUPTED_STATUS)

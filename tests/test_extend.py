@@ -6,7 +6,7 @@ import chex
 import pytest
 
 from dfs_jax.training.checkpoint import Checkpoints
-from dfs_jax.training.config import open_workdir, read_config
+from dfs_jax.training.config import open_workdir, read_config, record_config
 from dfs_jax.training.experiment import abstract_state, build_experiment
 from dfs_jax.training.loop import train
 from dfs_jax.training.metrics import read_metrics
@@ -90,6 +90,7 @@ REFUSED = {
 def test_epochs_may_change_where_every_rate_so_far_stays(tmp_path, name):
     before, after, steps = ALLOWED[name]
     open_workdir(begun(tmp_path, before, steps), after)
+    record_config(tmp_path, after)
     assert read_config(tmp_path).epochs == after.epochs
 
 

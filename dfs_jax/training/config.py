@@ -81,31 +81,47 @@ def options(section: Config) -> dict[str, Any]:
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the run's directory and records its config; compares the two where steps were saved.
+    """Makes the run's directory and records its config.
 
-    The number of epochs may change as long as every learning rate so far stays the same.
+    A run that has saved steps keeps the recorded config, which is compared, until `record_config`:
+    what refuses to go on after this must leave the run as it was. The number of epochs may change
+    as long as every learning rate so far stays the same.
 
     Raises:
       UserError: the path is a file or cannot be written, or holds a run of another config, or is
         not the same for all processes, or these have different configs.
     """
-    written = by_writer(_open_workdir, workdir, config)
+    theirs, recorded = by_writer(_open_workdir, workdir, config)
     if not is_writer():
-        _check_same_config(written, config)
-        _check_shared(workdir, written)
+        _check_same_config(theirs, config)
+        _check_shared(workdir, recorded)
 
 
-def _open_workdir(workdir: Path, config: Config) -> str:
-    """Does it, and returns what the config's file holds."""
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+def _open_workdir(workdir: Path, config: Config) -> tuple[str, str]:
+    """Returns the config of this process, and what the file in the directory holds, as JSON."""
+    text = _to_json(config)
     make_directory(workdir, "workdir")
+    if (workdir / FILE).exists() and has_steps(workdir):
+        _check_same_run(workdir, read_config(workdir), config)
+        return text, (workdir / FILE).read_text(encoding="utf-8")
+    _write_config(workdir, text)
+    return text, text
+
+
+def record_config(workdir: Path, config: Config) -> None:
+    """Records the config of a run that goes on."""
+    by_writer(_write_config, workdir, _to_json(config))
+
+
+def _to_json(config: Config) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def _write_config(workdir: Path, text: str) -> None:
     try:
-        if (workdir / FILE).exists() and has_steps(workdir):
-            _check_same_run(workdir, read_config(workdir), config)
         _write_atomically(workdir / FILE, text)
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {reason(error)}") from error
-    return text
 
 
 def _check_same_config(written: str, config: Config) -> None:

@@ -21,7 +21,7 @@ from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.paths import input_file, output_directory
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.clock import Clock, Lap
-from dfs_jax.training.config import check_config, open_workdir
+from dfs_jax.training.config import check_config, open_workdir, record_config
 from dfs_jax.training.conflict import ConflictProbe, conflict_line
 from dfs_jax.training.data_changes import as_known
 from dfs_jax.training.dispatch import INDICES, steps_at_once
@@ -115,9 +115,10 @@ def _train(
         _as_before, known=known, workdir=workdir, section=config.data, accept=accept_data_changes
     )
     experiment = build_experiment(config, dataset, prepare=as_before)
-    record_data(workdir, describe_data(experiment.dataset, config.data))
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_latest(abstract_state(experiment))
+    record_config(workdir, config)
+    record_data(workdir, describe_data(experiment.dataset, config.data))
     state, start = restored or (initial_state(experiment), 0)
     with stop_signals as signals:
         metrics = MetricsWriter(workdir, start) if is_writer() else NoMetrics()
