@@ -12,7 +12,7 @@ from dfs_jax.data import load_dataset
 from dfs_jax.data.folder import exceeds_memory
 from dfs_jax.data.streaming import StreamedSplit, Streaming
 from dfs_jax.types import UserError
-from tests.folders import write_two_classes
+from tests.folders import write_folder, write_two_classes
 
 
 @pytest.fixture
@@ -240,3 +240,11 @@ def test_folder_needs_a_directory_that_exists(tmp_path):
         load_dataset("folder")
     with pytest.raises(UserError, match=r"nowhere.*does not exist"):
         load_dataset("folder", data_dir=str(tmp_path / "nowhere"))
+
+
+def test_images_behind_links_count_towards_memory(tmp_path, monkeypatch):
+    write_folder(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(tmp_path / "real" / "train")
+    monkeypatch.setattr("dfs_jax.data.folder.MAX_BYTES", 0)
+    assert exceeds_memory(str(tmp_path / "linked"), 8)

@@ -126,8 +126,8 @@ def exceeds_memory(data_dir: str | None, image_size: int) -> bool:
     """Returns whether the images of a folder, scaled, would not fit into memory."""
     if data_dir is None:
         return False
-    found = (files for _, _, files in os.walk(local_path(data_dir, "data_dir")))
-    count = sum(Path(name).suffix.lower() in SUFFIXES for names in found for name in names)
+    paths = walk_files(local_path(data_dir, "data_dir"))
+    count = sum(path.suffix.lower() in SUFFIXES for path in paths)
     return memory_needed(count, image_size, image_size) > MAX_BYTES
 
 
