@@ -26,6 +26,7 @@ ROOMS = (
     "launch",
     "registry",
     "surgery",
+    "tracing",
     "forks",
     "layers",
     "cpu_kernels",

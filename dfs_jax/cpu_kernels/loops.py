@@ -15,6 +15,8 @@ import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params, primitives
 
+from dfs_jax.tracing.equations import bind
+
 _LOOPS = ("scan", "while")
 _CONVOLUTION = primitives.conv_general_dilated_p
 
@@ -77,11 +79,7 @@ def _apply(equation: Any, inputs: list[Any], is_in_loop: bool) -> list[Any]:
         return [_in_order(*inputs, **equation.params)]
     within = is_in_loop or primitive.name in _LOOPS
     params = {name: _rewritten(value, within) for name, value in equation.params.items()}
-    bound = primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before jax 0.10 or now
-    with equation.ctx.manager:
-        found = primitive.bind(*functions, *inputs, **params)
-    return list(found) if primitive.multiple_results else [found]
+    return bind(equation, inputs, params)
 
 
 def _in_order(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **params: Any) -> Any:
