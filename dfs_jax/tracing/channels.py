@@ -96,10 +96,10 @@ def propagate(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChan
 
 
 def _elementwise(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChannels]:
-    """Channel by channel; a scalar among the inputs reaches all channels."""
+    """Channel by channel; an input without channels reaches all of them."""
     aval = equation.outvars[0].aval
     sets = [
-        one if variable.aval.shape == aval.shape or one == DEAD else None
+        one if variable.aval.shape[-1:] == aval.shape[-1:] or one == DEAD else None
         for variable, one in zip(equation.invars, live, strict=True)
     ]
     return [union(sets, num_channels(aval))]
