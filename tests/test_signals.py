@@ -168,8 +168,8 @@ def test_a_terminal_that_is_gone_loses_no_step(tmp_path, monkeypatch, number):
     """The signal comes, nothing can be shown any more, and the run is saved."""
     original = loop.training_step
 
-    def losing_at_step_2(experiment):
-        inner = original(experiment)
+    def losing_at_step_2(experiment, takes):
+        inner = original(experiment, takes)
 
         def step(state, *batch):
             if int(state.step) == 1:
