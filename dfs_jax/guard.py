@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from dfs_jax.extras import remedy
 from dfs_jax.output import lasting_streams
 from dfs_jax.types import UserError
 
@@ -27,14 +28,19 @@ def fail(message: str) -> int:
 def guarded(main: Callable[[], int | None]) -> int:
     """Calls `main()` and returns the exit status.
 
-    A user's mistake ends the program with one sentence and status 2, Ctrl-C with one and status
-    130; everything else keeps its traceback.
+    A user's mistake or a missing extra ends the program with one sentence and status 2, Ctrl-C with
+    one and status 130; everything else keeps its traceback.
     """
     try:
         with usual_numerics():
             return main() or 0
     except UserError as error:
         return fail(str(error))
+    except ModuleNotFoundError as error:
+        missing = remedy(error.name)
+        if missing is None:
+            raise
+        return fail(missing)
     except KeyboardInterrupt:
         fail("interrupted")
         return INTERRUPTED_STATUS

@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "dfs_jax"
 # A room imports only from rooms above it, and from itself.
 ROOMS = (
     "types",
+    "extras",
     "paths",
     "files",
     "output",

@@ -1,5 +1,10 @@
 """Data sets in memory or on disk, batches of them, and augmentation on the device."""
 
+# ruff: noqa: E402
+from dfs_jax.extras import require
+
+require("PIL")
+
 from dfs_jax.data.augmentation import AUGMENTATIONS, create_augmentation, normalise
 from dfs_jax.data.dataset import Dataset, RawDataset, Split
 from dfs_jax.data.pipeline import TrainSampler, eval_batches, train_batches
