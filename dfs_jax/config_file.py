@@ -1,5 +1,6 @@
 """The flag `--config`: a Python file whose `get_config()` returns a run's configuration."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import importlib.machinery
@@ -8,6 +9,10 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+
+from dfs_jax.extras import require
+
+require("ml_collections")
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
