@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +33,22 @@ def test_folder_reads_classes_in_sorted_order(folder):
     np.testing.assert_array_equal(dataset.train.images[0], pattern + 10)
     np.testing.assert_array_equal(dataset.train.images[5], pattern)
     np.testing.assert_array_equal(dataset.test.images[2], pattern + 30)
+
+
+@pytest.mark.parametrize("forbidden", ["train", "train/ape", "test/bee"])
+def test_a_directory_that_cannot_be_listed_is_named(folder, monkeypatch, forbidden):
+    def refusing(original):
+        def listing(path="."):
+            if Path(path) == folder / forbidden:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path)
+
+        return listing
+
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    with pytest.raises(UserError, match=f"directory .*{forbidden}: Permission denied; make it"):
+        load_dataset("folder", data_dir=str(folder), validation_examples=0)
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])

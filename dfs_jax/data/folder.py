@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -218,7 +218,10 @@ def _split_directories(root: Path) -> dict[str, Path]:
 def _classes(directory: Path) -> tuple[str, ...]:
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}")
-    names = sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+    try:
+        names = sorted(p.name for p in directory.iterdir() if p.is_dir() and p.name[0] != ".")
+    except OSError as error:
+        _refuse(error)
     if not names:
         raise UserError(f"{directory} holds no directories: it needs one for each class")
     return tuple(names)
@@ -274,9 +277,13 @@ def _class_files(directory: Path) -> _ClassFiles:
 
 
 def walk_files(directory: Path) -> Iterator[Path]:
-    """Yields the files below a directory but hidden ones; a loop of links is followed once."""
+    """Yields the files below a directory but hidden ones; a loop of links is followed once.
+
+    Raises:
+      UserError: a directory cannot be listed.
+    """
     seen = set()
-    for where, below, names in os.walk(directory, followlinks=True):
+    for where, below, names in os.walk(directory, onerror=_refuse, followlinks=True):
         place = os.stat(where)
         if (place.st_dev, place.st_ino) in seen:
             below.clear()
@@ -286,6 +293,13 @@ def walk_files(directory: Path) -> Iterator[Path]:
         for name in names:
             if name[0] != "." and name.lower() not in _LEFT_BY_SYSTEMS:
                 yield Path(where, name)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(
+        f"cannot list the directory {error.filename}: {error.strerror}; make it readable, or move "
+        f"it out of the data"
+    ) from error
 
 
 def _tell(directory: Path, what: str, listings: dict[str, _ClassFiles], field: str) -> None:
