@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 from tests.xla_flags import quick_to_compile
@@ -20,6 +21,11 @@ SHARED = REPOSITORY.parent / "shared"
 jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# A shell ignores SIGINT for a command in the background and `nohup` SIGHUP; the tests send both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -37,6 +37,7 @@ from dfs_jax.training.state import create_state
 from dfs_jax.training.step import make_train_step, step_keys
 from dfs_jax.types import UserError
 from tests.helpers import TINY_CLASSES, TinyNetwork, tiny_config
+from tests.marks import slow
 from tests.test_combiners import COMBINER_ROWS
 from tests.test_loop import interrupt_at
 
@@ -132,7 +133,7 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", slow(STATEFUL, "meta_gf"))
 def test_a_methods_state_is_saved_and_resumed_to_the_bit(name, tmp_path, monkeypatch):
     changes = {"model.name": "tests.helpers:TinyNetwork", "epochs": 2, **STATEFUL[name]}
     config = tiny_config(**changes)

@@ -109,6 +109,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     output = tmp_path / "new" / "costs.json"
     config = ["--config=configs/cifar100_vgg7.py", "--config.model.width=3"]

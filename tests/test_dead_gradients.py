@@ -20,6 +20,7 @@ from dfs_jax.models.contract import init_variables
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.tracing import skip_dead_gradients
 from dfs_jax.tracing.channels import joined, union, window
+from tests.marks import slow
 from tests.test_contract import SMALL_MSDNET
 
 WIDTH, CLASSES = 7, 5
@@ -325,7 +326,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow(NETWORKS, "msdnet"))
 def test_networks_cost_what_their_partitioned_layers_do(name):
     options, shape, whole, partitioned = NETWORKS[name]
     ours = create_model(name, num_classes=10, **options)

@@ -186,7 +186,8 @@ def test_dispatches_end_where_something_is_due(whole_run):
 
 
 # 3: within the first dispatch, before any checkpoint; 8: within a dispatch of the second epoch.
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 8])
 def test_killed_within_a_dispatch_and_started_again(uninterrupted, tmp_path, monkeypatch, step):
     class Killed(BaseException):
         """Like kill -9: nothing in the loop may catch it."""

@@ -19,6 +19,7 @@ from dfs_jax.partitioned import Execution
 from dfs_jax.training.experiment import build_experiment, model_for_mesh
 from dfs_jax.types import UserError
 from tests.helpers import TinyNetwork, tiny_config
+from tests.marks import slow
 from tests.test_contract import SMALL_MSDNET, SMALL_VIT
 
 IMAGE_SHAPE = (10, 13, 3)
@@ -51,7 +52,7 @@ def gradients(model, fork, variables, images):
     return jax.grad(loss, (0, 1))(variables["params"], images)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow(NETWORKS, "msdnet", "resnet18"))
 def test_gradients_are_the_naive_graphs(name):
     create = functools.partial(create_model, name, num_classes=CLASSES, **SMALL[name])
     ours, naive = create(), create(partitioned_backward=False, cpu_kernels=False)
@@ -73,7 +74,7 @@ def test_gradients_are_the_naive_graphs(name):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow(NETWORKS, "msdnet"))
 def test_a_step_costs_what_theory_says(name, ratio):
     """Exactly, but for depthwise convolutions, which compute their whole input gradient."""
     loss = create_loss("deep_supervision")

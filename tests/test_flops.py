@@ -21,6 +21,7 @@ from dfs_jax.analysis.traced import Kind, TracedProgram
 from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import HeadOutput, UserError
+from tests.marks import slow
 
 
 def count(function, *shapes):
@@ -170,10 +171,16 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("resnet101", "resnet152")))
-        for name in MODEL_ROWS
-    ],
+    slow(
+        MODEL_ROWS,
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "msdnet_imagenet",
+        "msdnet_cifar_anytime",
+        "msdnet_cifar_budgeted",
+    ),
 )
 def test_parameters_of_every_model_at_every_exit(name):
     assert tuple(cost.params for cost in costs_of(name)) == MODEL_ROWS[name].params

@@ -303,7 +303,8 @@ def test_tensorboard_has_the_same_numbers(run):
 
 
 # 4: measured, not saved; 7: within an epoch; 8: measured and saved.
-@pytest.mark.parametrize("step", [4, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 7])
 def test_a_killed_run_ends_with_the_same_metrics(run, tmp_path, monkeypatch, step):
     class Killed(BaseException):
         pass

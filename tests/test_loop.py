@@ -95,9 +95,8 @@ def test_a_run_writes_a_line_for_each_split_and_evaluation(uninterrupted):
 
 
 # 3: no checkpoint yet; 9: one within an epoch and one after an epoch; 12: an epoch's last step.
-@pytest.mark.parametrize(
-    "step", [pytest.param(3, marks=pytest.mark.slow), 9, pytest.param(12, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 9, 12])
 def test_killed_and_started_again_ends_the_same(uninterrupted, tmp_path, monkeypatch, step):
     class Killed(BaseException):
         """Like kill -9: nothing in the loop may catch it."""

@@ -36,6 +36,7 @@ def run_on(devices, names, root):
     assert result.stdout.split("\n")[:-1] == [f"ok {name}" for name in names]
 
 
+@pytest.mark.slow
 def test_eight_devices_do_and_exchange_what_the_mesh_predicts(request):
     run_on(8, QUICK, request.config.rootpath)
 

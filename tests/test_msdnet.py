@@ -69,7 +69,11 @@ def small_network():
 
 @pytest.mark.parametrize(
     ("beta", "referencing"),
-    [((0.0, 1.0, 0.3), "symmetric"), (0.5, "trunk_only"), ((0.6, 0.2, 0.7), "none")],
+    [
+        pytest.param((0.0, 1.0, 0.3), "symmetric", marks=pytest.mark.slow),
+        (0.5, "trunk_only"),
+        pytest.param((0.6, 0.2, 0.7), "none", marks=pytest.mark.slow),
+    ],
 )
 def test_claimed_live_channels_are_those_that_depend_on_parameters(
     small_network, beta, referencing

@@ -14,6 +14,7 @@ from dfs_jax.forks import create_fork
 from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import init_variables
 from dfs_jax.types import UserError
+from tests.marks import slow
 
 
 def variable_shapes(model, image_shape):
@@ -92,13 +93,7 @@ def test_parameters_of_each_exit_by_hand(name, width, classes):
     assert np.cumsum(counts).tolist() == params_by_hand(MODEL_ROWS[name], width, classes)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("resnet101", "resnet152")))
-        for name in MODEL_ROWS
-    ],
-)
+@pytest.mark.parametrize("name", slow(MODEL_ROWS, "resnet50", "resnet101", "resnet152"))
 def test_trunk_and_last_classifier_are_the_imagenet_network(name):
     row = MODEL_ROWS[name]
     model = create_model(name, num_classes=1000, stem="imagenet")
