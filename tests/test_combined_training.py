@@ -133,7 +133,7 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("name", slow(STATEFUL, "meta_gf"))
+@pytest.mark.parametrize("name", slow(STATEFUL, "meta_gf", "wpn"))
 def test_a_methods_state_is_saved_and_resumed_to_the_bit(name, tmp_path, monkeypatch):
     changes = {"model.name": "tests.helpers:TinyNetwork", "epochs": 2, **STATEFUL[name]}
     config = tiny_config(**changes)

@@ -205,7 +205,8 @@ def test_killed_within_a_dispatch_and_started_again(uninterrupted, tmp_path, mon
 
 
 # 9: ends at 10, a checkpoint; 12: an epoch's last step.
-@pytest.mark.parametrize(("step", "end"), [(8, 10), pytest.param(12, 12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "end"), [(8, 10), (12, 12)])
 def test_a_signal_stops_after_the_dispatch(uninterrupted, tmp_path, monkeypatch, step, end):
     with monkeypatch.context() as patch:
         recorded(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -31,7 +31,6 @@ SMALL = {
     "msdnet": {**SMALL_MSDNET, "num_exits": 4, "prune": "min"},
 }
 # A bottleneck ResNet compiles longest.
-NETWORKS = [pytest.param(name, marks=[pytest.mark.slow] * (name == "resnet50")) for name in SMALL]
 # Ratios by exit where there are enough exits to tell them apart: none and all channels among them.
 FORKS = {
     "vgg7": create_fork("dfs", partition_ratio=(0.3, 0.0, 1.0, 0.7, 0.3)),
@@ -52,7 +51,7 @@ def gradients(model, fork, variables, images):
     return jax.grad(loss, (0, 1))(variables["params"], images)
 
 
-@pytest.mark.parametrize("name", slow(NETWORKS, "msdnet", "resnet18"))
+@pytest.mark.parametrize("name", slow(SMALL, "msdnet", "resnet18", "resnet50"))
 def test_gradients_are_the_naive_graphs(name):
     create = functools.partial(create_model, name, num_classes=CLASSES, **SMALL[name])
     ours, naive = create(), create(partitioned_backward=False, cpu_kernels=False)
@@ -74,7 +73,7 @@ def test_gradients_are_the_naive_graphs(name):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
-@pytest.mark.parametrize("name", slow(NETWORKS, "msdnet"))
+@pytest.mark.parametrize("name", slow(SMALL, "msdnet", "resnet18", "resnet50"))
 def test_a_step_costs_what_theory_says(name, ratio):
     """Exactly, but for depthwise convolutions, which compute their whole input gradient."""
     loss = create_loss("deep_supervision")

@@ -257,6 +257,7 @@ def test_training_is_bit_for_bit_as_without_measuring(run, tmp_path):
     assert not read_probe(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_continued_with_other_measurements(run, tmp_path, monkeypatch):
     config = CONFIG.copy_and_resolve_references()
     config.conflict_every_steps = 0

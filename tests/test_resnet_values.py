@@ -157,7 +157,7 @@ SMALL = {
     "four stages": ({"width": 3, "stage_sizes": (1, 2, 1, 1)}, (3, 6, 12), (16, 24)),
 }
 VARIANTS = [
-    ("basic", (0.3,), "symmetric"),
+    pytest.param("basic", (0.3,), "symmetric", marks=pytest.mark.slow),
     ("basic", (1.0, 0.0), "trunk_only"),
     pytest.param("bottleneck", (0.0, 0.4), "symmetric", marks=pytest.mark.slow),
     pytest.param("bottleneck", (0.7,), "none", marks=pytest.mark.slow),

@@ -25,7 +25,7 @@ from dfs_jax.types import UserError
 from tests.helpers import TinyNetwork, tiny_config
 from tests.mesh_cases import CASES, CHECKS, DEVICES
 
-QUICK = ("small_vgg-byot-fsdp-float64", "small_vit-pcgrad-tensor-float64", *CHECKS)
+QUICK = ("small_vgg-byot-fsdp-float64", *CHECKS)
 SLOW = [name for name in CASES if name not in QUICK]
 
 

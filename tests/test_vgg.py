@@ -263,6 +263,7 @@ def test_every_convolution_in_exits_is_the_plain_network():
     chex.assert_trees_all_equal_shapes(*shapes)
 
 
+@pytest.mark.slow
 def test_a_deeper_exit_trains_none_of_what_a_wide_block_leaves_to_an_early_one():
     model = create_model("vgg7", num_classes=CLASSES, width=4, exits=(2, 6))
     variables = init_variables(model, jax.random.key(5), IMAGE_SHAPE)
