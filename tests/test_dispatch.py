@@ -91,6 +91,7 @@ def test_a_feed_begins_at_any_step():
         np.testing.assert_array_equal(host_labels[row], expected.labels)
 
 
+@pytest.mark.slow
 def test_the_first_bad_step_within_a_dispatch_is_named(tmp_path):
     """The first update is finite, and what it leads to is not."""
     rate = {"optimizer.learning_rate": 1e30, "schedule.name": "constant"}

@@ -72,6 +72,7 @@ def test_equal_calls_are_compiled_once(caplog):
     assert len(calls) == 2, compiled  # one for each shape
 
 
+@pytest.mark.slow
 def test_initialisation_depends_on_the_key_alone():
     model = create_model("resnet18", num_classes=7, width=3, stage_sizes=(1, 1))
     first, again, other = (init_variables(model, jax.random.key(k), (8, 8, 3)) for k in (0, 0, 1))

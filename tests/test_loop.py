@@ -220,6 +220,7 @@ def test_a_trunk_starts_from_the_weights_of_another_run(uninterrupted, tmp_path)
     chex.assert_trees_all_equal(started.params["head3"], fresh.params["head3"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     network = {"model.name": "tests.helpers:TinyNetwork", "gradients.name": "pcgrad"}
 

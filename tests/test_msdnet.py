@@ -266,7 +266,12 @@ def test_the_large_stem_is_a_sequence_of_its_own():
 @pytest.mark.parametrize(
     ("options", "betas", "referencing"),
     [
-        ({"prune": "min", "num_exits": 3, "step": 1}, (0.3, 0.8), "trunk_only"),
+        pytest.param(
+            {"prune": "min", "num_exits": 3, "step": 1},
+            (0.3, 0.8),
+            "trunk_only",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"prune": "min", "step_mode": "lin_grow", "step": 1},
             (0.3, 0.8, 0.5),

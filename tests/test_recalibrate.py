@@ -71,6 +71,7 @@ def test_it_is_the_mean_over_batches_of_what_is_evaluated(ema):
     np.testing.assert_allclose(norm["var"], expected[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_it_learns_the_same_parameters(tmp_path):
     config = tiny_config(epochs=2, **{"model.name": "tests.helpers:ThreeStageVGG"})
     train(config, tmp_path / "as_before")

@@ -93,7 +93,7 @@ def test_parameters_of_each_exit_by_hand(name, width, classes):
     assert np.cumsum(counts).tolist() == params_by_hand(MODEL_ROWS[name], width, classes)
 
 
-@pytest.mark.parametrize("name", slow(MODEL_ROWS, "resnet50", "resnet101", "resnet152"))
+@pytest.mark.parametrize("name", slow(MODEL_ROWS, "resnet34", "resnet50", "resnet101", "resnet152"))
 def test_trunk_and_last_classifier_are_the_imagenet_network(name):
     row = MODEL_ROWS[name]
     model = create_model(name, num_classes=1000, stem="imagenet")

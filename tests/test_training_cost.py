@@ -292,6 +292,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
     output = tmp_path / "cost.json"
     config = ["--config=configs/common.py", "--config.data.name=tests.helpers:tiny_images"]
