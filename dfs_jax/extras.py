@@ -7,7 +7,6 @@ import importlib
 EXTRAS = {
     "PIL": "data",
     "array_record": "data",
-    "chex": "train",
     "cv2": "data",
     "grain": "data",
     "matplotlib": "plots",

@@ -1,4 +1,4 @@
-"""Marks of a table's rows."""
+"""Marks for rows of a test table."""
 
 from __future__ import annotations
 

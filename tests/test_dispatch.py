@@ -62,7 +62,7 @@ def test_three_steps_at_once_are_three_steps(name):
     one_by_one = after(experiment, HostFeed(experiment, 0, is_stacked=False), [1] * 6)
     at_once = after(experiment, DeviceFeed(experiment, 0), [3, 3])
     tolerance = TOLERANCES.get(name, 0)
-    if name == "bfloat16":  # where momenta and single answers hang on the rounding of a few pixels
+    if name == "bfloat16":  # rounding may change momenta and single predictions
         states = [(s.params, s.batch_stats) for s in (at_once, one_by_one)]
     else:
         states = [at_once, one_by_one]

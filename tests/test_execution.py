@@ -30,7 +30,6 @@ SMALL = {
     "resnet50": {"width": 3, "stage_sizes": (1, 1)},
     "msdnet": {**SMALL_MSDNET, "num_exits": 4, "prune": "min"},
 }
-# A bottleneck ResNet compiles longest.
 # Ratios by exit where there are enough exits to tell them apart: none and all channels among them.
 FORKS = {
     "vgg7": create_fork("dfs", partition_ratio=(0.3, 0.0, 1.0, 0.7, 0.3)),

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
+from dfs_jax import FeatureSurgery, skip_dead_gradients
+from dfs_jax.analysis.flops import count_operations
 from dfs_jax.forks import FORKS
 from dfs_jax.gradients import RULES
 from dfs_jax.losses import LOSSES
 from dfs_jax.models import MODELS
-from dfs_jax.surgery import FeatureSurgery
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -51,6 +53,28 @@ def test_the_three_lines_split_the_gradient():
         others = jnp.delete(norms, jnp.arange(16)[trained])
         assert float(others.max()) == 0.0
         assert float(norms[trained].max()) > 0.0
+
+
+def test_one_more_line_makes_the_backward_pass_cheaper():
+    line = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    model, x = UsersModel(), jnp.ones((2, 7, 7, 3))
+    params = model.init(jax.random.key(0), x)
+
+    def loss(params):
+        return sum((logits**2).sum() for logits in model.apply(params, x))
+
+    def as_written(params):
+        names = {"jax": jax, "skip_dead_gradients": skip_dead_gradients, "params": params}
+        exec(line, names | {"loss": loss}, names)
+        return names["gradients"]
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        as_written(params),
+        jax.grad(loss)(params),
+    )
+    costs = [count_operations(jax.make_jaxpr(f)(params)) for f in (as_written, jax.grad(loss))]
+    assert costs[0] < costs[1]
 
 
 FILES = sorted(set(re.findall(r"(?:configs|docs|notebooks)/\S+?\.\w+", README)))

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, jaxprs_in_params, primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params, primitives
 
-from dfs_jax.tracing.equations import bind
+from dfs_jax.tracing.equations import bind, evaluate
 
 _LOOPS = ("scan", "while")
 _CONVOLUTION = primitives.conv_general_dilated_p
@@ -58,19 +58,11 @@ def _rewritten(value: Any, is_in_loop: bool) -> Any:
 
 def _retraced(jaxpr: Jaxpr, consts: Sequence[Any], is_in_loop: bool) -> ClosedJaxpr:
     shapes = [variable.aval for variable in jaxpr.invars]
-    return jax.make_jaxpr(lambda *args: _run(jaxpr, consts, args, is_in_loop))(*shapes)
 
+    def again(*args: Any) -> list[Any]:
+        return evaluate(jaxpr, consts, args, lambda e, inputs: _apply(e, inputs, is_in_loop))
 
-def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], is_in_loop: bool) -> list[Any]:
-    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else known[variable]
-
-    for equation in jaxpr.eqns:
-        results = _apply(equation, [read(v) for v in equation.invars], is_in_loop)
-        known.update(zip(equation.outvars, results, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
+    return jax.make_jaxpr(again)(*shapes)
 
 
 def _apply(equation: Any, inputs: list[Any], is_in_loop: bool) -> list[Any]:

@@ -124,7 +124,7 @@ def certify(
 
 
 def _in_order(curve: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """Returns the points worth a test, safest first: none dearer and riskier than the safest."""
+    """Returns the points to test, safest first: none dearer than the safest but the last exit."""
     safest = min(curve, key=lambda point: (point.risk, point.cost))
     worth = [p for p in curve if p.cost <= safest.cost or _is_last_exit_only(p)]
     return sorted(worth, key=lambda point: (point.risk, -point.cost))

@@ -1,4 +1,4 @@
-"""What reads or rewrites a traced program."""
+"""Transformations of traced JAX programs."""
 
 from dfs_jax.tracing.dead_gradients import skip_dead_gradients
 

@@ -1,8 +1,8 @@
-"""Which channels of an equation's results depend on the live channels of its inputs.
+"""Propagation of live channels through the equations of a traced program.
 
-A value's live channels are indices of its last axis along which it can carry gradient: `None` for
-all, `()` for none. They are an upper bound. A primitive without a rule here makes every channel
-live, unless no input carries gradient at all.
+The live channels of a value are the indices of its last axis that can carry gradient: `None` for
+all, `()` for none. They are an upper bound: a primitive without a rule makes every channel of its
+results live, unless no input carries gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEAD: LiveChannels = ()
 
 
 def is_differentiable(aval: Any) -> bool:
-    """Whether a value of this type can have a gradient at all: integers and keys cannot."""
+    """Returns whether a value of this type can have a gradient; integers and keys cannot."""
     return not hasattr(aval, "dtype") or jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
@@ -29,7 +29,7 @@ def num_channels(aval: Any) -> int:
 
 
 def intervals(live: LiveChannels, channels: int) -> tuple[tuple[int, int], ...]:
-    """Returns the live channels as intervals also where all of them are live."""
+    """Returns the live channels as intervals, also if all channels are live."""
     return ((0, channels),) if live is None else live
 
 
@@ -77,8 +77,8 @@ def propagate(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChan
     """Returns each result's live channels.
 
     Args:
-      equation: an equation of a jaxpr.
-      live: the live channels of each of its inputs.
+      equation: equation of a jaxpr.
+      live: live channels of each of its inputs.
     """
     rule = RULES.get(equation.primitive.name)
     if equation.effects:
@@ -96,7 +96,7 @@ def propagate(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChan
 
 
 def _elementwise(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChannels]:
-    """Channel by channel; an input without channels reaches all of them."""
+    """Rule of elementwise primitives; a live input without channels makes all channels live."""
     aval = equation.outvars[0].aval
     sets = [
         one if variable.aval.shape[-1:] == aval.shape[-1:] or one == DEAD else None
@@ -110,10 +110,11 @@ def _one_to_one(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveCh
 
 
 def _where(condition: Callable[[Any, Any, dict[str, Any]], bool]) -> Callable:
-    """Rule of a primitive that keeps its first input's channels where the condition holds.
+    """Returns the rule of a primitive that keeps its first input's channels if `condition` holds.
 
-    The condition is asked of that input's type, the result's, and the parameters. Any other input
-    has to be dead.
+    Args:
+      condition: function of the first input's type, the result's type and the parameters. Other
+        inputs must be dead.
     """
 
     def rule(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChannels]:
@@ -214,5 +215,5 @@ RULES: dict[str, Callable[[JaxprEqn, Sequence[LiveChannels]], list[LiveChannels]
 
 
 def live_of(variable: Any, known: dict[Any, LiveChannels]) -> LiveChannels:
-    """Returns a variable's live channels; numbers written into the program have none."""
+    """Returns a variable's live channels; literals have none."""
     return DEAD if isinstance(variable, Literal) else known[variable]

@@ -1,9 +1,9 @@
-"""Leaves out the input gradient of channels that train nothing, in any traced JAX function.
+"""A cheaper backward pass for any JAX function that stops the gradient of some channels.
 
 `stop_gradient` on some channels of a feature saves nothing by itself: the layer that reads the
-feature computes the gradient of every channel, and what belongs to the stopped ones is dropped.
-Here the traced function is searched for the channels that can carry gradient, and each convolution
-and matrix product is differentiated for these alone:
+feature computes the gradient of every channel, and that of the stopped channels is discarded.
+`skip_dead_gradients` searches the traced function for the channels that can carry gradient, and
+differentiates each convolution and matrix product for these channels only:
 
     y = conv(x, w)                                          over all channels
     dy = conv(x, dw) + conv(dx[live], w[live])              as a tangent
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import jax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from dfs_jax.surgery import LiveChannels
 from dfs_jax.tracing.channels import (
@@ -31,12 +31,13 @@ from dfs_jax.tracing.channels import (
     live_of,
     propagate,
 )
-from dfs_jax.tracing.equations import bind
+from dfs_jax.tracing.equations import bind, evaluate
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Calls whose program is entered, with the name of the parameter that holds it.
+# Calls whose program is searched too, under their names in jax 0.7 and later, with the parameter
+# that holds the program.
 _CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -51,7 +52,8 @@ _CALLS = {
 def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
     """Returns `fn` with a cheaper derivative: channels behind `stop_gradient` cost none.
 
-    Wrap the loss, then differentiate it. Values and gradients are those of `fn`. A convolution or
+    Wrap the loss, then differentiate it. Values and gradients equal those of `fn`, gradients within
+    rounding. A convolution or
     matrix product of m multiply-adds takes 3m forward and backward; with only a fraction beta of
     its input channels live it takes (2 + beta) m. A network of L equal layers, the first of which
     reads images and each of the others a feature forked at ratio beta, thus takes
@@ -64,8 +66,8 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
     Forward mode, higher derivatives and `vmap` work where they do for `fn`.
 
     Args:
-      fn: function of arrays in any pytrees; it is traced at each call, as by `jax.jit`. What is no
-        `jax.Array` among its arguments is passed on unchanged.
+      fn: function of pytrees of arrays. It is traced at each call. Arguments that are not of type
+        `jax.Array` are passed on unchanged.
 
     Returns:
       A function of the same arguments and results.
@@ -107,7 +109,12 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 class _Found(NamedTuple):
-    """What a search found: each variable's live channels, and whether anything can be saved."""
+    """Result of a search.
+
+    Attributes:
+      live: live channels of each variable.
+      saves: whether some contraction reads dead channels, so that its derivative can be cheaper.
+    """
 
     live: dict[Any, LiveChannels]
     saves: bool
@@ -117,11 +124,14 @@ class _Found(NamedTuple):
 
 
 class _Search:
-    """Follows live channels through a program and those it calls, each once for the same inputs."""
+    """Search for the live channels of a program and of the programs that it calls.
+
+    Equal programs with equal live inputs are searched once.
+    """
 
     def __init__(self):
         self._known: dict[Any, _Found] = {}
-        self._kept: list[Jaxpr] = []  # so that their addresses stay theirs
+        self._kept: list[Jaxpr] = []  # keeps the jaxprs alive, whose ids are keys
 
     def __call__(self, jaxpr: Jaxpr, consts: Sequence[Any], live: Sequence[LiveChannels]) -> _Found:
         key = id(jaxpr), tuple(live)
@@ -194,17 +204,9 @@ def _run(
     search: _Search, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], found: _Found
 ) -> list[Any]:
     """Evaluates the program, with contractions differentiated for their live channels alone."""
-    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else known[variable]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(variable) for variable in equation.invars]
-        with jax.named_scope(str(equation.source_info.name_stack)):
-            results = _apply(search, equation, inputs, found.inputs(equation))
-        known.update(zip(equation.outvars, results, strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
+    return evaluate(
+        jaxpr, consts, args, lambda e, inputs: _apply(search, e, inputs, found.inputs(e))
+    )
 
 
 def _apply(
