@@ -16,6 +16,7 @@ from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits_vgg7.py"
+NETWORK = "tests.helpers:TinyNetwork"
 RUNS = [Accuracies((0.5, 0.8), 0.9), Accuracies((0.7, 0.9), 0.9), Accuracies((0.6, 0.7), 0.6)]
 
 
@@ -60,7 +61,7 @@ def test_the_table_has_a_row_a_method():
 def compared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("comparison")
     configs = {
-        name: tiny_config(epochs=1, **{"fork.name": fork})
+        name: tiny_config(epochs=1, **{"model.name": NETWORK, "fork.name": fork})
         for name, fork in (("dsn", "plain"), ("dfs", "dfs"))
     }
     return workdir, configs, compare(configs, (3, 5), workdir)

@@ -178,6 +178,7 @@ PUBLISHED = {
         "resnet50",
         "resnet101",
         "resnet152",
+        "msdnet_cifar100",
         "msdnet_imagenet",
         "msdnet_cifar_anytime",
         "msdnet_cifar_budgeted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
@@ -164,6 +165,7 @@ def first_item(node: ast.expr) -> ast.expr:
     return items[0] if items else node
 
 
+@functools.cache
 def tables_in_tests() -> list[set[str]]:
     """The names in every table of the tests: a module's constant or a `parametrize` argument."""
     tables = []

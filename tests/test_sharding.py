@@ -25,8 +25,8 @@ from dfs_jax.types import UserError
 from tests.helpers import TinyNetwork, tiny_config
 from tests.mesh_cases import CASES, CHECKS, DEVICES
 
-QUICK = ("small_vgg-byot-fsdp-float64", *CHECKS)
-SLOW = [name for name in CASES if name not in QUICK]
+QUICK = ("small_vgg-byot-fsdp-float64", "checkpoints", "evaluation", "initial-state")
+SLOW = [name for name in (*CASES, *CHECKS) if name not in QUICK]
 
 
 def run_on_eight_devices(root, names):

@@ -198,7 +198,12 @@ def test_a_plain_network_costs_in_theory_what_jax_makes_of_it(functions):
         ("vgg7", {}, "deep_supervision"),
         ("vgg7", {}, "byot"),
         ("resnet18", {"stage_sizes": (1, 2)}, "byot"),
-        ("msdnet", {"num_exits": 2, "base": 2, "step": 1}, "deep_supervision"),
+        pytest.param(
+            "msdnet",
+            {"num_exits": 2, "base": 2, "step": 1},
+            "deep_supervision",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_whole_networks(name, options, loss):

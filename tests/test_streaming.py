@@ -199,7 +199,7 @@ def test_corrupt_images_are_not_evaluated():
     assert split(damaged=(1,)).take(np.arange(3)).labels.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_too_many_corrupt_images_stop_the_run(workers):
     limited = Streaming(SIZE, max_corrupt=2, num_workers=workers)
     with pytest.raises(UserError, match=r"of photographs cannot be read, more than max_corrupt 2"):

@@ -86,11 +86,12 @@ def test_no_choice_is_better_at_any_price(seed):
 @pytest.mark.parametrize("levels", [None, 11])
 def test_a_target_is_kept_and_used(levels):
     predictions = draw(4, 501, levels=levels)
+    curve = operating_curve(predictions, COSTS)
     for target in (2.0, 3.1, 6.0, 8.5, 12.0, 13.0, 99.0):
         point = point_for_cost(predictions, COSTS, target)
         assert_is_what_it_says(point, predictions, COSTS)
         assert point.cost <= target
-        best = min(p.risk for p in operating_curve(predictions, COSTS) if p.cost <= target)
+        best = min(p.risk for p in curve if p.cost <= target)
         assert point.risk <= best
     risks = [point_for_cost(predictions, COSTS, t).risk for t in np.linspace(2, 13, 23)]
     assert all(b <= a + 0.005 for a, b in itertools.pairwise(risks))
