@@ -41,9 +41,12 @@ def _without_arguments(
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; ml_collections answers unknown fields and bad values with a traceback."""
+    """Parses flags; absl exits with status 1 for mistakes, ml_collections with a traceback."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sentence = " ".join(str(error).split()).rstrip(".")
+        sys.exit(fail(f"{sentence}: --helpshort lists the flags"))
     except BadConfig as error:
         sys.exit(fail(str(error)))
     except AttributeError as error:
