@@ -22,7 +22,7 @@ from dfs_jax.interop import (
     to_torch_gradients,
     to_torch_state_dict,
 )
-from dfs_jax.interop.torch_names import FAMILIES, family_of, unwrapped
+from dfs_jax.interop.torch_names import FAMILIES, family_of, flatten, unwrapped
 from dfs_jax.models import create_model
 from dfs_jax.types import UserError
 
@@ -285,13 +285,22 @@ def test_a_wrapper_within_the_model_and_a_state_dict_within_a_checkpoint(
     )
 
 
-def test_a_common_prefix_that_is_no_wrappers_is_named(model, state_dict):
-    other = {f"net.{name}": x for name, x in state_dict.items()}
-    with pytest.raises(UserError, match=r"all names begin with 'net\.', without which \d+ of \d+"):
+@pytest.mark.parametrize("prefix", ["net.", "model.backbone."])
+def test_a_common_prefix_that_is_no_wrappers_is_named(model, state_dict, prefix):
+    other = {f"{prefix}{name}": x for name, x in state_dict.items()}
+    told = rf"nothing was loaded; all names begin with '{prefix}', without which \d+ of \d+"
+    with pytest.raises(UserError, match=told):
         from_torch_state_dict(model, other, partition_ratio=BETA)
     with pytest.raises(UserError, match=r"missing") as error:
         from_torch_state_dict(model, {"some.weight": np.zeros(3)}, partition_ratio=BETA)
     assert "all names begin" not in str(error.value)
+
+
+def test_a_common_prefix_before_our_own_names_is_named(tmp_path, model, variables):
+    names = {"/".join(key): x for key, x in flatten(variables).items()}
+    np.savez(tmp_path / "w.npz", **{f"teacher.{name}": x for name, x in names.items()})
+    with pytest.raises(UserError, match=r"all names begin with 'teacher\.', without which"):
+        load_trunk(tmp_path / "w.npz", model, variables)
 
 
 def test_names_that_would_become_one_are_left_alone():

@@ -126,7 +126,8 @@ def load_trunk(
     weights = load_weights(path)
     old = flatten(variables)
     shapes = {key: leaf.shape for key, leaf in old.items() if not _is_head(key)}
-    ours = any(name.startswith(f"{COLLECTIONS[0]}/") for name in weights)
+    # Behind a prefix too, which the list of names that do not fit then mentions.
+    ours = any(name.rpartition(".")[2].startswith(f"{COLLECTIONS[0]}/") for name in weights)
     read = _trunk_by_our_names if ours else _trunk_by_published_names
     trunk = read(model, shapes, weights, str(path))
     new = {key: jnp.asarray(leaf, old[key].dtype) for key, leaf in trunk.items()}

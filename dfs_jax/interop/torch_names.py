@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from os.path import commonpath
 from typing import Any, cast
 
 import jax
@@ -176,23 +177,22 @@ def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     told = [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
     if told:
-        told += _common_prefix(expected, given)
+        told = _common_prefix(expected, given) + told
         raise UserError(f"{what} does not fit the model, nothing was loaded; {'; '.join(told)}")
 
 
 def _common_prefix(expected: Shapes, given: Shapes) -> list[str]:
-    """Names the first part of all given names if some of them would be expected without it."""
-    prefixes = {name.partition(".")[0] for name in given}
-    if len(prefixes) != 1:
-        return []
-    prefix = f"{prefixes.pop()}."
-    fitting = sum(name.removeprefix(prefix) in expected for name in given)
-    if not fitting:
-        return []
-    return [
-        f"all names begin with {prefix!r}, without which {fitting} of {len(expected)} would fit: "
-        f"remove it from the names"
-    ]
+    """Names the longest prefix of all given names without which some of them are expected."""
+    shared = commonpath(list(given))
+    for end in reversed([i + 1 for i, letter in enumerate(shared) if letter == "."]):
+        prefix = shared[:end]
+        fitting = sum(name[end:] in expected for name in given)
+        if fitting:
+            return [
+                f"all names begin with {prefix!r}, without which {fitting} of {len(expected)} "
+                f"would fit: remove it from the names"
+            ]
+    return []
 
 
 def convert_from_torch(
