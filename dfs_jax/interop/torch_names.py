@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from os.path import commonpath
 from typing import Any, cast
 
 import jax
@@ -183,11 +182,11 @@ def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
 
 def _common_prefix(expected: Shapes, given: Shapes) -> list[str]:
     """Names the longest prefix of all given names without which some of them are expected."""
-    shared = commonpath(list(given))
-    for end in reversed([i + 1 for i, letter in enumerate(shared) if letter == "."]):
-        prefix = shared[:end]
-        fitting = sum(name[end:] in expected for name in given)
-        if fitting:
+    parts = next(iter(given), "").split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        prefix = ".".join(parts[:length]) + "."
+        fitting = sum(name.removeprefix(prefix) in expected for name in given)
+        if fitting and all(name.startswith(prefix) for name in given):
             return [
                 f"all names begin with {prefix!r}, without which {fitting} of {len(expected)} "
                 f"would fit: remove it from the names"
