@@ -97,10 +97,11 @@ def propagate(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChan
 
 def _elementwise(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChannels]:
     """Rule of elementwise primitives; a live input without channels makes all channels live."""
-    aval = equation.outvars[0].aval
+    aval: Any = equation.outvars[0].aval
+    avals: list[Any] = [variable.aval for variable in equation.invars]
     sets = [
-        one if variable.aval.shape[-1:] == aval.shape[-1:] or one == DEAD else None
-        for variable, one in zip(equation.invars, live, strict=True)
+        one if operand.shape[-1:] == aval.shape[-1:] or one == DEAD else None
+        for operand, one in zip(avals, live, strict=True)
     ]
     return [union(sets, num_channels(aval))]
 
@@ -118,7 +119,8 @@ def _where(condition: Callable[[Any, Any, dict[str, Any]], bool]) -> Callable:
     """
 
     def rule(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChannels]:
-        before, after = equation.invars[0].aval, equation.outvars[0].aval
+        before: Any = equation.invars[0].aval
+        after: Any = equation.outvars[0].aval
         same = before.shape and after.shape and before.shape[-1] == after.shape[-1]
         others_dead = all(one == DEAD for one in live[1:])
         kept = same and others_dead and condition(before, after, equation.params)

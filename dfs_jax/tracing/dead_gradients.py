@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -86,6 +87,8 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
       True
     """
 
+    call: Any = fn
+
     @functools.wraps(fn)
     def cheaper(*args: P.args, **kwargs: P.kwargs) -> R:
         leaves, structure = jax.tree.flatten((args, kwargs))
@@ -96,7 +99,7 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
             for i, array in zip(places, arrays, strict=True):
                 filled[i] = array
             inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
-            return fn(*inner_args, **inner_kwargs)
+            return call(*inner_args, **inner_kwargs)
 
         arrays = [leaves[i] for i in places]
         closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
@@ -143,7 +146,7 @@ class _Search:
     def _follow(self, jaxpr: Jaxpr, consts: Sequence[Any], live: Sequence[LiveChannels]) -> _Found:
         found = _Found({}, False)
         # A constant that is being traced belongs to an outer function, which may differentiate it.
-        closed_over = [None if isinstance(const, jax.core.Tracer) else DEAD for const in consts]
+        closed_over = [None if isinstance(const, Tracer) else DEAD for const in consts]
         variables = (*jaxpr.constvars, *jaxpr.invars)
         for variable, one in zip(variables, (*closed_over, *live), strict=True):
             found.live[variable] = one if is_differentiable(variable.aval) else DEAD
@@ -252,7 +255,7 @@ def _contracted(equation: JaxprEqn, live: Sequence[LiveChannels]) -> tuple[int, 
 
 
 def _live_along(variable: Any, live: LiveChannels, axis: int) -> LiveChannels:
-    """Returns the live indices of an axis: the channels' own on the last one, else all or none."""
+    """Returns the live indices of an axis: those of the channels on the last axis, else all."""
     return live if axis == variable.aval.ndim - 1 else None
 
 
@@ -265,8 +268,10 @@ def _contract_live(
 ) -> jax.Array:
     """Returns the equation's result, whose tangent sums over the live channels alone."""
     sets = [
-        intervals(_live_along(variable, one, axis), variable.aval.shape[axis])
-        for variable, one, axis in zip(equation.invars, live, axes, strict=True)
+        intervals(_live_along(variable, one, axis), operand.shape[axis])
+        for variable, operand, one, axis in zip(
+            equation.invars, (lhs, rhs), live, axes, strict=True
+        )
     ]
 
     def over(some: Sequence[tuple[int, int]], *operands: jax.Array) -> jax.Array:

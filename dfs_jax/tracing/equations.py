@@ -55,8 +55,8 @@ def bind(equation: JaxprEqn, inputs: list[Any], params: dict[str, Any] | None = 
       25.0
     """
     primitive = equation.primitive
-    bound = primitive.get_bind_params(equation.params if params is None else params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before jax 0.10 or now
+    bound: Any = primitive.get_bind_params(equation.params if params is None else params)
+    functions, options = bound if isinstance(bound, tuple) else ((), bound)  # before jax 0.10, now
     with equation.ctx.manager:
-        found = primitive.bind(*functions, *inputs, **params)
+        found = primitive.bind(*functions, *inputs, **options)
     return list(found) if primitive.multiple_results else [found]
