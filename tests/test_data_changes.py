@@ -135,7 +135,16 @@ def test_a_deferred_split_is_read_once_and_is_the_split():
                 np.testing.assert_array_equal(array, other)
     rows = np.array([11, 2])
     assert deferred.part(rows).labels.tolist() == deferred.take(rows).labels.tolist() == [2, 2]
+    np.testing.assert_array_equal(deferred.images, whole.images)
+    np.testing.assert_array_equal(deferred.labels, whole.labels)
     assert len(reads) == 1
+
+
+def test_a_deferred_split_that_is_streamed_has_no_arrays():
+    deferred = DeferredSplit(17, (5, 7, 3), object)
+    for name in ("images", "labels"):
+        with pytest.raises(UserError, match=r"is streamed .* read it with take\(indices\)"):
+            getattr(deferred, name)
 
 
 def filed(dataset):

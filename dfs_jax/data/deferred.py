@@ -10,6 +10,7 @@ import numpy as np
 
 from dfs_jax.data.dataset import AnySplit, Split
 from dfs_jax.data.pipeline import eval_batches, train_batches
+from dfs_jax.types import UserError
 
 
 class DeferredSplit:
@@ -36,6 +37,24 @@ class DeferredSplit:
     def split(self) -> AnySplit:
         """The examples; reads them where nobody has."""
         return self._read()
+
+    @property
+    def images(self) -> np.ndarray:
+        """The images of a split in memory, see `Split`."""
+        return self._in_memory.images
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of a split in memory, see `Split`."""
+        return self._in_memory.labels
+
+    @property
+    def _in_memory(self) -> Split:
+        if not isinstance(self.split, Split):
+            raise UserError(
+                "the split is streamed and has no arrays: read it with take(indices) or eval_batches"
+            )
+        return self.split
 
     def part(self, indices: np.ndarray) -> AnySplit:
         """Returns the examples at `indices`, in that order."""
