@@ -52,7 +52,7 @@ class DeferredSplit:
     def _in_memory(self) -> Split:
         if not isinstance(self.split, Split):
             raise UserError(
-                "the split is streamed and has no arrays: read it with take(indices) or eval_batches"
+                "the split is streamed and has no arrays: read it with take(indices), or by batches"
             )
         return self.split
 
