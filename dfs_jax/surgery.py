@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-# Which channels can carry gradient: disjoint ascending [start, stop) intervals, static; None = all.
-# A hint for cheaper backward passes, never the mechanism, which is always `stop_gradient`.
-LiveChannels: TypeAlias = tuple[tuple[int, int], ...] | None
 
 REFERENCINGS = ("symmetric", "trunk_only", "none")
 
@@ -25,8 +21,6 @@ class ExitFork(NamedTuple):
 
     to_head: jax.Array
     to_trunk: jax.Array
-    head_live: LiveChannels = None
-    trunk_live: LiveChannels = None
 
 
 def partition_channels(num_channels: int, partition_ratio: float) -> int:
@@ -36,18 +30,6 @@ def partition_channels(num_channels: int, partition_ratio: float) -> int:
     (19, 2)
     """
     return round(partition_ratio * num_channels)
-
-
-def limit_live(live: LiveChannels, start: int, stop: int, num_channels: int) -> LiveChannels:
-    """Returns the live channels that lie within `[start, stop)`; None where that is every channel.
-
-    >>> limit_live(((0, 4), (7, 11)), 2, 9, num_channels=11)
-    ((2, 4), (7, 9))
-    """
-    intervals = ((0, num_channels),) if live is None else live
-    cut = ((max(start, low), min(stop, high)) for low, high in intervals)
-    kept = tuple((low, high) for low, high in cut if low < high)
-    return None if kept == ((0, num_channels),) else kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +57,8 @@ class FeatureSurgery:
     Example:
       >>> x = jnp.ones((2, 8, 8, 16))
       >>> forked = FeatureSurgery(partition_ratio=0.5)(x, exit_index=0, num_exits=4)
-      >>> forked.to_trunk.shape, forked.trunk_live, forked.head_live
-      ((2, 8, 8, 16), ((0, 8),), ((8, 16),))
+      >>> forked.to_head.shape, forked.to_trunk.shape
+      ((2, 8, 8, 16), (2, 8, 8, 16))
     """
 
     partition_ratio: float | Sequence[float] = 0.5
@@ -106,21 +88,17 @@ class FeatureSurgery:
             )
         return ratios[0] if len(ratios) == 1 else ratios[exit_index]
 
-    def __call__(
-        self, x: jax.Array, live: LiveChannels = None, *, exit_index: int, num_exits: int
-    ) -> ExitFork:
+    def __call__(self, x: jax.Array, *, exit_index: int, num_exits: int) -> ExitFork:
         """Forks `x` `[..., channels]` at exit `exit_index` of `num_exits` (0-based)."""
         if not 0 <= exit_index < num_exits:
             raise ValueError(f"exit_index must lie in [0, {num_exits}), got {exit_index}")
         if exit_index == num_exits - 1:
-            return ExitFork(x, x, live, live)
-        channels = x.shape[-1]
-        k = partition_channels(channels, self.ratio_at(exit_index, num_exits))
+            return ExitFork(x, x)
+        k = partition_channels(x.shape[-1], self.ratio_at(exit_index, num_exits))
         foreign = jnp.zeros_like if self.referencing == "none" else jax.lax.stop_gradient
         shared, specific = x[..., :k], x[..., k:]
         to_trunk = jnp.concatenate([shared, foreign(specific)], axis=-1)
-        trunk_live = limit_live(live, 0, k, channels)
         if self.referencing == "trunk_only":
-            return ExitFork(x, to_trunk, live, trunk_live)
+            return ExitFork(x, to_trunk)
         to_head = jnp.concatenate([foreign(shared), specific], axis=-1)
-        return ExitFork(to_head, to_trunk, limit_live(live, k, channels, channels), trunk_live)
+        return ExitFork(to_head, to_trunk)

@@ -58,10 +58,10 @@ class TinyNetwork(MultiExitModel):
             setattr(self, f"block{i}", nn.Conv(self.width, (3, 3)))
             setattr(self, f"head{i}", nn.Dense(self.num_classes))
 
-    def block(self, i, carry, live=None, *, train):
+    def block(self, i, carry, *, train):
         return nn.relu(getattr(self, f"block{i + 1}")(carry))
 
-    def head(self, i, x, live=None, *, train):
+    def head(self, i, x, *, train):
         pooled = x.mean((1, 2))
         return HeadOutput(getattr(self, f"head{i + 1}")(pooled), pooled)
 
@@ -72,8 +72,8 @@ class HalfFork:
 
     factor: float
 
-    def __call__(self, x, live=None, *, exit_index, num_exits):
-        return ExitFork(x, x * self.factor, live, live)
+    def __call__(self, x, *, exit_index, num_exits):
+        return ExitFork(x, x * self.factor)
 
 
 class BrierLoss:

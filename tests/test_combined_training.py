@@ -169,8 +169,8 @@ class WithStem(TinyNetwork):
         super().setup()
         self.stem = nn.Dense(3)
 
-    def block(self, i, carry, live=None, *, train):
-        return super().block(i, carry if i else self.stem(carry), live, train=train)
+    def block(self, i, carry, *, train):
+        return super().block(i, carry if i else self.stem(carry), train=train)
 
 
 class Growing(Transposed):

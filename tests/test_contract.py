@@ -95,34 +95,17 @@ def whole(network):
 
 
 def staged(network, fork):
-    """Runs each block and head as a program of its own, as staged inference does."""
-    model, carry, live, outputs = network.model, network.images, None, []
+    """Runs each stage as a program of its own, as staged inference does."""
+    model, carry, outputs = network.model, network.images, []
     for i in range(model.num_exits):
 
-        def stage(variables, carry, i=i, live=live):
-            carry = model.apply(variables, i, carry, live, train=False, method="block")
-            forked = fork(
-                model.feature(carry),
-                model.live_after(i, live),
-                exit_index=i,
-                num_exits=model.num_exits,
-            )
-            head = model.apply(
-                variables, i, forked.to_head, forked.head_live, train=False, method="head"
-            )
-            return head, model.with_feature(carry, forked.to_trunk)
+        def stage(variables, carry, i=i):
+            carry = model.apply(variables, fork, i, carry, method="run_block")
+            return carry, model.apply(variables, fork, i, carry, method="run_head")
 
-        live = stage_live(model, fork, i, live, jax.eval_shape(stage, network.variables, carry)[1])
-        head, carry = jax.jit(stage)(network.variables, carry)
+        carry, head = jax.jit(stage)(network.variables, carry)
         outputs.append(head)
     return outputs
-
-
-def stage_live(model, fork, i, live, carry):
-    """The channels with gradient in the next block's input; static, so asked of a shape."""
-    feature = jnp.zeros(model.feature(carry).shape)
-    after = model.live_after(i, live)
-    return fork(feature, after, exit_index=i, num_exits=model.num_exits).trunk_live
 
 
 def test_staged_run_equals_the_whole(network, whole):
@@ -171,9 +154,9 @@ class Nudged:
     def __init__(self, fork, deltas):
         self.fork, self.deltas = fork, deltas
 
-    def __call__(self, x, live=None, *, exit_index, num_exits):
+    def __call__(self, x, *, exit_index, num_exits):
         x = x + self.deltas[exit_index]
-        return self.fork(x, live, exit_index=exit_index, num_exits=num_exits)
+        return self.fork(x, exit_index=exit_index, num_exits=num_exits)
 
 
 def per_exit_gradients(network, fork):
@@ -199,14 +182,14 @@ def per_exit_gradients(network, fork):
 
 
 def feature_shapes(network):
-    seen = []
+    seen = {}
 
-    def note(x, live=None, *, exit_index, num_exits):
-        seen.append(x.shape)
-        return create_fork("plain")(x, live, exit_index=exit_index, num_exits=num_exits)
+    def note(x, *, exit_index, num_exits):
+        seen[exit_index] = x.shape
+        return create_fork("plain")(x, exit_index=exit_index, num_exits=num_exits)
 
     jax.eval_shape(lambda v, x: network.model.apply(v, x, note), network.variables, network.images)
-    return seen
+    return list(seen.values())
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,29 @@ import pytest
 from flax import linen as nn
 from jax import export, lax
 
-from dfs_jax.cpu_kernels import (
+from dfs_jax.tracing import skip_dead_gradients
+from dfs_jax.tracing.cpu import (
     chunks,
     compiler,
     compiler_options,
     depthwise,
-    max_pool_2x2,
     pointwise,
     taps,
     winograd,
 )
-from dfs_jax.cpu_kernels.choice import Geometry, choose_kernels
-from dfs_jax.partitioned import PartitionedConv
-from tests.test_partitioned import DIMENSIONS, assert_close, gradients
+from dfs_jax.tracing.cpu.choice import Geometry, choose_kernels
+from dfs_jax.tracing.for_cpu import for_cpu
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 PADDED = ((1, 1), (1, 1))
+
+
+def assert_close(actual, expected, tolerance):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max(initial=1))
 
 
 def convolve(x, w, stride=1):
@@ -90,12 +98,12 @@ def test_depthwise_kernels_equal_xlas(stride, sides):
 
     def loss(x, w):
         options = {"dimension_numbers": DIMENSIONS, "feature_group_count": 3}
-        y = PartitionedConv(((0, 2),))(x, w, (stride, stride), PADDED, **options)
+        y = lax.conv_general_dilated(x, w, (stride, stride), PADDED, **options)
         return jnp.sum(jnp.sin(y)), y
 
     with jax.enable_x64(True):
         x, w = random(5, *sides, 3), random(3, 3, 1, 3)
-        function = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+        function = jax.jit(for_cpu(jax.grad(loss, (0, 1), has_aux=True)))
         single = x.astype(np.float32), w.astype(np.float32)
         ours, exact = function(*single), function(x, w)
         assert operations(function.lower(*single).as_text())["convolution"] == 0
@@ -202,67 +210,81 @@ def test_the_rule(row):
         assert (function and function.__module__) == (module and module.__name__)
 
 
-def pooled(x):
-    return nn.max_pool(x, (2, 2), (2, 2))
-
-
-def layer_and_pool(conv, pool):
-    """A value and its gradients, with both layers in it."""
-
-    def loss(x, w):
-        y = conv(x, w, (1, 1), PADDED, dimension_numbers=DIMENSIONS)
-        return jnp.sum(jnp.sin(pool(y)))
-
-    return jax.value_and_grad(loss, (0, 1))
-
-
-OURS = layer_and_pool(PartitionedConv(((0, 32),)), max_pool_2x2)
-SWITCHED_OFF = layer_and_pool(
-    PartitionedConv(((0, 32),), cpu_kernels=False),
-    functools.partial(max_pool_2x2, cpu_kernels=False),
-)
-SHAPES = [
-    jax.ShapeDtypeStruct((4, 24, 24, 37), jnp.float32),
-    jax.ShapeDtypeStruct((3, 3, 37, 67), jnp.float32),
-]
+def loss(x, w, strides=(1, 1), padding=PADDED, **options):
+    options = {"dimension_numbers": DIMENSIONS, **options}
+    return jnp.sum(jnp.sin(lax.conv_general_dilated(x, w, strides, padding, **options)))
 
 
 def operations(lowered: str) -> collections.Counter:
-    """How often each operation occurs; the choice itself, a case of one branch, left out."""
-    found = collections.Counter(re.findall(r"stablehlo\.(\w+)", lowered))
-    return collections.Counter(
-        {name: n for name, n in found.items() if name not in ("case", "return", "constant")}
+    """How often each operation occurs."""
+    return collections.Counter(re.findall(r"stablehlo\.(\w+)", lowered))
+
+
+def convolutions_of(function, *arguments):
+    return operations(jax.jit(function).lower(*arguments).as_text())["convolution"]
+
+
+# sides, channels, features, stride, padding, groups -> convolutions left to XLA of three
+PASSES = {
+    "winograd and taps": ((24, 26), 37, 67, 1, PADDED, 1, 0),
+    "taps alone": ((25, 25), 3, 7, 1, PADDED, 1, 2),
+    "strided": ((7, 10), 17, 19, 2, PADDED, 1, 1),
+    "strided, padded as SAME": ((8, 10), 17, 19, 2, ((0, 1), (0, 1)), 1, 3),
+    "pointwise": ((5, 6), 5, 7, 1, ((0, 0), (0, 0)), 1, 2),
+    "pointwise, strided": ((5, 8), 5, 7, 2, ((0, 0), (0, 0)), 1, 2),
+    "depthwise": ((5, 7), 5, 5, 1, PADDED, 5, 0),
+    "depthwise, strided": ((5, 8), 5, 5, 2, PADDED, 5, 0),
+    "grouped": ((24, 24), 6, 9, 1, PADDED, 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_of_a_gradient_is_recognised(name):
+    sides, channels, features, stride, padding, groups, left = PASSES[name]
+    size = 1 if "pointwise" in name else 3
+    x = random(2, *sides, channels, dtype=np.float32)
+    w = random(size, size, channels // groups, features, dtype=np.float32, seed=2)
+    plain = jax.value_and_grad(
+        functools.partial(loss, strides=(stride,) * 2, padding=padding, feature_group_count=groups),
+        (0, 1),
     )
+    assert_close(jax.jit(for_cpu(plain))(x, w), jax.jit(plain)(x, w), 1e-5)
+    assert convolutions_of(for_cpu(plain), x, w) == left
+    assert convolutions_of(for_cpu(plain, kernels=False), x, w) == 3
 
 
-def lowered(function, platform):
-    traced = jax.jit(function).trace(*SHAPES)
-    return operations(traced.lower(lowering_platforms=(platform,)).as_text())
+def test_gradients_of_live_channels_mapped_rematerialised_and_of_gradients():
+    """The kernels stand in the program of every derivative, within every call."""
+    x, w = random(2, 24, 24, 37, dtype=np.float32), random(3, 3, 37, 67, dtype=np.float32)
+
+    def forked(x, w):
+        x = jnp.concatenate([x[..., :32], lax.stop_gradient(x[..., 32:])], axis=-1)
+        return jax.checkpoint(loss)(x, w)
+
+    def mapped(x, w):
+        grad = jax.grad(skip_dead_gradients(forked), (0, 1))
+        _, pull = jax.vjp(lambda x, w: jnp.stack([loss(x, w), 2 * loss(x, w)]), x, w)
+        return (
+            grad(x, w),
+            jax.vmap(pull)(jnp.eye(2)),
+            jax.lax.map(lambda c: loss(c * x, w), x[0, 0, :2, 0]),
+        )
+
+    def penalty(x, w):
+        return jax.grad(lambda x: jnp.sum(jnp.cos(jax.grad(loss)(x, w))))(x)
+
+    for function in (mapped, penalty):
+        assert_close(jax.jit(for_cpu(function))(x, w), jax.jit(function)(x, w), 1e-4)
+        assert convolutions_of(for_cpu(function), x, w) == 0
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_other_platforms_keep_xlas_own_kernels_and_nothing_else(platform):
-    assert lowered(OURS, platform) == lowered(SWITCHED_OFF, platform)
-    text = operations(
-        export.export(jax.jit(OURS), platforms=[platform])(*SHAPES).mlir_module(),
-    )
-    assert text["convolution"] == 3
-    assert not text["dot_general"] + text["optimization_barrier"]
-
-
-def test_a_cpu_gets_the_kernels_unless_they_are_switched_off():
-    ours, off = lowered(OURS, "cpu"), lowered(SWITCHED_OFF, "cpu")
-    assert (ours["convolution"], ours["reduce_window"], ours["dot_general"]) == (0, 0, 3)
-    assert (off["convolution"], off["reduce_window"], off["dot_general"]) == (3, 1, 0)
-
-
-def test_a_symbolic_batch_switches_them_off():
+def test_a_symbolic_batch_keeps_xlas_own():
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, 24, 24, 37), jnp.float32)
-    exported = export.export(jax.jit(OURS), platforms=["cpu"])(images, SHAPES[1])
     x, w = random(2, 24, 24, 37, dtype=np.float32), random(3, 3, 37, 67, dtype=np.float32)
-    assert operations(exported.mlir_module())["convolution"] == 3
-    assert_close(exported.call(x, w), SWITCHED_OFF(x, w), 1e-6)
+    exported = export.export(jax.jit(for_cpu(loss)), platforms=["cpu"])(images, w)
+    assert operations(exported.mlir_module())["convolution"] == 1
+    assert_close(exported.call(x, w), loss(x, w), 1e-6)
 
 
 def test_what_the_kernels_do_not_cover_is_xlas():
@@ -271,62 +293,66 @@ def test_what_the_kernels_do_not_cover_is_xlas():
     others = [
         (x, w, {"rhs_dilation": (2, 2)}),
         (x, w, {"precision": "highest"}),
+        (x, w, {"preferred_element_type": jnp.float64}),
         (x.transpose(0, 3, 1, 2), w, {"dimension_numbers": ("NCHW", "HWIO", "NCHW")}),
         (x.astype(np.float16), w.astype(np.float16), {}),
         (x[:, 0], w[0], {"dimension_numbers": ("NHC", "HIO", "NHC")}),
     ]
     for x, w, options in others:
-        options = {"dimension_numbers": DIMENSIONS, **options}
         ndim = x.ndim - 2
-        conv = functools.partial(
-            PartitionedConv(), window_strides=(1,) * ndim, padding=((1, 1),) * ndim, **options
-        )
-        found = operations(jax.jit(conv).lower(x, w).as_text())
+        conv = functools.partial(loss, strides=(1,) * ndim, padding=((1, 1),) * ndim, **options)
+        with jax.enable_x64("preferred_element_type" in options):
+            found = operations(jax.jit(for_cpu(conv)).lower(x, w).as_text())
         assert (found["convolution"], found["dot_general"]) == (1, 0)
 
 
-@pytest.mark.parametrize("sides", [(6, 10), (5, 7)])
-def test_pooling_equals_xlas_and_the_first_of_equal_maxima_takes_the_gradient(sides):
+def pooled(x):
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize(("sides", "windows"), [((6, 10), 0), ((5, 7), 1)])
+def test_pooling_equals_xlas_and_the_first_of_equal_maxima_takes_the_gradient(sides, windows):
     """Small whole numbers, so that most maxima are shared."""
     x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (3, *sides, 5)), jnp.float32)
 
-    def results(pool):
-        def loss(x):
-            return jnp.sum(jnp.sin(pool(x) * jnp.arange(1.0, 6)))
+    def loss(x):
+        return jnp.sum(jnp.sin(pooled(x) * jnp.arange(1.0, 6)))
 
-        def penalty(x):
-            return jnp.sum(jax.grad(loss)(x) ** 3)
+    def results(x):
+        return pooled(x), jax.grad(loss)(x), jax.vmap(jax.grad(loss))(jnp.stack([x, -x]))
 
-        direction = (jnp.cos(x),)
-        return (
-            (pool(x), jax.grad(loss)(x), jax.grad(penalty)(x)),
-            jax.jvp(jax.grad(loss), (x,), direction)[1],
-            jax.vmap(jax.grad(loss))(jnp.stack([x, -x])),
-        )
+    def penalty(x):
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 3))(x)
 
-    ours, plain = (jax.jit(lambda p=pool: results(p))() for pool in (max_pool_2x2, pooled))
+    ours, plain = jax.jit(for_cpu(results))(x), jax.jit(results)(x)
     assert_close(ours, plain, 1e-6)
-    for a, e in zip(ours[0][:2], plain[0][:2], strict=True):
+    for a, e in zip(ours[:2], plain[:2], strict=True):
         np.testing.assert_array_equal(a, e)
+    assert_close(jax.jit(for_cpu(penalty))(x), jax.jit(penalty)(x), 1e-6)
+    found = operations(jax.jit(for_cpu(jax.grad(loss))).lower(x).as_text())
+    assert found["reduce_window"] == found["select_and_scatter"] == windows
+
+
+def test_other_pools_are_xlas():
+    x = random(2, 6, 8, 5, dtype=np.float32)
+    for pool in (
+        lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME"),
+        lambda x: nn.max_pool(x, (2, 2), (1, 1)),
+        lambda x: nn.max_pool(x, (2, 2), (2, 2), ((1, 1), (1, 1))),
+    ):
+        function = jax.grad(lambda x, pool=pool: jnp.sum(jnp.sin(pool(x))))
+        assert_close(jax.jit(for_cpu(function))(x), jax.jit(function)(x), 1e-6)
 
 
 def test_pooling_passes_what_is_not_a_number_on():
     x = jnp.ones((1, 4, 4, 1)).at[0, [0, 1, 2, 3], [0, 2, 1, 3], 0].set(jnp.nan)
-    assert np.isnan(max_pool_2x2(x)).all()
+    assert np.isnan(jax.jit(for_cpu(pooled))(x)).all()
 
 
 def test_bfloat16_is_computed_in_float32():
     x, w = random(2, 24, 24, 37, dtype=jnp.bfloat16), random(3, 3, 37, 67, dtype=jnp.bfloat16)
-    conv = functools.partial(
-        PartitionedConv(), window_strides=(1, 1), padding=PADDED, dimension_numbers=DIMENSIONS
-    )
-
-    def loss(x, w):
-        return jnp.sum(jnp.sin(conv(x, w)))
-
-    compiled = jax.jit(gradients(loss))
-    assert operations(compiled.lower(x, w).as_text())["convolution"] == 0
-    y = jax.jit(conv)(x, w)
+    assert convolutions_of(for_cpu(jax.grad(loss, (0, 1))), x, w) == 0
+    y = jax.jit(for_cpu(convolve))(x, w)
     assert y.dtype == jnp.bfloat16
     exact = convolve(x.astype(np.float32), w.astype(np.float32))
     one_step = 2.0**-7  # what rounding to bfloat16 may turn the last bits of float32 into

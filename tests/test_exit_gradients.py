@@ -85,10 +85,10 @@ class Chain(MultiExitModel):
             setattr(self, f"block{i}", Unit(4 + i, 0.2 if i == 2 else 0.0))
             setattr(self, f"head{i}", Unit(self.num_classes))
 
-    def block(self, i, carry, live=None, *, train):
+    def block(self, i, carry, *, train):
         return getattr(self, f"block{i + 1}")(carry, train=train)
 
-    def head(self, i, x, live=None, *, train):
+    def head(self, i, x, *, train):
         pooled = getattr(self, f"head{i + 1}")(x, train=train).mean((1, 2))
         return HeadOutput(3 * pooled, pooled)
 

@@ -210,7 +210,7 @@ class TwoScales(MultiExitModel):
         self.block1, self.block2 = nn.Dense(11, use_bias=False), nn.Dense(13, use_bias=False)
         self.head1, self.head2 = nn.Dense(self.num_classes), nn.Dense(self.num_classes)
 
-    def block(self, i, carry, live=None, *, train):
+    def block(self, i, carry, *, train):
         if i == 0:
             flat = carry.reshape(1, -1)
             return {"unused": self.block1(flat), "read": self.block1(flat)}
@@ -222,7 +222,7 @@ class TwoScales(MultiExitModel):
     def with_feature(self, carry, x):
         return carry | {"read": x}
 
-    def head(self, i, x, live=None, *, train):
+    def head(self, i, x, *, train):
         return HeadOutput((self.head1 if i == 0 else self.head2)(x), x)
 
 

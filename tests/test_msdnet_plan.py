@@ -11,7 +11,6 @@ from dfs_jax.models.msdnet_plan import (
     ScaleGrowth,
     ScaleMix,
     Transition,
-    append_live,
     block_sizes,
     kept_scales,
     transition_layers,
@@ -103,33 +102,6 @@ def test_a_scale_factor_may_be_a_fraction_where_widths_stay_whole():
     model = small(initial_channels=4, growth=4, scale_factors=(1, 1.5), bottleneck_factors=(1, 2))
     assert model.plan[0].first == (4, 6)
     assert [step.scales[-1].features for step in model.plan[0].steps] == [12, 18]
-
-
-@pytest.mark.parametrize(
-    ("live", "old", "new", "expected"),
-    [
-        (((0, 3),), 7, 11, ((0, 3), (7, 11))),
-        (((0, 3), (5, 7)), 7, 11, ((0, 3), (5, 11))),
-        ((), 7, 11, ((7, 11),)),
-        (((0, 7),), 7, 11, None),
-    ],
-)
-def test_appended_channels_are_live(live, old, new, expected):
-    assert append_live(live, old, new) == expected
-
-
-def test_live_channels_through_blocks_by_hand():
-    plan = small().plan
-    # Coarsest scale: 12 -> 20 -> 28 | 36, 44, transition to 20 | 28, 36 | 44, to 20, 28.
-    assert plan[0].live(None) == (None, None, None)
-    assert plan[1].live(((0, 9),)) == (
-        ((0, 9),),
-        ((0, 9), (28, 36)),
-        ((0, 9), (28, 44)),
-        None,
-    )
-    assert plan[2].live(()) == ((), ((20, 28),), ((20, 36),))
-    assert plan[3].live(((0, 36),)) == (((0, 36),), None, None, None)
 
 
 @pytest.mark.parametrize(

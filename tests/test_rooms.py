@@ -31,8 +31,6 @@ ROOMS = (
     "tracing",
     "forks",
     "layers",
-    "cpu_kernels",
-    "partitioned",
     "models",
     "losses",
     "data",

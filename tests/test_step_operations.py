@@ -14,7 +14,6 @@ from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import MultiExitModel
-from dfs_jax.partitioned import PartitionedConv
 from dfs_jax.types import HeadOutput, UserError
 
 CHANNELS, IMAGE_SHAPE = 10, (5, 7, 10)
@@ -47,10 +46,10 @@ class Toy(MultiExitModel):
         for i, function in enumerate(self.functions, start=1):
             setattr(self, f"block{i}", Block(function))
 
-    def block(self, i, carry, live=None, *, train):
+    def block(self, i, carry, *, train):
         return getattr(self, f"block{i + 1}")(carry)
 
-    def head(self, i, x, live=None, *, train):
+    def head(self, i, x, *, train):
         pooled = x.mean((1, 2)).sum(-1, keepdims=True)
         return HeadOutput(jnp.tile(pooled, self.num_classes), pooled)
 
@@ -62,8 +61,8 @@ def layer(x):
     return conv(CHANNELS)(x)
 
 
-def cost(functions, fork=PLAIN, image_shape=IMAGE_SHAPE, count=theoretical_step_cost):
-    return count(Toy(functions=tuple(functions)), fork, LOSS, image_shape)
+def cost(functions, fork=PLAIN, image_shape=IMAGE_SHAPE, count=theoretical_step_cost, **options):
+    return count(Toy(functions=tuple(functions), **options), fork, LOSS, image_shape)
 
 
 # In theory
@@ -222,18 +221,16 @@ def split_layer(x):
     return conv(CHANNELS)(shared) + conv(CHANNELS)(lax.stop_gradient(rest))
 
 
-def partitioned_layer(x):
-    return conv(CHANNELS, conv_general_dilated=PartitionedConv(((0, 5),)))(x)
-
-
-@pytest.mark.parametrize("cheaper_layer", [split_layer, partitioned_layer])
+@pytest.mark.parametrize("cheaper_layer", [split_layer, layer])
 def test_what_a_layer_saves_shows_in_the_traced_step(cheaper_layer):
     functions = (layer, cheaper_layer, cheaper_layer)
     cheaper = cost(functions, DFS, count=traced_step_cost)
     assert cheaper == cost([layer] * 3, DFS) == (3 * UNIT, 3 * UNIT, UNIT)
     assert cost(functions, DFS) == cheaper
-    # A convolution of the concatenation computes the whole gradient, and cuts it afterwards.
-    naive = cost([layer] * 3, DFS, count=traced_step_cost)
+
+
+def test_the_naive_graph_computes_the_whole_gradient_and_cuts_it_afterwards():
+    naive = cost([layer] * 3, DFS, count=traced_step_cost, partitioned_backward=False)
     assert naive == (3 * UNIT, 3 * UNIT, 2 * UNIT)
 
 

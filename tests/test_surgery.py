@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dfs_jax import surgery
-from dfs_jax.surgery import FeatureSurgery, limit_live, partition_channels
+from dfs_jax.surgery import FeatureSurgery, partition_channels
 
 SHAPE, CHANNELS = (2, 3, 7), 7
 RNG = np.random.default_rng(0)
@@ -67,53 +67,16 @@ def test_last_exit_is_never_partitioned(referencing):
     np.testing.assert_array_equal(forked.to_head, X)
     np.testing.assert_array_equal(forked.to_trunk, X)
     np.testing.assert_array_equal(gradient, TO_HEAD + TO_TRUNK)
-    assert forked.head_live is forked.trunk_live is None
 
 
 def test_one_ratio_an_exit():
     surgeon = FeatureSurgery([0.3, 1.0])
     assert surgeon.partition_ratio == (0.3, 1.0)
-    cuts = [surgeon(X, exit_index=i, num_exits=3).trunk_live for i in range(2)]
-    assert cuts == [((0, 2),), None]
+    assert [surgeon.ratio_at(i, num_exits=3) for i in range(2)] == [0.3, 1.0]
+    for i, k in enumerate((2, CHANNELS)):
+        trained = jax.grad(lambda x, i=i: surgeon(x, exit_index=i, num_exits=3).to_trunk.sum())(X)
+        assert np.asarray(trained).any(axis=(0, 1)).sum() == k
     assert FeatureSurgery((0.3,)).ratio_at(4, num_exits=6) == 0.3
-
-
-@pytest.mark.parametrize(
-    ("referencing", "head_live", "trunk_live"),
-    [
-        ("symmetric", ((2, 3), (5, 6)), ((1, 2),)),
-        ("trunk_only", ((1, 3), (5, 6)), ((1, 2),)),
-        ("none", ((2, 3), (5, 6)), ((1, 2),)),
-    ],
-)
-def test_live_channels_are_cut_where_the_feature_is(referencing, head_live, trunk_live):
-    surgeon = FeatureSurgery(0.3, referencing)
-    forked = surgeon(X, ((1, 3), (5, 6)), exit_index=0, num_exits=3)
-    assert (forked.head_live, forked.trunk_live) == (head_live, trunk_live)
-
-
-@pytest.mark.parametrize("referencing", surgery.REFERENCINGS)
-@pytest.mark.parametrize("beta", SHARED)
-def test_live_channels_are_those_with_gradient(beta, referencing):
-    surgeon = FeatureSurgery(beta, referencing)
-    forked = surgeon(X, exit_index=0, num_exits=2)
-    for reader in ("to_head", "to_trunk"):
-
-        def read(x, reader=reader):
-            return getattr(surgeon(x, exit_index=0, num_exits=2), reader).sum()
-
-        carries = np.asarray(jax.grad(read)(X)).any(axis=(0, 1))
-        live = forked.head_live if reader == "to_head" else forked.trunk_live
-        intervals = ((0, CHANNELS),) if live is None else live
-        told = [any(low <= c < high for low, high in intervals) for c in range(CHANNELS)]
-        assert told == carries.tolist()
-
-
-def test_limit_live_drops_empty_intervals_and_knows_the_whole():
-    assert limit_live(((0, 2), (4, 7)), 2, 4, 7) == ()
-    assert limit_live(None, 0, 7, 7) is None
-    assert limit_live(((0, 7),), 0, 7, 7) is None
-    assert limit_live((), 0, 7, 7) == ()
 
 
 def test_shared_channels_round_halves_to_even():

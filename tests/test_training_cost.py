@@ -147,12 +147,6 @@ def test_a_peer_refuses_before_anything_is_compiled(compiled):
     assert not compiled
 
 
-def test_models_without_the_switches_leave_out_the_variants(compiled):
-    config = tiny_config(**TINY_NETWORK)
-    rows = measure_training_cost(config, partition_ratios=[0.5])
-    assert [row["method"] for row in rows] == ["dsn", "byot", "dfs"]
-
-
 def plain_name(name):
     return VARIANTS[name].method if name in VARIANTS else name
 

@@ -10,8 +10,6 @@ from flax import linen as nn
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.models.resnet import Stage
-from dfs_jax.partitioned import Execution
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput
 
 
@@ -21,7 +19,8 @@ class Stages(nn.Module):
     width: int
     stem: str
     stage_sizes: tuple[int, ...]
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -32,7 +31,8 @@ class Stages(nn.Module):
                 stride=2 if i else 1,
                 bottleneck=False,
                 stem=None if i else self.stem,
-                execution=self.execution,
+                dtype=self.dtype,
+                norm_groups=self.norm_groups,
                 name=f"stage{i + 1}",
             )
             x = stage(x, train=train)
@@ -59,18 +59,17 @@ class StaticResNet(ConvolutionalModel):
         return 1
 
     def setup(self):
-        self.block1 = Stages(self.width, self.stem, self.stage_sizes, self.execution)
-        self.head1 = PooledLinearHead(self.num_classes, execution=self.execution)
+        how = self.dtype, self.batch_norm_groups
+        self.block1 = Stages(self.width, self.stem, self.stage_sizes, *how)
+        self.head1 = PooledLinearHead(self.num_classes)
 
-    def block(
-        self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
-    ) -> jax.Array:
-        del i, live
+    def block(self, i: int, carry: jax.Array, *, train: bool) -> jax.Array:
+        del i
         return self.block1(carry, train=train)
 
-    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+    def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
         del i, train
-        return self.head1(x, live)
+        return self.head1(x)
 
 
 StaticResNet18 = functools.partial(StaticResNet, stage_sizes=(2, 2, 2, 2))

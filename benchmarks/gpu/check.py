@@ -19,14 +19,14 @@ from absl import flags
 from benchmarks.accuracy.results import DIRECTORY
 from benchmarks.gpu.clock import Expected
 from benchmarks.gpu.session import Session
-from dfs_jax.cpu_kernels import compiler_options
 from dfs_jax.forks import create_fork
 from dfs_jax.interop.__main__ import TOLERANCE
 from dfs_jax.interop.golden import NEGLIGIBLE, compare, compute, read_golden
 from dfs_jax.losses import create_loss
 from dfs_jax.models import MODELS, create_model
-from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
+from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.program import say
+from dfs_jax.tracing.cpu import compiler_options
 from dfs_jax.types import PyTree, UserError
 
 FIXTURES = DIRECTORY.parent.parent / "tests" / "fixtures"
@@ -180,9 +180,6 @@ def _compute(
     The CPU gets Flax's own layers, without kernels of this package: what is compared with is as
     plain as can be.
     """
-    on_cpu = device.platform == "cpu"
-    if on_cpu and isinstance(model, ConvolutionalModel):
-        model = model.clone(cpu_kernels=False)
     fork, loss = create_fork("dfs", partition_ratio=BETA), create_loss("byot")
 
     def run(variables: dict[str, Any], images: jax.Array, labels: jax.Array):

@@ -22,6 +22,7 @@ from dfs_jax.analysis.traced import (
     Value,
     multiply_adds,
 )
+from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import PyTree
 
@@ -119,8 +120,8 @@ class _Parts:
         self.blocks, self.heads = [], []
         carry = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         for i in range(model.num_exits):
-            block, carry = self._trace(_run_block, i, carry)
-            head, _ = self._trace(_run_head, i, carry)
+            block, carry = self._trace("run_block", i, carry)
+            head, _ = self._trace("run_head", i, carry)
             self.blocks.append(block)
             self.heads.append(head)
 
@@ -144,22 +145,15 @@ class _Parts:
             )
         return PartCount(blocks, heads)
 
-    def _trace(self, part: Callable, i: int, carry: PyTree) -> tuple[TracedProgram, PyTree]:
+    def _trace(self, part: str, i: int, carry: PyTree) -> tuple[TracedProgram, PyTree]:
         def run(variables, carry):
-            return self.model.apply(variables, i, carry, method=part)
+            output = self.model.apply(variables, PlainFork(), i, carry, method=part)
+            return output if part == "run_block" else output.logits
 
         program, shapes = jax.make_jaxpr(run, return_shape=True)(self.variables, carry)
         kinds = [Kind.WEIGHT] * len(jax.tree.leaves(self.variables))
         kinds += [Kind.ACTIVATION] * len(jax.tree.leaves(carry))
         return TracedProgram(program, kinds), shapes
-
-
-def _run_block(model: MultiExitModel, i: int, carry: PyTree) -> PyTree:
-    return model.block(i, carry, None, train=False)
-
-
-def _run_head(model: MultiExitModel, i: int, carry: PyTree) -> jax.Array:
-    return model.head(i, model.feature(carry), None, train=False).logits
 
 
 def _size(tree: PyTree) -> int:

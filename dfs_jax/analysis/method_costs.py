@@ -22,11 +22,9 @@ from dfs_jax.analysis.step_timing import (
 )
 from dfs_jax.data.dataset import Dataset, Split
 from dfs_jax.data.statistics import channel_statistics
-from dfs_jax.losses import create_loss
-from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.registry import Registry
 from dfs_jax.training.config import check_config
-from dfs_jax.training.experiment import Experiment, build_experiment, model_from_config
+from dfs_jax.training.experiment import Experiment, build_experiment
 from dfs_jax.training.methods import MethodParts, method_parts
 from dfs_jax.types import Config, UserError, check_whole
 
@@ -178,7 +176,7 @@ def plan_cases(
       rival: of `create_peer`, or None.
     """
     ours = []
-    for name in names or _default_methods(config):
+    for name in names or DEFAULT_METHODS:
         for ratio in _ratios_of(name, ratios):
             experiment = build_experiment(_config_of(config, name, ratio), dataset)
             ours.append(Case(name, ratio, OURS, OUR_LAYOUT, experiment))
@@ -191,14 +189,6 @@ def plan_cases(
         if case.method not in VARIANTS and case.experiment.rule.is_plain_sum
     ]
     return ours + theirs
-
-
-def _default_methods(config: Config) -> list[str]:
-    loss = create_loss("deep_supervision")
-    has_variants = isinstance(
-        model_from_config(config.model, loss, num_classes=2), ConvolutionalModel
-    )
-    return [name for name in DEFAULT_METHODS if has_variants or name not in VARIANTS]
 
 
 def _variant(name: str) -> Variant:
@@ -281,7 +271,7 @@ def _operations(case: Case) -> dict[str, int | None]:
     if not case.experiment.rule.is_plain_sum:
         return {"macs": None, "macs_theory": None}
     model, dataset = case.experiment.model, case.experiment.dataset
-    if case.framework != OURS and isinstance(model, ConvolutionalModel):
+    if case.framework != OURS:
         model = model.clone(partitioned_backward=False)  # others differentiate the naive graph
     parts = model, case.experiment.fork, case.experiment.loss, dataset.image_shape
     traced, theory = traced_step_cost(*parts), theoretical_step_cost(*parts)

@@ -12,6 +12,7 @@ import numpy as np
 from dfs_jax.analysis.flops import over_all_runs, product
 from dfs_jax.analysis.traced import Kind, Operation, TracedProgram, Value, multiply_adds_by_input
 from dfs_jax.forks import Fork
+from dfs_jax.gradients.summed import summed_loss
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import PyTree
@@ -63,14 +64,12 @@ def traced_step_cost(
     """
     function, variables = _loss_function(model, fork, loss), _variables(model, image_shape)
 
-    def step(variables: PyTree, images: jax.Array, seed: jax.Array):
-        value, pullback = jax.vjp(
-            lambda params: function({**variables, "params": params}, images), variables["params"]
-        )
+    def step(params: PyTree, batch_stats: PyTree, images: jax.Array, seed: jax.Array):
+        value, pullback = jax.vjp(lambda params: function(params, batch_stats, images), params)
         return value, pullback(seed)
 
-    inputs = (variables, _traced_images(image_shape), jax.ShapeDtypeStruct((), jnp.float32))
-    program = _trace(step, inputs, (Kind.WEIGHT, Kind.ACTIVATION, Kind.GRADIENT))
+    inputs = (*variables, _traced_images(image_shape), jax.ShapeDtypeStruct((), jnp.float32))
+    program = _trace(step, inputs, (Kind.WEIGHT, Kind.WEIGHT, Kind.ACTIVATION, Kind.GRADIENT))
     forward = weight_gradients = input_gradients = 0
     read: set[Value] = set()  # by products of gradients, later in the program
     for operation in reversed(program.operations):
@@ -101,14 +100,11 @@ def theoretical_step_cost(
 
     Args and Raises as in `traced_step_cost`.
     """
+    model = model.clone(partitioned_backward=False)
     function, variables = _loss_function(model, fork, loss), _variables(model, image_shape)
-    inputs = (variables["params"], variables["batch_stats"], _traced_images(image_shape))
-
-    def forward(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        return function({"params": params, "batch_stats": batch_stats}, images)
-
-    program = _trace(forward, inputs, (Kind.WEIGHT, Kind.WEIGHT, Kind.ACTIVATION))
-    live = _live_values(program, len(jax.tree.leaves(variables["params"])))
+    inputs = (*variables, _traced_images(image_shape))
+    program = _trace(function, inputs, (Kind.WEIGHT, Kind.WEIGHT, Kind.ACTIVATION))
+    live = _live_values(program, len(jax.tree.leaves(variables[0])))
     trained = _values_with_gradient(program)
     costs = {Kind.WEIGHT: 0, Kind.ACTIVATION: 0}
     total = 0
@@ -122,8 +118,10 @@ def theoretical_step_cost(
     return _of_one_image(total, costs[Kind.WEIGHT], costs[Kind.ACTIVATION])
 
 
-def _variables(model: MultiExitModel, image_shape: tuple[int, int, int]) -> PyTree:
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))
+def _variables(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tuple[PyTree, PyTree]:
+    """Returns the shapes of the parameters and of the statistics."""
+    found = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))
+    return found["params"], found["batch_stats"]
 
 
 def _traced_images(image_shape: tuple[int, int, int]) -> jax.ShapeDtypeStruct:
@@ -136,19 +134,14 @@ def _of_one_image(*counts: int) -> StepCost:
 
 def _loss_function(
     model: MultiExitModel, fork: Fork, loss: Loss
-) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """Returns `(variables, images) -> summed losses`, in training mode."""
+) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
+    """Returns `(params, batch_stats, images) -> summed losses`, in training mode."""
+    total_loss = summed_loss(model, fork, loss)
 
-    def function(variables: PyTree, images: jax.Array) -> jax.Array:
-        outputs, _ = model.apply(
-            variables,
-            images,
-            fork,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-        return jnp.sum(loss(outputs, jnp.zeros(len(images), int)))
+    def function(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
+        labels = jnp.zeros(len(images), int)
+        variables = {"batch_stats": batch_stats}
+        return total_loss(params, variables, images, labels, jax.random.key(0))[0]
 
     return function
 

@@ -23,8 +23,9 @@ from dfs_jax.analysis.compiled import memory
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.gradients import Batch, Trained
+from dfs_jax.gradients.summed import summed_loss
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
-from dfs_jax.training.passes import make_step_parts, summed_loss
+from dfs_jax.training.passes import make_step_parts
 from dfs_jax.training.sharding import jit_for_mesh, put_batch, replicated
 from dfs_jax.training.state import TrainState
 from dfs_jax.training.step import step_keys
@@ -140,8 +141,9 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
     state = initial_state(experiment)
     step: Any = training_step(experiment)
     if plain_jit:
-        step = jax.jit(step.__wrapped__, donate_argnums=0)
-    jit = jax.jit if plain_jit else functools.partial(jit_for_mesh, mesh=experiment.mesh)
+        step = jax.jit(step.__wrapped__, donate_argnums=0)  # ours rewrites programs inside
+    how = {"mesh": experiment.mesh, "runs": experiment.model}
+    jit = jax.jit if plain_jit else functools.partial(jit_for_mesh, **how)
     step, seconds = _compile_cold(step, state, images, labels)
     forward, forward_backward = (
         jit(function, out_shardings=replicated(experiment.mesh))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 
 from dfs_jax.registry import Registry
-from dfs_jax.surgery import ExitFork, LiveChannels
+from dfs_jax.surgery import ExitFork
 
 FORKS = Registry(
     "fork",
@@ -20,11 +20,12 @@ FORKS = Registry(
 
 
 class Fork(Protocol):
-    """Splits a feature between exit `exit_index` (0-based) of `num_exits` and the next block."""
+    """Splits a feature between exit `exit_index` (0-based) of `num_exits` and the next block.
 
-    def __call__(
-        self, x: jax.Array, live: LiveChannels = None, *, exit_index: int, num_exits: int
-    ) -> ExitFork: ...
+    A pure function: each of the two readers calls it and takes its own view.
+    """
+
+    def __call__(self, x: jax.Array, *, exit_index: int, num_exits: int) -> ExitFork: ...
 
 
 def create_fork(name: str, **options: Any) -> Fork:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dfs_jax.surgery import ExitFork, LiveChannels
+from dfs_jax.surgery import ExitFork
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -52,12 +52,9 @@ class GradientEquilibrium:
       Array([25.75, 25.75], dtype=float32)
     """
 
-    def __call__(
-        self, x: jax.Array, live: LiveChannels = None, *, exit_index: int, num_exits: int
-    ) -> ExitFork:
+    def __call__(self, x: jax.Array, *, exit_index: int, num_exits: int) -> ExitFork:
         """Forks `x` `[..., channels]` at exit `exit_index` of `num_exits` (0-based)."""
         left = num_exits - exit_index
         if left == 1:
-            return ExitFork(x, x, live, live)
-        to_head, to_trunk = scale_gradient(x, 1 / left), scale_gradient(x, (left - 1) / left)
-        return ExitFork(to_head, to_trunk, live, live)
+            return ExitFork(x, x)
+        return ExitFork(scale_gradient(x, 1 / left), scale_gradient(x, (left - 1) / left))

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from dfs_jax.surgery import ExitFork, LiveChannels
+from dfs_jax.surgery import ExitFork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,6 @@ class PlainFork:
       (2, 3)
     """
 
-    def __call__(
-        self, x: jax.Array, live: LiveChannels = None, *, exit_index: int, num_exits: int
-    ) -> ExitFork:
+    def __call__(self, x: jax.Array, *, exit_index: int, num_exits: int) -> ExitFork:
         del exit_index, num_exits  # every exit is treated alike
-        return ExitFork(x, x, live, live)
+        return ExitFork(x, x)

@@ -18,7 +18,7 @@ from jax import lax
 from dfs_jax.forks import Fork
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
-from dfs_jax.surgery import LiveChannels
+from dfs_jax.tracing.dead_gradients import skip_dead_gradients
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree, UserError
 
 
@@ -84,9 +84,9 @@ def exit_gradients(
         of_outputs = of_outputs._replace(logits=of_outputs.logits.swapaxes(0, 1))
     else:
         (of_outputs,) = pull(jnp.ones_like(losses))
-    heads, of_features = _back_through_heads(stages, of_outputs, couples)
+    heads, of_carries = _back_through_heads(stages, of_outputs, couples)
     way = _WAYS[exits or best_way(jax.default_backend())]
-    trunk = way(stages, of_features, couples)
+    trunk = way(stages, of_carries, couples)
     return ExitGradients(
         losses, outputs.logits, _named("block", trunk), _named("head", heads), batch_stats
     )
@@ -115,20 +115,16 @@ def check_names(model: MultiExitModel, params: PyTree) -> None:
 
 
 class _Stage(NamedTuple):
-    """Backward passes (VJPs) of a block, of the fork at its end, and of the head.
+    """Backward passes (VJPs) of a head and of a block, each with the fork in front of it.
 
     Attributes:
-      head: gradient of the head's output -> gradients of its parameters and of its input.
-      view: gradient of the head's input -> gradient of the block's output.
-      onward: gradient of the next block's input -> gradient of the block's output; None after the
-        last block.
-      block: gradient of the block's output -> gradients of its parameters and of its input.
+      head: gradient of the head's output -> gradients of its parameters and of the block's output.
+      block: gradient of the block's output -> gradients of its parameters and of the output of the
+        block before; None for images.
       params: parameters of the block.
     """
 
     head: Callable[[PyTree], tuple[PyTree, PyTree]]
-    view: Callable[[PyTree], PyTree]
-    onward: Callable[[PyTree], PyTree] | None
     block: Callable[[PyTree], tuple[PyTree, PyTree]]
     params: PyTree
 
@@ -137,119 +133,97 @@ def _forward(
     model: MultiExitModel, fork: Fork, variables: dict[str, Any], images: jax.Array, key: jax.Array
 ) -> tuple[list[_Stage], ExitOutputs, PyTree]:
     """Runs the exits as `run_exits` does, and keeps the backward pass of each part."""
-    run = functools.partial(_run_part, model, variables["params"], key)
-    stats, exits = variables.get("batch_stats", {}), model.num_exits
-    carry, live, stages, outputs = images, None, [], []
-    for i in range(exits):
-        carry, block, stats = run("block", i, carry, live, stats)
-        split = functools.partial(_fork, model, fork, i, model.live_after(i, live))
-        forked = split(carry)
-        _, view = jax.vjp(lambda carry, split=split: split(carry).to_head, carry)
-        output, head, stats = run("head", i, forked.to_head, forked.head_live, stats)
+    params = variables["params"]
+    run = functools.partial(_run_part, model, fork, params, key)
+    stats, carry, stages, outputs = variables.get("batch_stats", {}), images, [], []
+    for i in range(model.num_exits):
+        carry, block, stats = run("block", i, carry, stats)
+        output, head, stats = run("head", i, carry, stats)
         outputs.append(output)
-        onward, live = None, forked.trunk_live
-        if i < exits - 1:
-            carry, onward = jax.vjp(
-                lambda carry, split=split: model.with_feature(carry, split(carry).to_trunk), carry
-            )
-        params = variables["params"].get(f"block{i + 1}", {})
-        stages.append(_Stage(head, _first(view), _first(onward), block, params))
+        stages.append(_Stage(head, block, params.get(f"block{i + 1}", {})))
     features = tuple(output.feature for output in outputs)
     return stages, ExitOutputs(jnp.stack([o.logits for o in outputs]), features), stats
 
 
-def _fork(model: MultiExitModel, fork: Fork, i: int, live: LiveChannels, carry: PyTree):
-    return fork(model.feature(carry), live, exit_index=i, num_exits=model.num_exits)
-
-
-def _first(pull: Callable | None) -> Any:
-    return None if pull is None else lambda gradient: pull(gradient)[0]
-
-
 def _run_part(
     model: MultiExitModel,
+    fork: Fork,
     params: PyTree,
     key: jax.Array,
     part: str,
     i: int,
-    x: PyTree,
-    live: LiveChannels,
+    carry: PyTree,
     stats: PyTree,
 ) -> tuple[PyTree, Callable, PyTree]:
     """Runs block or head i; returns its output, its backward pass and the new statistics."""
     name = f"{part}{i + 1}"
 
-    def apply(own: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    def apply(own: PyTree, carry: PyTree) -> tuple[PyTree, PyTree]:
         variables = {"params": {name: own}, "batch_stats": stats}
         state = {"mutable": ["batch_stats"], "rngs": {"dropout": key}}
-        output, updated = model.apply(variables, i, x, live, train=True, method=part, **state)
+        output, updated = model.apply(
+            variables, fork, i, carry, train=True, method=f"run_{part}", **state
+        )
         return output, updated.get("batch_stats", {})
 
     apply = jax.checkpoint(apply) if model.remat else apply
+    apply = skip_dead_gradients(apply) if model.partitioned_backward else apply
     own = params.get(name, {})
-    if part == "block" and i == 0:  # images need no gradient
-        output, pull, stats = jax.vjp(lambda own: apply(own, x), own, has_aux=True)
+    if name == "block1":  # images need no gradient
+        output, pull, stats = jax.vjp(lambda own: apply(own, carry), own, has_aux=True)
         return output, lambda gradient: (*pull(gradient), None), stats
-    return jax.vjp(apply, own, x, has_aux=True)
+    return jax.vjp(apply, own, carry, has_aux=True)
 
 
 def _back_through_heads(
     stages: Sequence[_Stage], of_outputs: ExitOutputs, couples: bool
-) -> tuple[list[PyTree], list[jax.Array]]:
-    """Returns the gradients of the heads' parameters, summed over losses, and of their inputs.
+) -> tuple[list[PyTree], list[PyTree]]:
+    """Returns the gradients of the heads' parameters, summed over losses, and of their carries.
 
-    The gradients of an input are by exit, `[exits, ...]`, if losses couple exits; otherwise each
-    input has the gradient of its own exit's loss.
+    The gradients of a carry are by exit, `[exits, ...]`, if losses couple exits; otherwise each
+    carry has the gradient of its own exit's loss.
     """
-    heads, of_features = [], []
+    heads, of_carries = [], []
     for stage, logits, feature in zip(stages, of_outputs.logits, of_outputs.features, strict=True):
         pull = jax.vmap(stage.head) if couples else stage.head
-        own, of_feature = pull(HeadOutput(logits, feature))
+        own, of_carry = pull(HeadOutput(logits, feature))
         heads.append(jax.tree.map(lambda leaf: leaf.sum(0), own) if couples else own)
-        of_features.append(of_feature)
-    return heads, of_features
+        of_carries.append(of_carry)
+    return heads, of_carries
 
 
-def _vmap(
-    stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
-) -> list[PyTree]:
+def _vmap(stages: Sequence[_Stage], of_carries: Sequence[PyTree], couples: bool) -> list[PyTree]:
     """Returns the gradients of the blocks' parameters by exit, batched over exits by block."""
     blocks, beyond = [], None
-    for stage, of_feature in zip(reversed(stages), reversed(of_features), strict=True):
-        gradient = jax.vmap(stage.view)(of_feature if couples else of_feature[None])
-        if stage.onward is not None:
+    for stage, gradient in zip(reversed(stages), reversed(of_carries), strict=True):
+        if not couples:
+            gradient = jax.tree.map(lambda leaf: leaf[None], gradient)
+        if beyond is not None:
             join = jnp.add if couples else lambda own, rest: jnp.concatenate([own, rest])
-            gradient = jax.tree.map(join, gradient, jax.vmap(stage.onward)(beyond))
+            gradient = jax.tree.map(join, gradient, beyond)
         block, beyond = jax.vmap(stage.block)(gradient)
         blocks.append(block)
     return blocks[::-1]
 
 
-def _unroll(
-    stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
-) -> list[PyTree]:
+def _unroll(stages: Sequence[_Stage], of_carries: Sequence[PyTree], couples: bool) -> list[PyTree]:
     """Returns the same, one exit after another: each starts when the one before is done."""
     exits = len(stages)
     rows: list[list[PyTree]] = [[] for _ in stages]
     for e in range(exits):
         beyond = None
         for i in reversed(range(exits if couples else e + 1)):
-            stage, of_feature = stages[i], of_features[i]
             if couples:
-                gradient = _joined(stage, of_feature[e], beyond)
-            elif i == e or stage.onward is None:
-                gradient = stage.view(of_feature)
+                gradient = _row_added(of_carries[i], e, beyond)
             else:
-                gradient = stage.onward(beyond)
-            block, beyond = stage.block(gradient)
+                gradient = of_carries[i] if i == e else beyond
+            block, beyond = stages[i].block(gradient)
             rows[i].append(block)
-        rows, of_features = lax.optimization_barrier((rows, of_features))
+        rows, of_carries = lax.optimization_barrier((rows, of_carries))
     return [jax.tree.map(lambda *leaves: jnp.stack(leaves), *row) for row in rows]
 
 
-def _scan(
-    stages: Sequence[_Stage], of_features: Sequence[jax.Array], couples: bool
-) -> list[PyTree]:
+def _scan(stages: Sequence[_Stage], of_carries: Sequence[PyTree], couples: bool) -> list[PyTree]:
     """Returns the same, one exit after another in a loop.
 
     At a block that an exit does not reach, its zeros are written to the row that the next exit
@@ -260,7 +234,7 @@ def _scan(
     def step(rows: list[PyTree], e: jax.Array) -> tuple[list[PyTree], None]:
         beyond, new = None, []
         for i in reversed(range(exits)):
-            block, beyond = _through(stages[i], of_features[i], i, e, beyond, couples)
+            block, beyond = _through(stages[i], of_carries[i], i, e, beyond, couples)
             row = e if couples else jnp.maximum(e - i, 0)
             write = functools.partial(lax.dynamic_update_index_in_dim, index=row, axis=0)
             new.append(jax.tree.map(write, rows[i], block))
@@ -276,23 +250,26 @@ def _scan(
 _WAYS = {"vmap": _vmap, "unroll": _unroll, "scan": _scan}
 
 
-def _joined(stage: _Stage, of_feature: jax.Array, beyond: PyTree | None) -> PyTree:
-    """Returns the gradient of a block's output, the sum over its head and the next block."""
-    own = stage.view(of_feature)
-    return own if stage.onward is None else jax.tree.map(jnp.add, own, stage.onward(beyond))
+def _row_added(of_carry: PyTree, e: Any, beyond: PyTree | None) -> PyTree:
+    """Returns exit e's gradient of a carry: through its head and through the next block."""
+    own = jax.tree.map(lambda leaf: leaf[e], of_carry)
+    return own if beyond is None else jax.tree.map(jnp.add, own, beyond)
 
 
 def _through(
-    stage: _Stage, of_feature: jax.Array, i: int, e: jax.Array, beyond: PyTree, couples: bool
+    stage: _Stage, of_carry: PyTree, i: int, e: jax.Array, beyond: PyTree, couples: bool
 ) -> tuple[PyTree, PyTree]:
-    """Propagates exit e's gradient back through stage i; zeros if it does not reach the stage."""
+    """Propagates exit e's gradient back through block i; zeros if it does not reach the block."""
     if couples:
-        return stage.block(_joined(stage, of_feature[e], beyond))
+        return stage.block(_row_added(of_carry, e, beyond))
 
     def reached(beyond: PyTree) -> tuple[PyTree, PyTree]:
-        if stage.onward is None:
-            return stage.block(stage.view(of_feature))
-        return stage.block(lax.cond(e == i, lambda _: stage.view(of_feature), stage.onward, beyond))
+        if beyond is None:
+            return stage.block(of_carry)
+        is_own = e == i
+        return stage.block(
+            jax.tree.map(lambda own, rest: jnp.where(is_own, own, rest), of_carry, beyond)
+        )
 
     def not_reached(beyond: PyTree) -> tuple[PyTree, PyTree]:
         shapes = jax.eval_shape(reached, beyond)

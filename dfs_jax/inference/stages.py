@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from dfs_jax.cpu_kernels import compiler_options
+from dfs_jax.tracing.cpu import compiler_options
+from dfs_jax.tracing.for_cpu import for_cpu
 from dfs_jax.types import PyTree, UserError
 
 if TYPE_CHECKING:
@@ -66,14 +67,12 @@ def _run_stage(
     variables: dict[str, Any],
     carry: PyTree,
 ) -> tuple[PyTree, jax.Array]:
-    def block_and_head(bound: MultiExitModel, carry: PyTree) -> tuple[PyTree, jax.Array]:
-        carry = bound.block(i, carry, train=False)
-        forked = fork(bound.feature(carry), exit_index=i, num_exits=bound.num_exits)
-        logits = bound.head(i, forked.to_head, train=False).logits
-        return bound.with_feature(carry, forked.to_trunk), logits
+    def run(variables: dict[str, Any], carry: PyTree) -> Any:
+        carry = carry if prepare is None else prepare(carry)
+        return model.apply(variables, fork, i, carry, method="run_stage")
 
-    carry = carry if prepare is None else prepare(carry)
-    return model.apply(variables, carry, method=block_and_head)  # type: ignore[return-value]
+    is_on_cpu = model.cpu_kernels and jax.default_backend() == "cpu"
+    return for_cpu(run)(variables, carry) if is_on_cpu else run(variables, carry)
 
 
 def _variables_of(variables: dict[str, Any], i: int) -> dict[str, Any]:

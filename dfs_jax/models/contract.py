@@ -1,8 +1,8 @@
-"""The interface of a backbone, and the loop that runs its exits.
+"""The interface of a backbone, and the walk over its stages.
 
 A backbone defines `block` and `head`, and `feature` and `with_feature` if its carry is more than
-the feature. Forks, staged inference, gradients by exit and counting use these four methods, so that
-none of them changes a model.
+the feature. `run_block` and `run_head` of the base class call these four and the fork; training,
+gradients by exit, staged inference, counting and export call those two.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from flax import linen as nn
 from dfs_jax.forks import Fork
 from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.evaluation_by_parts import evaluate_by_parts
-from dfs_jax.partitioned import Execution
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
 
 # Mesh axis whose devices share the work of one layer.
@@ -38,6 +36,9 @@ class MultiExitModel(nn.Module):
         of the last exit's, for losses that compare features across exits.
       remat: whether training recomputes the inside of blocks and heads in the backward pass: less
         memory for another forward pass, equal gradients.
+      partitioned_backward: whether training skips the gradients of channels that train nothing
+        (`skip_dead_gradients`); otherwise it computes and discards them. Results are equal.
+      cpu_kernels: whether programs for one CPU use this package's convolutions and pools.
       tensor_axes: axis of each parameter that is split over the devices along `TENSOR_AXIS`, by
         the end of the parameter's path; empty if the layers cannot be split.
     """
@@ -45,6 +46,8 @@ class MultiExitModel(nn.Module):
     num_classes: int
     adapt_features: bool = False
     remat: bool = False
+    partitioned_backward: bool = True
+    cpu_kernels: bool = True
 
     tensor_axes: ClassVar[Mapping[str, int]] = {}
 
@@ -53,13 +56,12 @@ class MultiExitModel(nn.Module):
         """Number of exits."""
         raise NotImplementedError
 
-    def block(self, i: int, carry: PyTree, live: LiveChannels = None, *, train: bool) -> PyTree:
+    def block(self, i: int, carry: PyTree, *, train: bool) -> PyTree:
         """Runs block i; block 0 reads the images `[batch, height, width, channels]`.
 
         Args:
           i: index of the block, from 0.
           carry: output of the previous block, with its feature replaced by the forked one.
-          live: channels of that feature that can carry gradient.
           train: whether to use the batch's own statistics and dropout.
 
         Returns:
@@ -67,8 +69,8 @@ class MultiExitModel(nn.Module):
         """
         raise NotImplementedError
 
-    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
-        """Runs classifier i on its view of the feature; `live` channels can carry gradient."""
+    def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
+        """Runs classifier i on its view of the feature."""
         raise NotImplementedError
 
     def feature(self, carry: PyTree) -> jax.Array:
@@ -80,15 +82,22 @@ class MultiExitModel(nn.Module):
         del carry
         return x
 
-    def live_after(self, i: int, live: LiveChannels) -> LiveChannels:
-        """Returns the feature's live channels after block i, given those of the block's input.
+    def run_block(self, fork: Fork, i: int, carry: PyTree, *, train: bool = False) -> PyTree:
+        """Runs block i on what block i - 1 returned, forked, or on images if i = 0."""
+        if i > 0:
+            forked = fork(self.feature(carry), exit_index=i - 1, num_exits=self.num_exits)
+            carry = self.with_feature(carry, forked.to_trunk)
+        return self.block(i, carry, train=train)
 
-        The result is None (every channel) for a block that mixes channels. A block that
-        concatenates new channels to old ones keeps the intervals of the old ones. The function is
-        static: it is called outside any trace.
-        """
-        del i, live
-        return None
+    def run_head(self, fork: Fork, i: int, carry: PyTree, *, train: bool = False) -> HeadOutput:
+        """Runs classifier i on what block i returned, forked."""
+        forked = fork(self.feature(carry), exit_index=i, num_exits=self.num_exits)
+        return self.head(i, forked.to_head, train=train)
+
+    def run_stage(self, fork: Fork, i: int, carry: PyTree) -> tuple[PyTree, jax.Array]:
+        """Runs block and classifier i for inference; returns the carry and the logits."""
+        carry = self.run_block(fork, i, carry)
+        return carry, self.run_head(fork, i, carry).logits
 
     def __call__(
         self, images: jax.Array, fork: Fork | None = None, *, train: bool = False
@@ -98,28 +107,16 @@ class MultiExitModel(nn.Module):
 
 
 class ConvolutionalModel(MultiExitModel):
-    """Base of the backbones whose convolutions read a forked feature.
+    """Base of the backbones made of convolutions and BatchNorm.
 
     Attributes:
-      partitioned_backward: whether the backward pass skips the gradient of channels that train
-        nothing (the naive graph computes and discards it); results are equal.
-      cpu_kernels: whether the program uses this package's kernels on a CPU.
       dtype: type in which blocks compute, such as "bfloat16"; None for that of the parameters.
         Parameters and statistics stay float32, as do heads from their pools on.
       batch_norm_groups: number of parts of a training batch with statistics of their own.
     """
 
-    partitioned_backward: bool = True
-    cpu_kernels: bool = True
     dtype: str | None = None
     batch_norm_groups: int = 1
-
-    @property
-    def execution(self) -> Execution:
-        """How the layers run."""
-        return Execution(
-            self.partitioned_backward, self.cpu_kernels, self.dtype, self.batch_norm_groups
-        )
 
 
 def run_exits(
@@ -136,26 +133,18 @@ def run_exits(
     Returns:
       `ExitOutputs`, shallow exit first.
     """
-    carry, live, outputs = images, None, []
+
+    def run(part: str, i: int, carry: PyTree) -> Any:
+        def of_model(model: MultiExitModel, carry: PyTree) -> Any:
+            return getattr(model, part)(fork, i, carry, train=train)
+
+        return (nn.remat(of_model) if model.remat and train else of_model)(model, carry)
+
+    carry, outputs = images, []
     for i in range(model.num_exits):
-        carry = _run_part(model, "block", i, carry, live, train=train)
-        forked = fork(
-            model.feature(carry), model.live_after(i, live), exit_index=i, num_exits=model.num_exits
-        )
-        outputs.append(_run_part(model, "head", i, forked.to_head, forked.head_live, train=train))
-        carry, live = model.with_feature(carry, forked.to_trunk), forked.trunk_live
+        carry = run("run_block", i, carry)
+        outputs.append(run("run_head", i, carry))
     return ExitOutputs(jnp.stack([o.logits for o in outputs]), tuple(o.feature for o in outputs))
-
-
-def _run_part(
-    model: MultiExitModel, part: str, i: int, x: PyTree, live: LiveChannels, *, train: bool
-) -> Any:
-    """Runs block or head i; with `remat`, its backward pass recomputes the inside."""
-
-    def run(model: MultiExitModel, x: PyTree) -> Any:
-        return getattr(model, part)(i, x, live, train=train)
-
-    return nn.remat(run)(model, x) if model.remat and train else run(model, x)
 
 
 def init_variables(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.partitioned import Execution
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput
 
 
@@ -24,24 +20,19 @@ class PooledLinearHead(nn.Module):
       use_bias: whether the classifier has a bias (VGG's has none).
       adapted_width: width of the adapted feature; None for no adaptation layer.
       dropout: dropout rate between the pooled feature and the classifier.
-      execution: how the layers run.
     """
 
     num_classes: int
     use_bias: bool = True
     adapted_width: int | None = None
     dropout: float = 0.0
-    execution: Execution = Execution()
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, live: LiveChannels = None, *, train: bool = False
-    ) -> HeadOutput:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
         pooled = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        dense = functools.partial(nn.Dense, dot_general=self.execution.dot(live))
-        classifier = dense(self.num_classes, use_bias=self.use_bias, name="classifier")
+        classifier = nn.Dense(self.num_classes, use_bias=self.use_bias, name="classifier")
         logits = classifier(nn.Dropout(self.dropout, deterministic=not train)(pooled))
         if self.adapted_width is None:
             return HeadOutput(logits, pooled)
-        return HeadOutput(logits, dense(self.adapted_width, name="adaptation")(pooled))
+        return HeadOutput(logits, nn.Dense(self.adapted_width, name="adaptation")(pooled))

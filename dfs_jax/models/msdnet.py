@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.layers import conv_init, stem_pool
+from dfs_jax.layers import BatchNorm, conv_init, stem_pool
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.models.msdnet_plan import (
@@ -20,8 +20,6 @@ from dfs_jax.models.msdnet_plan import (
     check_name,
     plan_blocks,
 )
-from dfs_jax.partitioned import Execution
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
 # How often a stem halves the image.
@@ -38,17 +36,19 @@ class ConvNorm(nn.Module):
       kernel: side of the kernel, an odd number; each side is padded with half of it.
       stride: stride of the convolution.
       use_bias: whether the convolution has a bias.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     features: int
     kernel: int = 3
     stride: int = 1
     use_bias: bool = False
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
         conv = nn.Conv(
             self.features,
@@ -56,12 +56,12 @@ class ConvNorm(nn.Module):
             self.stride,
             padding=self.kernel // 2,
             use_bias=self.use_bias,
-            dtype=self.execution.dtype,
+            dtype=self.dtype,
             kernel_init=conv_init,
-            conv_general_dilated=self.execution.conv(live),
             name="conv",
         )
-        return nn.relu(self.execution.batch_norm("norm")(conv(x), train=train))
+        norm = BatchNorm(groups=self.norm_groups, name="norm")
+        return nn.relu(norm(conv(x), train=train))
 
 
 class BottleneckConv(nn.Module):
@@ -70,18 +70,20 @@ class BottleneckConv(nn.Module):
     Attributes:
       plan: number of channels of both convolutions.
       stride: stride of the 3x3 convolution.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     plan: Bottleneck
     stride: int = 1
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        conv = functools.partial(ConvNorm, execution=self.execution)
-        x = conv(self.plan.hidden, kernel=1, name="narrow")(x, live, train=train)
+        conv = functools.partial(ConvNorm, dtype=self.dtype, norm_groups=self.norm_groups)
+        x = conv(self.plan.hidden, kernel=1, name="narrow")(x, train=train)
         return conv(self.plan.features, stride=self.stride, name="wide")(x, train=train)
 
 
@@ -92,18 +94,20 @@ class FirstLayer(nn.Module):
       channels: number of channels of each scale, finest first.
       stem: layers of the finest scale: "cifar", a 3x3 convolution, or "imagenet", a 7x7/2
         convolution with a bias and a max-pool/2.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     channels: tuple[int, ...]
     stem: str
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Scales:
         """Maps images `[batch, height, width, 3]` to scales, each `[batch, h, w, channels]`."""
         finest, *coarser = self.channels
-        conv = functools.partial(ConvNorm, execution=self.execution)
+        conv = functools.partial(ConvNorm, dtype=self.dtype, norm_groups=self.norm_groups)
         if self.stem == "cifar":
             x = conv(finest, name="scale1")(images, train=train)
         else:
@@ -122,24 +126,22 @@ class GrowingScale(nn.Module):
     Attributes:
       down: channels of the convolutions that read the finer scale; None if no finer scale is read.
       same: channels of the convolutions that read this scale.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     down: Bottleneck | None
     same: Bottleneck
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, finer: jax.Array | None, live: LiveChannels = None, *, train: bool
-    ) -> jax.Array:
-        """Appends channels to `x`, whose channels `live` can carry gradient."""
-        parts = [x]
+    def __call__(self, x: jax.Array, finer: jax.Array | None, *, train: bool) -> jax.Array:
+        """Appends channels to `x`."""
+        parts, how = [x], (self.dtype, self.norm_groups)
         if self.down is not None and finer is not None:
-            down = BottleneckConv(self.down, 2, self.execution, name="down")
-            parts.append(down(finer, train=train))
-        same = BottleneckConv(self.same, 1, self.execution, name="same")
-        parts.append(same(x, live, train=train))
+            parts.append(BottleneckConv(self.down, 2, *how, name="down")(finer, train=train))
+        parts.append(BottleneckConv(self.same, 1, *how, name="same")(x, train=train))
         return jnp.concatenate(parts, axis=-1)
 
 
@@ -148,22 +150,23 @@ class MSDNetLayer(nn.Module):
 
     Attributes:
       plan: growth of each kept scale.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     plan: Layer
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
-        """Maps scales to the kept ones; `live` is of the coarsest, finer scales are all live."""
+    def __call__(self, scales: Scales, *, train: bool) -> Scales:
+        """Maps scales to the kept ones."""
         dropped, grown = len(scales) - len(self.plan.scales), []
         for j, growth in enumerate(self.plan.scales, start=dropped):
-            scale = GrowingScale(
-                growth.down, growth.same, self.execution, name=f"scale{growth.scale}"
-            )
+            how = self.dtype, self.norm_groups
+            scale = GrowingScale(growth.down, growth.same, *how, name=f"scale{growth.scale}")
             finer = scales[j - 1] if growth.down is not None else None
-            grown.append(scale(scales[j], finer, _at_scale(j, scales, live), train=train))
+            grown.append(scale(scales[j], finer, train=train))
         return tuple(grown)
 
 
@@ -172,20 +175,21 @@ class MSDNetTransition(nn.Module):
 
     Attributes:
       plan: number of channels at each scale.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     plan: Transition
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, scales: Scales, live: LiveChannels = None, *, train: bool) -> Scales:
-        """Maps scales to narrower ones; `live` is of the coarsest, finer scales are all live."""
+    def __call__(self, scales: Scales, *, train: bool) -> Scales:
+        """Maps scales to narrower ones."""
+        conv = functools.partial(ConvNorm, kernel=1, dtype=self.dtype, norm_groups=self.norm_groups)
         return tuple(
-            ConvNorm(mix.features, 1, execution=self.execution, name=f"scale{mix.scale}")(
-                x, _at_scale(j, scales, live), train=train
-            )
-            for j, (mix, x) in enumerate(zip(self.plan.scales, scales, strict=True))
+            conv(mix.features, name=f"scale{mix.scale}")(x, train=train)
+            for mix, x in zip(self.plan.scales, scales, strict=True)
         )
 
 
@@ -195,29 +199,26 @@ class MSDNetBlock(nn.Module):
     Attributes:
       plan: layout of the block.
       stem: layers of the finest scale, see `FirstLayer`.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     plan: Block
     stem: str
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(
-        self, carry: jax.Array | Scales, live: LiveChannels = None, *, train: bool
-    ) -> Scales:
-        """Maps images (block 1) or scales to scales; `live` is of the coarsest scale."""
+    def __call__(self, carry: jax.Array | Scales, *, train: bool) -> Scales:
+        """Maps images (block 1) or scales to scales."""
+        how = self.dtype, self.norm_groups
         if isinstance(carry, tuple):
             scales = carry
         else:
-            first = FirstLayer(self.plan.first, self.stem, self.execution, name="first")
-            scales = first(carry, train=train)
-        for step, step_live in zip(self.plan.steps, self.plan.live(live)[:-1], strict=True):
-            if isinstance(step, Layer):
-                module = MSDNetLayer(step, self.execution, name=step.name)
-            else:
-                module = MSDNetTransition(step, self.execution, name=step.name)
-            scales = module(scales, step_live, train=train)
+            scales = FirstLayer(self.plan.first, self.stem, *how, name="first")(carry, train=train)
+        for step in self.plan.steps:
+            kind = MSDNetLayer if isinstance(step, Layer) else MSDNetTransition
+            scales = kind(step, *how, name=step.name)(scales, train=train)
         return scales
 
 
@@ -231,26 +232,27 @@ class MSDNetHead(nn.Module):
       width: number of channels of the convolutions.
       dropout: dropout rate before the linear layer.
       adapted_width: width of the adapted feature; None for no adaptation layer.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     num_classes: int
     width: int
     dropout: float
     adapted_width: int | None = None
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+    def __call__(self, x: jax.Array, *, train: bool) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        conv = functools.partial(ConvNorm, self.width, stride=2, execution=self.execution)
-        x = conv(name="conv1")(x, live, train=train)
-        x = conv(name="conv2")(x, train=train)
+        how = {"dtype": self.dtype, "norm_groups": self.norm_groups}
+        for j in (1, 2):
+            x = ConvNorm(self.width, stride=2, **how, name=f"conv{j}")(x, train=train)
         pooled = PooledLinearHead(
             self.num_classes,
             adapted_width=self.adapted_width,
             dropout=self.dropout,
-            execution=self.execution,
             name="pooled",
         )
         return pooled(x, train=train)
@@ -337,30 +339,26 @@ class MSDNet(ConvolutionalModel):
 
     def setup(self):
         widths = [self.head_channels or block.features for block in self.plan]
+        how = self.dtype, self.batch_norm_groups
         for i, (block, width) in enumerate(zip(self.plan, widths, strict=True)):
             adapted = widths[-1] if self.adapt_features and i < len(widths) - 1 else None
-            head = MSDNetHead(self.num_classes, width, self.head_dropout, adapted, self.execution)
-            setattr(self, f"block{i + 1}", MSDNetBlock(block, self.stem, self.execution))
+            head = MSDNetHead(self.num_classes, width, self.head_dropout, adapted, *how)
+            setattr(self, f"block{i + 1}", MSDNetBlock(block, self.stem, *how))
             setattr(self, f"head{i + 1}", head)
 
-    def block(
-        self, i: int, carry: jax.Array | Scales, live: LiveChannels = None, *, train: bool
-    ) -> Scales:
+    def block(self, i: int, carry: jax.Array | Scales, *, train: bool) -> Scales:
         if not isinstance(carry, tuple):
             self._check_size(carry.shape)
-        return getattr(self, f"block{i + 1}")(carry, live, train=train)
+        return getattr(self, f"block{i + 1}")(carry, train=train)
 
-    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
-        return getattr(self, f"head{i + 1}")(x, live, train=train)
+    def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
+        return getattr(self, f"head{i + 1}")(x, train=train)
 
     def feature(self, carry: Scales) -> jax.Array:
         return carry[-1]
 
     def with_feature(self, carry: Scales, x: jax.Array) -> Scales:
         return (*carry[:-1], x)
-
-    def live_after(self, i: int, live: LiveChannels) -> LiveChannels:
-        return self.plan[i].live(live)[-1]
 
     def _check_size(self, shape: tuple[int, ...]) -> None:
         # The coarsest map must have 2x2 positions, or its 3x3 convolutions read padding alone.
@@ -370,11 +368,6 @@ class MSDNet(ConvolutionalModel):
                 f"images of {shape[1]}x{shape[2]} are too small for {len(self.scale_factors)} "
                 f"scales after the {self.stem} stem: each side needs at least {smallest} pixels"
             )
-
-
-def _at_scale(j: int, scales: Scales, live: LiveChannels) -> LiveChannels:
-    """Returns the live channels of scale j: `live` for the coarsest, all for finer ones."""
-    return live if j == len(scales) - 1 else None
 
 
 # Deep Feature Surgery's network for ImageNet.

@@ -1,4 +1,4 @@
-"""Layout of an MSDNet: scales, channels and live channels of every layer, by arithmetic alone.
+"""Layout of an MSDNet: scales and channels of every layer, by arithmetic alone.
 
 Scales are counted from 1, finest first. Layers are counted from 1 through the whole network, but
 for the first layer, which creates the scales.
@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from dfs_jax.surgery import LiveChannels, limit_live
 from dfs_jax.types import UserError, check_whole
 
 STEP_MODES = ("even", "lin_grow")
@@ -61,24 +60,12 @@ class Layer(NamedTuple):
     name: str
     scales: tuple[ScaleGrowth, ...]
 
-    def live_after(self, live: LiveChannels) -> LiveChannels:
-        """Returns the coarsest scale's live channels after the layer: the old and all new ones."""
-        coarsest = self.scales[-1]
-        if live is None:
-            return None
-        return append_live(live, coarsest.channels, coarsest.features)
-
 
 class Transition(NamedTuple):
     """A transition: 1x1 convolutions that narrow every kept scale, finest first."""
 
     name: str
     scales: tuple[ScaleMix, ...]
-
-    def live_after(self, live: LiveChannels) -> LiveChannels:
-        """Returns None, every channel: each new channel reads all old ones."""
-        del live
-        return None
 
 
 Step: TypeAlias = Layer | Transition
@@ -100,31 +87,6 @@ class Block(NamedTuple):
     def features(self) -> int:
         """Number of channels of the coarsest scale at the block's end, where it is forked."""
         return self.steps[-1].scales[-1].features
-
-    def live(self, live: LiveChannels) -> tuple[LiveChannels, ...]:
-        """Returns the coarsest scale's live channels before each step and, last, at the end.
-
-        Finer scales are never forked, so that all of their channels are live.
-
-        Args:
-          live: live channels of the block's input.
-        """
-        found = [live]
-        for step in self.steps:
-            found.append(step.live_after(found[-1]))
-        return tuple(found)
-
-
-def append_live(live: tuple[tuple[int, int], ...], old: int, new: int) -> LiveChannels:
-    """Returns the live channels after live channels `old` to `new` were appended to `old` ones.
-
-    >>> append_live(((0, 3),), 7, 11), append_live(((2, 7),), 7, 11), append_live((), 7, 11)
-    (((0, 3), (7, 11)), ((2, 11),), ((7, 11),))
-    """
-    kept, start = live, old
-    if live and live[-1][1] == old:
-        kept, start = live[:-1], live[-1][0]
-    return limit_live((*kept, (start, new)), 0, new, new)
 
 
 def block_sizes(num_exits: int, base: int, step: int, step_mode: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from dfs_jax.layers import (
+    BatchNorm,
     Conv1x1,
     Conv3x3,
     conv_init,
@@ -16,8 +17,6 @@ from dfs_jax.layers import (
 )
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
-from dfs_jax.partitioned import Execution
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
 # Number of times that a stem halves the image.
@@ -32,37 +31,27 @@ class Stem(nn.Module):
     Attributes:
       features: number of output channels.
       kind: kind of the stem, "cifar" or "imagenet".
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     features: int
     kind: str
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[batch, height, width, 3]` to `[batch, height', width', features]`."""
         if self.kind == "cifar":
-            conv = Conv3x3(
-                self.features,
-                use_bias=False,
-                dtype=self.execution.dtype,
-                conv_general_dilated=self.execution.conv(),
-                name="conv",
+            conv = Conv3x3
+        else:
+            conv = functools.partial(
+                nn.Conv, kernel_size=(7, 7), strides=2, padding=3, kernel_init=conv_init
             )
-            return nn.relu(self.execution.batch_norm("norm")(conv(x), train=train))
-        conv = nn.Conv(
-            self.features,
-            (7, 7),
-            2,
-            padding=3,
-            use_bias=False,
-            dtype=self.execution.dtype,
-            kernel_init=conv_init,
-            name="conv",
-        )
-        x = nn.relu(self.execution.batch_norm("norm")(conv(x), train=train))
-        return stem_pool(x)
+        x = conv(self.features, use_bias=False, dtype=self.dtype, name="conv")(x)
+        x = nn.relu(BatchNorm(groups=self.norm_groups, name="norm")(x, train=train))
+        return x if self.kind == "cifar" else stem_pool(x)
 
 
 class ResidualBlock(nn.Module):
@@ -78,49 +67,38 @@ class ResidualBlock(nn.Module):
       features: number of channels of the 3x3 convolutions.
       stride: stride of the block.
       bottleneck: whether the block is a bottleneck block rather than a basic one.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     features: int
     stride: int = 1
     bottleneck: bool = False
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', channels']`."""
+        norm = functools.partial(BatchNorm, groups=self.norm_groups)
         residual, convs = x, self._convolutions()
         for j, conv in enumerate(convs, start=1):
-            convolve = self.execution.conv(None if j > 1 else live)
-            conv = conv(use_bias=False, conv_general_dilated=convolve, name=f"conv{j}")
-            residual = self.execution.batch_norm(f"norm{j}")(conv(residual), train=train)
+            residual = conv(use_bias=False, dtype=self.dtype, name=f"conv{j}")(residual)
+            residual = norm(name=f"norm{j}")(residual, train=train)
             residual = nn.relu(residual) if j < len(convs) else residual
-        return nn.relu(residual + self._shortcut(x, live, residual.shape[-1], train=train))
+        shortcut, channels = x, residual.shape[-1]
+        if self.stride > 1 or x.shape[-1] != channels:
+            conv = functools.partial(Conv1x1, channels, strides=self.stride, dtype=self.dtype)
+            shortcut = conv(use_bias=False, name="shortcut_conv")(x)
+            shortcut = norm(name="shortcut_norm")(shortcut, train=train)
+        return nn.relu(residual + shortcut)
 
     def _convolutions(self) -> list[functools.partial[nn.Conv]]:
-        conv1x1, conv3x3 = (
-            functools.partial(conv, dtype=self.execution.dtype) for conv in (Conv1x1, Conv3x3)
-        )
-        strided = functools.partial(conv3x3, self.features, strides=self.stride)
+        strided = functools.partial(Conv3x3, self.features, strides=self.stride)
         if not self.bottleneck:
-            return [strided, functools.partial(conv3x3, self.features)]
-        narrow = functools.partial(conv1x1, self.features)
-        return [narrow, strided, functools.partial(conv1x1, EXPANSION * self.features)]
-
-    def _shortcut(
-        self, x: jax.Array, live: LiveChannels, channels: int, *, train: bool
-    ) -> jax.Array:
-        if self.stride == 1 and x.shape[-1] == channels:
-            return x
-        conv = Conv1x1(
-            channels,
-            strides=self.stride,
-            use_bias=False,
-            dtype=self.execution.dtype,
-            conv_general_dilated=self.execution.conv(live),
-            name="shortcut_conv",
-        )
-        return self.execution.batch_norm("shortcut_norm")(conv(x), train=train)
+            return [strided, functools.partial(Conv3x3, self.features)]
+        narrow = functools.partial(Conv1x1, self.features)
+        return [narrow, strided, functools.partial(Conv1x1, EXPANSION * self.features)]
 
 
 class Stage(nn.Module):
@@ -132,7 +110,8 @@ class Stage(nn.Module):
       stride: stride of the first block.
       bottleneck: whether the blocks are bottleneck blocks.
       stem: kind of the stem in the first stage, "cifar" or "imagenet"; None in later stages.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     features: int
@@ -140,22 +119,21 @@ class Stage(nn.Module):
     stride: int
     bottleneck: bool
     stem: str | None = None
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', channels']`."""
+        how = self.dtype, self.norm_groups
         if self.stem is not None:
-            x = Stem(self.features, self.stem, self.execution, name="stem")(x, train=train)
+            x = Stem(self.features, self.stem, *how, name="stem")(x, train=train)
         for j in range(self.num_blocks):
+            stride = 1 if j else self.stride
             block = ResidualBlock(
-                self.features,
-                1 if j else self.stride,
-                self.bottleneck,
-                self.execution,
-                name=f"residual{j + 1}",
+                self.features, stride, self.bottleneck, *how, name=f"residual{j + 1}"
             )
-            x = block(x, None if j else live, train=train)
+            x = block(x, train=train)
         return x
 
 
@@ -167,28 +145,28 @@ class SeparableConv(nn.Module):
     Attributes:
       features: number of output channels.
       stride: stride of the first depthwise convolution.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     features: int
     stride: int = 2
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
         channels = x.shape[-1]
-        execution = self.execution
-        options = {
-            "use_bias": False,
-            "dtype": execution.dtype,
-            "conv_general_dilated": execution.conv(),
-        }
-        depthwise = functools.partial(Conv3x3, channels, feature_group_count=channels, **options)
+        depthwise, pointwise = (
+            functools.partial(conv, use_bias=False, dtype=self.dtype) for conv in (Conv3x3, Conv1x1)
+        )
+        depthwise = functools.partial(depthwise, channels, feature_group_count=channels)
+        norm = functools.partial(BatchNorm, groups=self.norm_groups)
         for j, (features, stride) in enumerate([(channels, self.stride), (self.features, 1)], 1):
             x = depthwise(strides=stride, name=f"depthwise{j}")(x)
-            x = Conv1x1(features, name=f"pointwise{j}", **options)(x)
-            x = nn.relu(execution.batch_norm(f"norm{j}")(x, train=train))
+            x = pointwise(features, name=f"pointwise{j}")(x)
+            x = nn.relu(norm(name=f"norm{j}")(x, train=train))
         return x
 
 
@@ -201,17 +179,19 @@ class AttentionGate(nn.Module):
     mask's if the feature's sides are even.
 
     Attributes:
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Gates `x` `[batch, height, width, channels]`."""
-        separable = SeparableConv(x.shape[-1], execution=self.execution, name="separable")
-        mask = separable(x, train=train)
-        mask = nn.relu(self.execution.batch_norm("norm")(mask, train=train))
+        how = {"dtype": self.dtype, "norm_groups": self.norm_groups}
+        mask = SeparableConv(x.shape[-1], **how, name="separable")(x, train=train)
+        mask = nn.relu(BatchNorm(groups=self.norm_groups, name="norm")(mask, train=train))
         return x * nn.sigmoid(upsample_bilinear(mask, *x.shape[1:3]))
 
 
@@ -224,28 +204,25 @@ class AttentionHead(nn.Module):
       num_classes: number of classes, the width of the logits.
       num_reductions: number of separable convolutions, one for each stage after the exit.
       adapt: whether the head has an adaptation layer.
-      execution: how the layers run.
+      dtype: type of the convolutions; None for that of their parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     num_classes: int
     num_reductions: int
     adapt: bool = False
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+    def __call__(self, x: jax.Array, *, train: bool) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        del live  # the first convolution is depthwise, which has nothing to skip
-        execution = self.execution
-        x = AttentionGate(execution, name="gate")(x, train=train)
+        how = {"dtype": self.dtype, "norm_groups": self.norm_groups}
+        x = AttentionGate(**how, name="gate")(x, train=train)
         for j in range(1, self.num_reductions + 1):
-            reduction = SeparableConv(2 * x.shape[-1], execution=execution, name=f"reduction{j}")
-            x = reduction(x, train=train)
+            x = SeparableConv(2 * x.shape[-1], **how, name=f"reduction{j}")(x, train=train)
         width = x.shape[-1] if self.adapt else None
-        pooled = PooledLinearHead(
-            self.num_classes, adapted_width=width, execution=execution, name="pooled"
-        )
-        return pooled(x)
+        return PooledLinearHead(self.num_classes, adapted_width=width, name="pooled")(x)
 
 
 class ResNet(ConvolutionalModel):
@@ -291,6 +268,7 @@ class ResNet(ConvolutionalModel):
 
     def setup(self):
         last = self.num_exits - 1
+        how = {"dtype": self.dtype, "norm_groups": self.batch_norm_groups}
         for i, size in enumerate(self.stage_sizes):
             stage = Stage(
                 features=self.width * 2**i,
@@ -298,26 +276,23 @@ class ResNet(ConvolutionalModel):
                 stride=2 if i else 1,
                 bottleneck=self.bottleneck,
                 stem=None if i else self.stem,
-                execution=self.execution,
+                **how,
             )
             head = (
-                AttentionHead(self.num_classes, last - i, self.adapt_features, self.execution)
+                AttentionHead(self.num_classes, last - i, self.adapt_features, **how)
                 if i < last
-                else PooledLinearHead(self.num_classes, execution=self.execution)
+                else PooledLinearHead(self.num_classes)
             )
             setattr(self, f"block{i + 1}", stage)
             setattr(self, f"head{i + 1}", head)
 
-    def block(
-        self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
-    ) -> jax.Array:
+    def block(self, i: int, carry: jax.Array, *, train: bool) -> jax.Array:
         if i == 0:
             self._check_size(carry.shape)
-        return getattr(self, f"block{i + 1}")(carry, live, train=train)
+        return getattr(self, f"block{i + 1}")(carry, train=train)
 
-    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
-        head = getattr(self, f"head{i + 1}")
-        return head(x, live, train=train) if i < self.num_exits - 1 else head(x, live)
+    def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
+        return getattr(self, f"head{i + 1}")(x, train=train)
 
     def _check_size(self, shape: tuple[int, ...]) -> None:
         halvings = STEM_HALVINGS[self.stem] + self.num_exits - 1

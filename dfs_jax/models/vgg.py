@@ -8,11 +8,9 @@ import itertools
 import jax
 from flax import linen as nn
 
-from dfs_jax.layers import Conv3x3
+from dfs_jax.layers import BatchNorm, Conv3x3
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
-from dfs_jax.partitioned import Execution
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
 
@@ -23,26 +21,22 @@ class ConvBlock(nn.Module):
       features: number of output channels.
       use_bias: whether the convolution has a bias.
       pool: whether a max-pool halves the map at the end.
-      execution: how the layers run.
+      dtype: type of the convolution; None for that of its parameters.
+      norm_groups: see `BatchNorm.groups`.
     """
 
     features: int
     use_bias: bool = False
     pool: bool = False
-    execution: Execution = Execution()
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        conv = Conv3x3(
-            self.features,
-            use_bias=self.use_bias,
-            dtype=self.execution.dtype,
-            conv_general_dilated=self.execution.conv(live),
-            name="conv",
-        )
-        x = self.execution.batch_norm("norm")(nn.relu(conv(x)), train=train)
-        return self.execution.max_pool_2x2(x) if self.pool else x
+        x = Conv3x3(self.features, use_bias=self.use_bias, dtype=self.dtype, name="conv")(x)
+        x = BatchNorm(groups=self.norm_groups, name="norm")(nn.relu(x), train=train)
+        return nn.max_pool(x, (2, 2), (2, 2)) if self.pool else x
 
 
 class ConvBlocks(nn.Module):
@@ -52,21 +46,25 @@ class ConvBlocks(nn.Module):
       features: number of output channels of each convolution.
       use_bias: whether the first convolution has a bias.
       pools: whether a max-pool follows, for each convolution.
-      execution: how the layers run.
+      dtype: see `ConvBlock`.
+      norm_groups: see `ConvBlock`.
     """
 
     features: tuple[int, ...]
     use_bias: bool
     pools: tuple[bool, ...]
-    execution: Execution
+    dtype: str | None = None
+    norm_groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: LiveChannels = None, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features[-1]]`."""
         for k, (features, pool) in enumerate(zip(self.features, self.pools, strict=True)):
             use_bias = self.use_bias and k == 0
-            block = ConvBlock(features, use_bias, pool, self.execution, name=f"layer{k + 1}")
-            x = block(x, None if k else live, train=train)
+            block = ConvBlock(
+                features, use_bias, pool, self.dtype, self.norm_groups, name=f"layer{k + 1}"
+            )
+            x = block(x, train=train)
         return x
 
 
@@ -110,32 +108,26 @@ class VGG(ConvolutionalModel):
         start = 0
         for i, end in enumerate(self._ends_of_blocks()):
             block: nn.Module
+            how = self.dtype, self.batch_norm_groups
             if end == start + 1:
-                block = ConvBlock(widths[start], i == 0, pools[start], self.execution)
+                block = ConvBlock(widths[start], i == 0, pools[start], *how)
             else:
                 features, halved = tuple(widths[start:end]), tuple(pools[start:end])
-                block = ConvBlocks(features, i == 0, halved, self.execution)
+                block = ConvBlocks(features, i == 0, halved, *how)
             adapted = widths[-1] if self.adapt_features and end < len(widths) else None
-            head = PooledLinearHead(
-                self.num_classes,
-                use_bias=False,
-                adapted_width=adapted,
-                execution=self.execution,
-            )
+            head = PooledLinearHead(self.num_classes, use_bias=False, adapted_width=adapted)
             setattr(self, f"block{i + 1}", block)
             setattr(self, f"head{i + 1}", head)
             start = end
 
-    def block(
-        self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
-    ) -> jax.Array:
+    def block(self, i: int, carry: jax.Array, *, train: bool) -> jax.Array:
         if i == 0:
             self._check_size(carry.shape)
-        return getattr(self, f"block{i + 1}")(carry, live, train=train)
+        return getattr(self, f"block{i + 1}")(carry, train=train)
 
-    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
+    def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
         del train  # neither statistics nor dropout here
-        return getattr(self, f"head{i + 1}")(x, live)
+        return getattr(self, f"head{i + 1}")(x)
 
     def _ends_of_blocks(self) -> tuple[int, ...]:
         return self.exits or tuple(range(1, sum(self.stage_sizes) + 1))

@@ -13,7 +13,6 @@ from flax.linen.dtypes import promote_dtype
 from jax.sharding import PartitionSpec
 
 from dfs_jax.models.contract import TENSOR_AXIS, MultiExitModel
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.types import HeadOutput, UserError, check_whole
 
 POOLS = ("class", "mean")
@@ -318,14 +317,11 @@ class ViT(MultiExitModel):
             setattr(self, f"block{i + 1}", block)
             setattr(self, f"head{i + 1}", TokenHead(self.num_classes, self.pool, adapted))
 
-    def block(
-        self, i: int, carry: jax.Array, live: LiveChannels = None, *, train: bool
-    ) -> jax.Array:
-        del live  # LayerNorm comes first, and its gradient needs every channel
+    def block(self, i: int, carry: jax.Array, *, train: bool) -> jax.Array:
         return getattr(self, f"block{i + 1}")(carry, train=train)
 
-    def head(self, i: int, x: jax.Array, live: LiveChannels = None, *, train: bool) -> HeadOutput:
-        del live, train  # as in `block`; no dropout here
+    def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
+        del train  # no dropout here
         return getattr(self, f"head{i + 1}")(x)
 
 

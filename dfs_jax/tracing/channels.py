@@ -8,13 +8,13 @@ results live, unless no input carries gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
-from dfs_jax.surgery import LiveChannels, limit_live
-
+# Disjoint ascending [start, stop) intervals; None for every channel.
+LiveChannels: TypeAlias = tuple[tuple[int, int], ...] | None
 DEAD: LiveChannels = ()
 
 
@@ -69,8 +69,8 @@ def window(live: LiveChannels, start: int, stop: int, channels: int) -> LiveChan
     >>> window(((0, 4), (7, 11)), 2, 9, channels=11)
     ((0, 2), (5, 7))
     """
-    kept = intervals(limit_live(live, start, stop, channels), channels)
-    return union([tuple((a - start, b - start) for a, b in kept)], stop - start)
+    cut = ((max(start, a) - start, min(stop, b) - start) for a, b in intervals(live, channels))
+    return union([tuple((a, b) for a, b in cut if a < b)], stop - start)
 
 
 def propagate(equation: JaxprEqn, live: Sequence[LiveChannels]) -> list[LiveChannels]:

@@ -24,9 +24,9 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from dfs_jax.surgery import LiveChannels
 from dfs_jax.tracing.channels import (
     DEAD,
+    LiveChannels,
     intervals,
     is_differentiable,
     live_of,

@@ -142,4 +142,5 @@ def _compiled(experiment: Experiment):
 
     whole, split = replicated(e.mesh), batch_sharded(e.mesh)
     where = variable_shardings(e) or whole
-    return jit_for_mesh(measure, e.mesh, in_shardings=(where, split, split), out_shardings=whole)
+    shardings = {"in_shardings": (where, split, split), "out_shardings": whole}
+    return jit_for_mesh(measure, e.mesh, runs=e.model, **shardings)

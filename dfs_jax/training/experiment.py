@@ -21,7 +21,7 @@ from dfs_jax.interop import load_trunk
 from dfs_jax.interop.files import STEP, weights_notes
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
-from dfs_jax.models.contract import ConvolutionalModel, MultiExitModel, init_variables
+from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.paths import input_file
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import options, read_config
@@ -112,7 +112,7 @@ def build_experiment(
     dataset = prepare(dataset or dataset_from_config(config.data))
     augment = augmentation_from_config(config.data, dataset.mean)
     model = model_from_config(config.model, loss, num_classes=dataset.num_classes)
-    model = model_for_mesh(_configured(model, config), mesh)
+    model = _configured(model, config)
     micro_batch = config.batch_size // accumulate_steps(config)
     _check_shapes(model, fork, loss, dataset, mesh, micro_batch)
     sampler = TrainSampler(dataset.train.num_examples, config.batch_size, config.seed)
@@ -279,15 +279,6 @@ def _warn_of_old_weights(path: Path) -> None:
             best,
             path.parent,
         )
-
-
-def model_for_mesh(model: MultiExitModel, mesh: Mesh) -> MultiExitModel:
-    """Returns the model as it runs on the mesh, without CPU kernels if it has several devices.
-
-    Those kernels process a batch in chunks, for which several devices would gather it.
-    """
-    alone = mesh.size == 1 or not isinstance(model, ConvolutionalModel)
-    return model if alone else model.clone(cpu_kernels=False)
 
 
 def _configured(model: MultiExitModel, config: Config) -> MultiExitModel:

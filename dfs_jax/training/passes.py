@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch, StepParts, Trained
 from dfs_jax.gradients.exit_gradients import best_way, exit_gradients
+from dfs_jax.gradients.summed import summed_loss
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.sharding import batch_sharded
@@ -72,30 +73,6 @@ def make_step_parts(
         return [Batch(images[i], labels[i], dropout_keys[i], batch.rule_key) for i in range(count)]
 
     return StepParts(loss, model.num_exits, gradients, exit_gradients, update, divide)
-
-
-def summed_loss(
-    model: MultiExitModel, fork: Fork, loss: Loss
-) -> Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]]:
-    """Returns the training loss `(params, variables, images, labels, key) -> (total, aux)`.
-
-    `total` is summed over the exits, `aux` is `(logits, batch_stats)`; `params` take the place of
-    those in `variables`, so that the loss can be differentiated with respect to them.
-    """
-
-    def total_loss(params: PyTree, variables: dict[str, Any], images, labels, key):
-        outputs, updated = model.apply(
-            {**variables, "params": params},
-            images,
-            fork,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
-        total = jnp.sum(loss(outputs, labels))
-        return total, (outputs.logits, updated.get("batch_stats", {}))
-
-    return total_loss
 
 
 def summed_passes(

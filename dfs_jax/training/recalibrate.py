@@ -124,4 +124,4 @@ def _compiled(experiment: Experiment) -> Callable[[dict[str, Any], jax.Array], P
     where = variable_shardings(e) or replicated(e.mesh)
     out = where["batch_stats"] if isinstance(where, dict) else where
     shardings = {"in_shardings": (where, batch_sharded(e.mesh)), "out_shardings": out}
-    return jit_for_mesh(statistics, e.mesh, **shardings)
+    return jit_for_mesh(statistics, e.mesh, runs=e.model, **shardings)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dfs_jax.cpu_kernels import compiler_options
-from dfs_jax.models.contract import TENSOR_AXIS
+from dfs_jax.models.contract import TENSOR_AXIS, MultiExitModel
+from dfs_jax.tracing.cpu import compiler_options
+from dfs_jax.tracing.for_cpu import for_cpu
 from dfs_jax.types import PyTree, UserError, check_whole
 
 DATA_AXIS = "data"
@@ -76,9 +77,24 @@ def mesh_sizes(section: Mapping[str, Any], device_count: int) -> dict[str, int]:
     return {axis: device_count // known if axis in rest else sizes[axis] for axis in AXES}
 
 
-def jit_for_mesh(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
-    """Returns `jax.jit(function, **options)` with the mesh's context and compiler options."""
+def jit_for_mesh(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    runs: MultiExitModel | None = None,
+    **options: Any,
+) -> Any:
+    """Returns `jax.jit(function, **options)` with the mesh's context and compiler options.
+
+    Args:
+      function: function of pytrees of arrays.
+      mesh: device mesh that the program runs on.
+      runs: model that the function runs, whose programs are rewritten for a CPU; None for none.
+      options: arguments of `jax.jit`.
+    """
     platform = mesh.devices.flat[0].platform
+    if runs is not None and platform == "cpu":
+        function = for_cpu(function, kernels=runs.cpu_kernels and mesh.size == 1)
     function = on_mesh(function, mesh)
     return jax.jit(function, compiler_options=compiler_options(platform), **options)
 

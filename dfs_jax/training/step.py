@@ -11,7 +11,6 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from dfs_jax.cpu_kernels.loops import quick_convolutions_in_loops
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch, GradientRule, Trained
@@ -97,12 +96,9 @@ def make_train_step(
         )
 
     steps, inputs = dispatched(train_step, takes, mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        steps = quick_convolutions_in_loops(steps)
     where = replicated(mesh) if state_shardings is None else state_shardings
-    return jit_for_mesh(
-        steps, mesh, in_shardings=(where, *inputs), out_shardings=where, donate_argnums=0
-    )
+    shardings = {"in_shardings": (where, *inputs), "out_shardings": where}
+    return jit_for_mesh(steps, mesh, runs=model, **shardings, donate_argnums=0)
 
 
 def make_eval_step(
@@ -139,7 +135,8 @@ def make_eval_step(
     function, axis = (eval_step, 0) if takes == BATCH else (eval_steps, 1)
     whole, split = replicated(mesh), batch_sharded(mesh, axis=axis)
     where = whole if variable_shardings is None else variable_shardings
-    return jit_for_mesh(function, mesh, in_shardings=(where, split, split), out_shardings=whole)
+    shardings = {"in_shardings": (where, split, split), "out_shardings": whole}
+    return jit_for_mesh(function, mesh, runs=model, **shardings)
 
 
 def preparation(

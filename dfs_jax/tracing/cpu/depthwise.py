@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.cpu_kernels.chunks import sum_chunks
-from dfs_jax.cpu_kernels.taps import add_strided, shifts
+from dfs_jax.tracing.cpu.chunks import sum_chunks
+from dfs_jax.tracing.cpu.taps import add_strided, shifts
 
 
 def forward(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:

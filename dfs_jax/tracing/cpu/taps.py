@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.cpu_kernels.chunks import chunk_size, map_chunks, sum_chunks
+from dfs_jax.tracing.cpu.chunks import chunk_size, map_chunks, sum_chunks
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:

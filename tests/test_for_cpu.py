@@ -1,4 +1,4 @@
-"""Convolutions in the body of a loop: the same values, in the order that a CPU's kernel reads."""
+"""Programs written for a CPU: which kernels they take, and convolutions in the body of a loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params, primitives
 
-from dfs_jax.cpu_kernels.loops import quick_convolutions_in_loops
+from dfs_jax.tracing.for_cpu import for_cpu
 
 IN_ORDER = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -73,7 +73,7 @@ def test_gradients_in_a_loop_are_the_same_and_in_order(case):
         start = jax.tree.map(jnp.zeros_like, (x, kernel))
         return {"found": lax.scan(step, start, jnp.arange(1.0, 4.0))}
 
-    quick = quick_convolutions_in_loops(looped)
+    quick = for_cpu(looped, kernels=False)
     expected, found = jax.jit(looped)(x, kernel), jax.jit(quick)(x, kernel)
     assert jax.tree.structure(expected) == jax.tree.structure(found)
     for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -93,7 +93,7 @@ def test_what_stands_outside_of_loops_stays_as_it_is():
 
     before, after = (
         jax.make_jaxpr(function)(x, kernel).jaxpr
-        for function in (mixed, quick_convolutions_in_loops(mixed))
+        for function in (mixed, for_cpu(mixed, kernels=False))
     )
     outside = [
         [e.params["dimension_numbers"] for e in jaxpr.eqns if e.primitive.name.startswith("conv_")]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfs_jax.cpu_kernels.chunks import chunk_size, map_chunks
+from dfs_jax.tracing.cpu.chunks import chunk_size, map_chunks
 
 # Sums of twice as many products, or more, are split into parts that are added in the end.
 LONGEST_SUM = 128

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import jax
 
-from dfs_jax.cpu_kernels import depthwise, pointwise, taps, winograd
+from dfs_jax.tracing.cpu import depthwise, pointwise, taps, winograd
 
 Kernel = Callable[[jax.Array, jax.Array], jax.Array]
 

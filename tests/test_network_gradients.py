@@ -8,19 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
+from dfs_jax.analysis.flops import count_operations
 from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
-from dfs_jax.partitioned import Execution
-from dfs_jax.training.experiment import build_experiment, model_for_mesh
-from dfs_jax.types import UserError
-from tests.helpers import TinyNetwork, tiny_config
+from dfs_jax.tracing import skip_dead_gradients
+from dfs_jax.training.experiment import build_experiment, initial_state, training_step
+from tests.helpers import tiny_config
 from tests.marks import slow
-from tests.test_contract import SMALL_MSDNET, SMALL_VIT
+from tests.test_contract import SMALL_MSDNET
 
 IMAGE_SHAPE = (10, 13, 3)
 CLASSES = 7
@@ -39,7 +38,7 @@ FORKS = {
 }
 
 
-def gradients(model, fork, variables, images):
+def gradients(model, fork, transform, variables, images):
     def loss(params, images):
         outputs, _ = model.apply(
             {**variables, "params": params}, images, fork, train=True, mutable=["batch_stats"]
@@ -47,23 +46,22 @@ def gradients(model, fork, variables, images):
         losses = create_loss("deep_supervision")(outputs, jnp.asarray([2, 6, 2]))
         return losses.sum()
 
-    return jax.grad(loss, (0, 1))(variables["params"], images)
+    return jax.grad(transform(loss), (0, 1))(variables["params"], images)
 
 
 @pytest.mark.parametrize("name", slow(SMALL, "msdnet", "resnet18", "resnet50"))
 def test_gradients_are_the_naive_graphs(name):
-    create = functools.partial(create_model, name, num_classes=CLASSES, **SMALL[name])
-    ours, naive = create(), create(partitioned_backward=False, cpu_kernels=False)
+    model = create_model(name, num_classes=CLASSES, **SMALL[name])
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         variables = jax.tree.map(
             lambda x: jnp.asarray(x + rng.uniform(0, 0.2, x.shape)),
-            init_variables(ours, jax.random.key(0), IMAGE_SHAPE),
+            init_variables(model, jax.random.key(0), IMAGE_SHAPE),
         )
         images = jnp.asarray(rng.normal(size=(3, *IMAGE_SHAPE)))
         actual, expected = (
-            jax.jit(functools.partial(gradients, model, FORKS[name]))(variables, images)
-            for model in (ours, naive)
+            jax.jit(functools.partial(gradients, model, FORKS[name], transform))(variables, images)
+            for transform in (skip_dead_gradients, lambda loss: loss)
         )
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -106,33 +104,18 @@ def test_full_networks_cost_what_theory_says(name, options):
     assert traced.total == pytest.approx(theory.total, rel=0.01)
 
 
-def test_nothing_is_put_in_where_both_switches_are_off():
-    off = Execution(partitioned_backward=False, cpu_kernels=False)
-    assert off.conv(((0, 2),)) is None
-    assert off.dot(((0, 2),)) is None
-    assert Execution(partitioned_backward=False).conv(((0, 2),)).live is None
-    assert Execution(cpu_kernels=False).conv() is None
-
-
-def test_a_config_switches_both():
-    model = build_experiment(
-        tiny_config(**{"model.partitioned_backward": False, "model.cpu_kernels": False})
-    ).model
-    assert model.execution == Execution(partitioned_backward=False, cpu_kernels=False)
-    assert build_experiment(tiny_config()).model.execution == Execution()
-
-
-def test_a_network_without_them_refuses_the_switches():
-    options = {f"model.{name}": value for name, value in SMALL_VIT.items()}
-    config = tiny_config(**options, **{"model.name": "vit_tiny", "model.cpu_kernels": False})
-    with pytest.raises(UserError, match=r"has no option 'cpu_kernels' \(given False\)"):
-        build_experiment(config)
-
-
-def test_kernels_are_for_one_device():
-    alone, many = (jax.sharding.AbstractMesh((n,), ("data",), (AxisType.Auto,)) for n in (1, 2))
-    model = create_model("vgg7", num_classes=CLASSES)
-    assert model_for_mesh(model, alone) is model
-    assert not model_for_mesh(model, many).cpu_kernels
-    own = TinyNetwork(num_classes=CLASSES)
-    assert model_for_mesh(own, many) is own
+def test_a_config_switches_both_off():
+    config = tiny_config(**{"model.partitioned_backward": False, "model.cpu_kernels": False})
+    naive, ours = build_experiment(config), build_experiment(tiny_config())
+    assert (naive.model.partitioned_backward, naive.model.cpu_kernels) == (False, False)
+    programs = []
+    for experiment in (ours, naive):
+        state = initial_state(experiment)
+        shape = experiment.dataset.image_shape
+        images = jax.ShapeDtypeStruct((6, *shape), jnp.uint8)
+        labels = jax.ShapeDtypeStruct((6,), jnp.int32)
+        programs.append(training_step(experiment).trace(state, images, labels).jaxpr)
+    cost, naive_cost = map(count_operations, programs)
+    assert cost < naive_cost
+    pools = [str(program).count("select_and_scatter_add") for program in programs]
+    assert pools[0] == 0 < pools[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from dfs_jax.cpu_kernels.taps import contract_pixels
+from dfs_jax.tracing.cpu.taps import contract_pixels
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, strides: tuple[int, int]) -> jax.Array:
