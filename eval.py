@@ -22,7 +22,7 @@ def main() -> None:
         output = output_file(OUTPUT.value, "--output", inside="report.json")
     launched = LAUNCH()
     program.use_compilation_cache()
-    from dfs_jax.analysis.run_report import report_run
+    from dfs_jax.reports.run_report import report_run
     from dfs_jax.training.experiment import rebuild_experiment
     from dfs_jax.training.processes import joined
 

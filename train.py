@@ -45,7 +45,7 @@ def main() -> int | None:
 def dry_run() -> None:
     if LAUNCH() is not None:
         raise UserError("a dry run is one process, whatever it compiles for: start it alone")
-    from dfs_jax.analysis.dry_run import run_dry
+    from dfs_jax.reports.dry_run import run_dry
 
     output = None if OUTPUT.value is None else output_file(OUTPUT.value, "--output")
     run_dry(CONFIG.value, devices=DEVICES.value, topology=TOPOLOGY.value, output=output)
@@ -56,7 +56,7 @@ def train_and_report() -> int | None:
     workdir = output_directory(default if WORKDIR.value is None else WORKDIR.value, "--workdir")
     launched = LAUNCH()
     program.use_compilation_cache()
-    from dfs_jax.analysis.run_report import report_run
+    from dfs_jax.reports.run_report import report_run
     from dfs_jax.training.loop import train
     from dfs_jax.training.processes import joined
 

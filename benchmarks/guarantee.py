@@ -16,15 +16,15 @@ import numpy as np
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.fitting import predictions_of, split_for_calibration
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.risk import certify
 from dfs_jax.inference.temperature import fit_temperatures
 from dfs_jax.inference.thresholds import OperatingPoint, mistakes, operating_curve
+from dfs_jax.inference.trained import load_staged
 from dfs_jax.paths import input_directory
-from dfs_jax.training.staged import load_staged
 
 
 class Tally(NamedTuple):

@@ -15,7 +15,7 @@ Hardware and time: written for several GPUs; not run here.
 
 Gong et al., ECCV 2024, report no accuracies, but the speed: with thirteen exits DFS trained 13.51 %
 more images a second than deep supervision did. What it can save of each step's multiply-adds:
-`python -m dfs_jax.analysis.flops --config=configs/imagenet_vgg16.py`.
+`python -m dfs_jax.reports.cost_report --config=configs/imagenet_vgg16.py`.
 """
 
 from configs import common

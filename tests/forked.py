@@ -30,7 +30,7 @@ Case = dict[str, Any]
 def run_forked(
     cases: Sequence[Case],
     environment: dict[str, str],
-    modules: Sequence[str] = ("dfs_jax.training.loop", "dfs_jax.training.staged"),
+    modules: Sequence[str] = ("dfs_jax.training.loop", "dfs_jax.inference.trained"),
 ) -> list[dict[str, Any]]:
     """Returns what came of each case, in order.
 

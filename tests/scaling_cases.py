@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dfs_jax.analysis.compiled import ALL_REDUCE, collectives, operations
-from dfs_jax.analysis.dry_run import compile_step, forced_devices
-from dfs_jax.analysis.hlo import Module
-from dfs_jax.analysis.mesh_costs import exchanged_bytes, predicted_cost
+from dfs_jax.costs.compiled import ALL_REDUCE, collectives, operations
+from dfs_jax.costs.hlo import Module
+from dfs_jax.reports.dry_run import compile_step, forced_devices
+from dfs_jax.reports.mesh_costs import exchanged_bytes, predicted_cost
 from dfs_jax.training import state_sharding
 from dfs_jax.training.experiment import Experiment, abstract_state, build_experiment
 from dfs_jax.training.input_config import described_dataset_from_config

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfs_jax.analysis import accuracy_plots
-from dfs_jax.analysis.accuracy_plots import Curve, Panel, plot_panels
+from benchmarks.accuracy import plots
+from benchmarks.accuracy.plots import Curve, Panel, plot_panels
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     figures = []
-    save = accuracy_plots.save_figure
+    save = plots.save_figure
     monkeypatch.setattr(
-        accuracy_plots,
+        plots,
         "save_figure",
         lambda figure, path: figures.append(figure) or save(figure, path),
     )

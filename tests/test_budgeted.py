@@ -6,13 +6,13 @@ import time
 import numpy as np
 import pytest
 
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.budgeted import (
     DEFAULT_BUDGETS,
     budgeted_curve,
     choose_thresholds,
     exit_distribution,
 )
-from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 
 

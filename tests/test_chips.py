@@ -2,8 +2,8 @@
 
 import pytest
 
-from dfs_jax.analysis.chips import CHIPS, Chip, Roofline, roofline
-from dfs_jax.analysis.compiled import Collective, Operations
+from dfs_jax.costs.chips import CHIPS, Chip, Roofline, roofline
+from dfs_jax.costs.compiled import Collective, Operations
 
 CHIP = Chip(200, 100, memory_bytes=7, memory_bandwidth=10, link_bandwidth=5)
 

@@ -17,8 +17,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from benchmarks.comparison import compare, method_configs
 from configs import digits_vgg7
-from dfs_jax.analysis.comparison import compare, method_configs
 from dfs_jax.forks import create_fork
 from dfs_jax.gradients import Batch, Trained, create_rule
 from dfs_jax.gradients.combiner import Combiner

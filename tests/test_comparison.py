@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dfs_jax.analysis import comparison
-from dfs_jax.analysis.comparison import Accuracies, compare, method_configs, summaries, table
+from benchmarks import comparison
+from benchmarks.comparison import Accuracies, compare, method_configs, summaries, table
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 
@@ -101,7 +101,7 @@ def test_a_stopped_run_stops_the_comparison(compared, monkeypatch):
     ],
 )
 def test_the_program_answers_mistakes_in_a_sentence(flags, message):
-    command = [sys.executable, "-m", "dfs_jax.analysis.comparison", f"--config={DIGITS}", *flags]
+    command = [sys.executable, "-m", "benchmarks.comparison", f"--config={DIGITS}", *flags]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=DIGITS.parent.parent)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert message in ended.stderr

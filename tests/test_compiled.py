@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from dfs_jax.analysis.compiled import Collective, collectives, memory, operations
-from dfs_jax.analysis.hlo import Module
+from dfs_jax.costs.compiled import Collective, collectives, memory, operations
+from dfs_jax.costs.hlo import Module
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.inference.confidence import (
+from dfs_jax.exits.confidence import (
     ExitPredictions,
     anytime_accuracy,
     concatenate_predictions,

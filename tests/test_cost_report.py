@@ -1,4 +1,4 @@
-"""`python -m dfs_jax.analysis.flops`: its numbers, its table, its file, and mistakes."""
+"""`python -m dfs_jax.reports.cost_report`: its numbers, its table, its file, and mistakes."""
 
 import json
 import subprocess
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dfs_jax.analysis.cost_report import cost_report, table_for_terminal
-from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.costs.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.data.shapes import known_shape
 from dfs_jax.data.sources import load_dataset
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
+from dfs_jax.reports.cost_report import cost_report, table_for_terminal
 from dfs_jax.types import UserError
 from tests.helpers import ThreeStageVGG, tiny_config
 
@@ -101,7 +101,7 @@ def test_mistakes(changes, message):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "dfs_jax.analysis.flops", *arguments],
+        [sys.executable, "-m", "dfs_jax.costs.flops", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

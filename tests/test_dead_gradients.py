@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dfs_jax.analysis.flops import count_operations
+from dfs_jax.costs.flops import count_operations
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model

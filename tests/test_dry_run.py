@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from dfs_jax.analysis import dry_run as module
-from dfs_jax.analysis.chips import CHIPS
-from dfs_jax.analysis.dry_run import dry_run, forced_devices, run_dry, topology_devices
-from dfs_jax.analysis.dry_run_report import report, table_for_terminal
+from dfs_jax.costs.chips import CHIPS
+from dfs_jax.reports import dry_run as module
+from dfs_jax.reports.dry_run import dry_run, forced_devices, run_dry, topology_devices
+from dfs_jax.reports.dry_run_report import report, table_for_terminal
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 

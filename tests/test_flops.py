@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax.analysis.flops import (
+from dfs_jax.costs.flops import (
     LITERATURE_FLOPS,
     MULTIPLY_ADDS,
     ExitCost,
@@ -17,7 +17,7 @@ from dfs_jax.analysis.flops import (
     count_operations,
     exit_costs,
 )
-from dfs_jax.analysis.traced import Kind, TracedProgram
+from dfs_jax.costs.traced import Kind, TracedProgram
 from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import HeadOutput, UserError

@@ -15,14 +15,6 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
 
-from dfs_jax.analysis.gradient_conflict import (
-    check_comparable,
-    describe_gram,
-    measure_run,
-    read_probe,
-    table_for_terminal,
-    write_measurements,
-)
 from dfs_jax.forks import create_fork
 from dfs_jax.gradients.conflict import (
     count_pairs,
@@ -35,6 +27,14 @@ from dfs_jax.gradients.conflict import (
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
+from dfs_jax.reports.gradient_conflict import (
+    check_comparable,
+    describe_gram,
+    measure_run,
+    read_probe,
+    table_for_terminal,
+    write_measurements,
+)
 from dfs_jax.training import loop
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.conflict import ConflictProbe, conflict_line

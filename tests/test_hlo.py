@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dfs_jax.analysis.hlo import Array, Module
+from dfs_jax.costs.hlo import Array, Module
 
 # Two kinds of calls, a loop of known length, a tuple with a comment and with layouts in brackets.
 TEXT = """\

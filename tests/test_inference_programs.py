@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.inference.benchmark import benchmark, find_candidates
 from dfs_jax.inference import load_exported, read_policy
-from dfs_jax.inference.benchmark import benchmark, find_candidates
 from dfs_jax.inference.choose import TARGETS, choose_policy, describe
 from dfs_jax.inference.export import export_run
 from dfs_jax.inference.policy import FILE
+from dfs_jax.inference.trained import load_staged
 from dfs_jax.training.evaluate import evaluate_run
 from dfs_jax.training.loop import train
-from dfs_jax.training.staged import load_staged
 from dfs_jax.types import UserError
 from tests.helpers import tiny_config
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dfs_jax.analysis.compiled import Collective
-from dfs_jax.analysis.mesh_costs import exchanged_bytes
+from dfs_jax.costs.compiled import Collective
+from dfs_jax.reports.mesh_costs import exchanged_bytes
 from tests.scaling_cases import CASES
 
 QUICK = ("small_vgg", "small_vgg-fsdp")

@@ -8,7 +8,7 @@ import resource
 import numpy as np
 import pytest
 
-from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.training.metrics import (
     MetricsWriter,
     evaluation_line,

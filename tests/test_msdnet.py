@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.costs.flops import exit_costs
 from dfs_jax.forks import create_fork
 from dfs_jax.interop import to_torch_gradients, to_torch_state_dict
 from dfs_jax.models import create_model

@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
+from dfs_jax.costs.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.forks import create_fork
 from dfs_jax.gradients import Batch, Trained, create_rule
 from dfs_jax.gradients.summed import Sum

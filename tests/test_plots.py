@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfs_jax.analysis import plots
-from dfs_jax.analysis.plots import plot_accuracy_against_operations, plot_accuracy_over_time
+from dfs_jax.reports import plots
+from dfs_jax.reports.plots import plot_accuracy_against_operations, plot_accuracy_over_time
 from dfs_jax.types import UserError
 
 
@@ -126,6 +126,6 @@ def test_an_unwritable_place_is_the_users_to_know(tmp_path):
 
 
 def test_no_other_module_needs_matplotlib():
-    modules = "dfs_jax.analysis.report, dfs_jax.analysis.flops, dfs_jax.inference.budgeted"
+    modules = "dfs_jax.reports.report, dfs_jax.costs.flops, dfs_jax.inference.budgeted"
     program = f"import sys, {modules}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

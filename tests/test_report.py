@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from dfs_jax.analysis.confusion import class_section, worst_classes
-from dfs_jax.analysis.flops import ExitCost
-from dfs_jax.analysis.report import build_report, render_markdown, table_for_terminal, write_report
+from dfs_jax.costs.flops import ExitCost
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.budgeted import budgeted_curve
-from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.reports.confusion import class_section, worst_classes
+from dfs_jax.reports.report import build_report, render_markdown, table_for_terminal, write_report
 from dfs_jax.types import UserError
 
 COSTS = (

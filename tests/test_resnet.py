@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.costs.flops import exit_costs
 from dfs_jax.forks import create_fork
 from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import init_variables

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.fitting import predictions_of
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.risk import binomial_p_value, certify

@@ -9,16 +9,16 @@ import shutil
 import numpy as np
 import pytest
 
-from dfs_jax.analysis.run_report import report_run
 from dfs_jax.inference import load_exported
 from dfs_jax.inference.export import export_run
+from dfs_jax.inference.trained import load_staged
+from dfs_jax.reports.run_report import report_run
 from dfs_jax.training import loop
 from dfs_jax.training.evaluate import evaluate_run
 from dfs_jax.training.experiment import rebuild_experiment
 from dfs_jax.training.loop import train
 from dfs_jax.training.recorded import check_unchanged
 from dfs_jax.training.run_data import FILE, files_fingerprint, read_run_data
-from dfs_jax.training.staged import load_staged
 from dfs_jax.types import UserError
 from tests.folders import CLASSES, write_folder, write_image
 from tests.helpers import tiny_config

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.inference.confidence import exit_predictions
-from dfs_jax.inference.scores import MEASURES, answer
+from dfs_jax.exits.confidence import exit_predictions
+from dfs_jax.exits.scores import MEASURES, answer
 from dfs_jax.types import UserError
 
 EXITS, EXAMPLES, CLASSES = 3, 11, 5

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from dfs_jax.analysis.speed_plots import plot_speed
-from dfs_jax.inference import speed as speed_module
-from dfs_jax.inference.benchmark import Candidate, _row, table, to_json
+from benchmarks.inference import speed as speed_module
+from benchmarks.inference.benchmark import Candidate, _row, table, to_json
+from benchmarks.inference.speed import EarlyExits, Speed, UpToExit, race
+from benchmarks.inference.speed_plots import plot_speed
 from dfs_jax.inference.fitting import PolicyOutcome
 from dfs_jax.inference.policy import Policy
-from dfs_jax.inference.speed import EarlyExits, Speed, UpToExit, race
 from dfs_jax.inference.timing import StageTimes
 from tests.stage_examples import EXAMPLE, EXITS, STAGES, images, make_predictor
 

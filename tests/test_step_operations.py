@@ -8,8 +8,8 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.analysis.step_operations import theoretical_step_cost, traced_step_cost
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.costs.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.analysis import step_timing
-from dfs_jax.analysis.step_timing import (
+from benchmarks.training_step import step_timing
+from benchmarks.training_step.step_timing import (
     StepPrograms,
     compile_step,
     compile_whole_step,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_data_tfds import examples, png, write_set
 
+from benchmarks.input_speed import decoding_speed, input_speed
 from configs import imagenet_vgg16
-from dfs_jax.analysis.input_speed import decoding_speed, input_speed
 from dfs_jax.data import Split, StreamedSplit, Streaming, TrainSampler, load_dataset, train_batches
 from dfs_jax.data.photographs import Box, centre_box, cut_out, decode_photograph, random_box
 from dfs_jax.data.tfds_source import exceeds_memory

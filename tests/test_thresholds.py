@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.budgeted import DEFAULT_BUDGETS, choose_thresholds
-from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.inference.policy import EVERYBODY, NOBODY, Policy
 from dfs_jax.inference.thresholds import (
     midway,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.torch_peer import COMPILED, EAGER, TorchPeer, release
-from dfs_jax.analysis.method_costs import PEERS
-from dfs_jax.analysis.step_timing import compile_whole_step
+from benchmarks.training_step.method_costs import PEERS
+from benchmarks.training_step.step_timing import compile_whole_step
+from benchmarks.training_step.torch_peer import COMPILED, EAGER, TorchPeer, release
 from dfs_jax.forks import create_fork
 from dfs_jax.interop import from_torch_state_dict
 from dfs_jax.interop.golden import COMPILER_OPTIONS
@@ -33,8 +33,8 @@ def test_a_peer_that_is_not_installed_is_one_sentence(name, monkeypatch):
 
 
 torch = pytest.importorskip("torch")
-from benchmarks.torch_exits import Surgery, TorchOutputs  # noqa: E402 (they need torch)
-from benchmarks.torch_step import TorchStep, build_network, torch_loss  # noqa: E402
+from benchmarks.training_step.torch_exits import Surgery, TorchOutputs  # noqa: E402 (they need torch)
+from benchmarks.training_step.torch_step import TorchStep, build_network, torch_loss  # noqa: E402
 
 SMALL_MSDNET = {"initial_channels": 3, "growth": 2, "head_channels": 5, "head_dropout": 0.0}
 # Two scales of which the second layer drops one.

@@ -1,4 +1,4 @@
-"""`python -m dfs_jax.analysis.training_cost`: what it times, counts, prints, draws and refuses."""
+"""`python -m benchmarks.training_step`: what it times, counts, prints, draws and refuses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfs_jax.analysis import cost_plots, method_costs
-from dfs_jax.analysis.cost_plots import plot_training_cost
-from dfs_jax.analysis.cost_table import against_dsn, against_peer, cost_table
-from dfs_jax.analysis.method_costs import VARIANTS, measure_training_cost
-from dfs_jax.analysis.step_timing import StepPrograms, available_cores
-from dfs_jax.analysis.training_cost import check_output, write_training_cost
+from benchmarks.training_step import cost_plots, method_costs
+from benchmarks.training_step.cost_plots import plot_training_cost
+from benchmarks.training_step.cost_table import against_dsn, against_peer, cost_table
+from benchmarks.training_step.method_costs import VARIANTS, measure_training_cost
+from benchmarks.training_step.step_timing import StepPrograms, available_cores
+from benchmarks.training_step.training_cost import check_output, write_training_cost
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.training.methods import method_parts
 from dfs_jax.types import UserError
@@ -277,7 +277,7 @@ CACHE = {
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "dfs_jax.analysis.training_cost", *arguments],
+        [sys.executable, "-m", "benchmarks.training_step.training_cost", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **CACHE},
         capture_output=True,

@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.analysis.step_operations import theoretical_step_cost
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.costs.step_operations import theoretical_step_cost
 from dfs_jax.forks import create_fork
 from dfs_jax.interop import from_torch_state_dict, load_trunk, to_torch_state_dict
 from dfs_jax.losses import create_loss

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dfs_jax.exits.distribution import exit_distribution
 from dfs_jax.gradients import Batch
 from dfs_jax.gradients.wpn import WPN, assigned
-from dfs_jax.inference.budgeted import exit_distribution
 from dfs_jax.losses import create_loss
 from dfs_jax.types import ExitOutputs
 from tests.meta_problems import KEY, RATE, adams_mean, scalars, start, step_parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.accuracy.plots import Curve, Panel, plot_panels
 from benchmarks.accuracy.rows import (
     REFERENCE,
     Row,
@@ -17,7 +18,6 @@ from benchmarks.accuracy.rows import (
     num_exits,
 )
 from benchmarks.accuracy.tables import title
-from dfs_jax.analysis.accuracy_plots import Curve, Panel, plot_panels
 
 _REFERENCE_TITLE = title(REFERENCE)
 

@@ -17,11 +17,11 @@ import jax
 import dfs_jax
 from benchmarks.accuracy.cells import Cell, Suite, cell_config, config_hash
 from benchmarks.accuracy.results import FAILED, FINISHED, Record, Results
-from dfs_jax.analysis.run_report import report_evaluation
-from dfs_jax.analysis.step_operations import traced_step_cost
+from dfs_jax.costs.step_operations import traced_step_cost
 from dfs_jax.data import Dataset
-from dfs_jax.inference.confidence import anytime_accuracy, ensemble_accuracy
+from dfs_jax.exits.confidence import anytime_accuracy, ensemble_accuracy
 from dfs_jax.program import say
+from dfs_jax.reports.run_report import report_evaluation
 from dfs_jax.training.conflict import SPLIT as PROBE
 from dfs_jax.training.evaluate import RunEvaluation, evaluate_run
 from dfs_jax.training.experiment import Experiment

@@ -16,19 +16,19 @@ from benchmarks.gpu.data import VALIDATION_REHEARSED, PackedDatasets
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.step import NETWORKS, TINY
 from benchmarks.gpu.train import TRAINED
-from dfs_jax.analysis.flops import exit_costs
-from dfs_jax.analysis.method_costs import changed, noise_like
+from benchmarks.inference.speed import EarlyExits, Speed, UpToExit, race
+from benchmarks.training_step.method_costs import changed, noise_like
+from dfs_jax.costs.flops import exit_costs
 from dfs_jax.data import Dataset
 from dfs_jax.inference.budgeted import DEFAULT_BUDGETS, choose_thresholds
 from dfs_jax.inference.fitting import outcome
 from dfs_jax.inference.policy import NOBODY, Policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
-from dfs_jax.inference.speed import EarlyExits, Speed, UpToExit, race
+from dfs_jax.inference.trained import StagedRun, staged_run
 from dfs_jax.program import say
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.config import read_config
 from dfs_jax.training.experiment import abstract_state, build_experiment, initial_state
-from dfs_jax.training.staged import StagedRun, staged_run
 from dfs_jax.types import Config, UserError
 
 SPEEDUPS = (1.5, 2.0, 3.0)  # fewer operations than the whole network's

@@ -19,9 +19,7 @@ from benchmarks.gpu.clock import Expected
 from benchmarks.gpu.floors import Ceilings, Floors, floors, measure_ceilings
 from benchmarks.gpu.session import Session, reason_of
 from benchmarks.gpu.trace import find_trace, read_profile
-from benchmarks.torch_peer import COMPILED, TorchPeer, release
-from configs import cifar100_msdnet, cifar100_resnet18, cifar100_vgg7
-from dfs_jax.analysis.method_costs import (
+from benchmarks.training_step.method_costs import (
     OURS,
     Case,
     changed,
@@ -30,7 +28,9 @@ from dfs_jax.analysis.method_costs import (
     plan_cases,
     without_augmentation,
 )
-from dfs_jax.analysis.step_timing import compile_whole_step, median_seconds
+from benchmarks.training_step.step_timing import compile_whole_step, median_seconds
+from benchmarks.training_step.torch_peer import COMPILED, TorchPeer, release
+from configs import cifar100_msdnet, cifar100_resnet18, cifar100_vgg7
 from dfs_jax.program import say
 from dfs_jax.types import Config, UserError
 
@@ -347,6 +347,6 @@ def ratios_to_peer(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def memory_mib(compiled: Any) -> float:
     """Returns the MiB that a compiled program takes on the device."""
-    from dfs_jax.analysis.compiled import memory
+    from dfs_jax.costs.compiled import memory
 
     return memory(compiled).total / 2**20

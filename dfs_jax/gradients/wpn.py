@@ -12,6 +12,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 
+from dfs_jax.exits.distribution import exit_distribution
 from dfs_jax.gradients.look_ahead import examples_weighted, learn, look_ahead, tried
 from dfs_jax.gradients.rule import (
     Batch,
@@ -22,7 +23,6 @@ from dfs_jax.gradients.rule import (
     StepParts,
     Trained,
 )
-from dfs_jax.inference.budgeted import exit_distribution
 from dfs_jax.losses import Loss
 from dfs_jax.types import ExitOutputs, PyTree, UserError, check_whole
 

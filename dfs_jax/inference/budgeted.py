@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.exits.confidence import ExitPredictions
+from dfs_jax.exits.distribution import exit_distribution
 from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 
 # 0.05, 0.10, ... 2.00, each the float nearest to its decimal.
@@ -37,26 +38,6 @@ class BudgetPoint(NamedTuple):
     thresholds: tuple[float, ...]
     accuracy: float
     macs: float
-
-
-def exit_distribution(p: float, num_exits: int) -> np.ndarray:
-    """Returns the fraction of examples that each exit should answer, `[exits]` float64, sum 1.
-
-        q_k = p^k / sum_j p^j,   k = 1 .. exits
-
-    Raises:
-      ValueError: a p that is not positive and finite, or no exit.
-
-    Example:
-      >>> exit_distribution(0.5, 2).round(4).tolist()
-      [0.6667, 0.3333]
-    """
-    if not 0 < p < float("inf"):
-        raise ValueError(f"the budget parameter p must be above 0 and finite, got {p!r}")
-    if num_exits < 1:
-        raise ValueError(f"a network has at least 1 exit, got {num_exits}")
-    weights = float(p) ** np.arange(1, num_exits + 1)
-    return weights / weights.sum()
 
 
 def choose_thresholds(confidence: np.ndarray, p: float | Sequence[float]) -> np.ndarray:

@@ -18,15 +18,15 @@ from typing import Any
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference import policy as policies
 from dfs_jax.inference.fitting import FittedPolicy, few_examples_warning, fit_policy, outcome
 from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.inference.run_policy import fitting_record
 from dfs_jax.inference.timing import StageTimes
+from dfs_jax.inference.trained import StagedRun, load_staged
 from dfs_jax.paths import input_directory, output_file
 from dfs_jax.training.recorded import check_unchanged
-from dfs_jax.training.run_policy import fitting_record
-from dfs_jax.training.staged import StagedRun, load_staged
 from dfs_jax.types import UserError
 
 TARGETS = ("p", "speedup", "mmacs", "latency_ms", "throughput", "epsilon")

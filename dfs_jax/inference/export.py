@@ -14,10 +14,10 @@ from pathlib import Path
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.analysis.flops import exit_costs
+from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference.exported import export_network
+from dfs_jax.inference.run_policy import load_with_policy
 from dfs_jax.paths import input_directory, output_directory
-from dfs_jax.training.run_policy import load_with_policy
 
 
 def main() -> None:

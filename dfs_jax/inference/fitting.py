@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
+from dfs_jax.exits.confidence import ExitPredictions, exit_predictions
+from dfs_jax.exits.scores import MEASURES, Measure
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.risk import Certificate, certify
-from dfs_jax.inference.scores import MEASURES, Measure
 from dfs_jax.inference.temperature import fit_temperatures
 from dfs_jax.inference.thresholds import (
     OperatingPoint,

@@ -1,7 +1,7 @@
 """When to stop: thresholds, what they are compared with, and what they were fitted on, in JSON.
 
     {"version": 1,
-     "measure": "max_softmax",             one of `dfs_jax.inference.scores`
+     "measure": "max_softmax",             one of `dfs_jax.exits.scores`
      "thresholds": [0.93, null, 0.81],     one for each exit but the last; null: nobody leaves
      "temperatures": [1.2, 1.1, 1.1, 1.0], one for each exit
      "exit_shares": [0.4, 0.0, 0.3, 0.3],  who left where in the data it was fitted on, or null
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from dfs_jax.exits.scores import MEASURES, Measure
 from dfs_jax.files import write_whole
-from dfs_jax.inference.scores import MEASURES, Measure
 from dfs_jax.paths import reason
 from dfs_jax.types import UserError
 

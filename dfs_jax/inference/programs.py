@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from dfs_jax.inference.scores import Measure, answer
+from dfs_jax.exits.scores import Measure, answer
 from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
 from dfs_jax.tracing.cpu import compiler_options
 from dfs_jax.types import PyTree

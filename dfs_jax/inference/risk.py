@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import bdtr
 
-from dfs_jax.inference.confidence import ExitPredictions
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.thresholds import OperatingPoint, mistakes
 from dfs_jax.types import UserError

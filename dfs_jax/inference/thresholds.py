@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.inference.budgeted import choose_thresholds, thresholds_for_shares
-from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.inference.policy import EVERYBODY, NOBODY, apply_thresholds
 from dfs_jax.types import UserError
 

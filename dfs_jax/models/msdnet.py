@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ class MSDNetBlock(nn.Module):
         else:
             scales = FirstLayer(self.plan.first, self.stem, *how, name="first")(carry, train=train)
         for step in self.plan.steps:
-            kind = MSDNetLayer if isinstance(step, Layer) else MSDNetTransition
+            kind: Any = MSDNetLayer if isinstance(step, Layer) else MSDNetTransition
             scales = kind(step, *how, name=step.name)(scales, train=train)
         return scales
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from dfs_jax.data.dataset import AnySplit, Split
 from dfs_jax.data.pipeline import eval_batches
+from dfs_jax.exits.confidence import ExitPredictions, concatenate_predictions
 from dfs_jax.guard import usual_numerics
-from dfs_jax.inference.confidence import ExitPredictions, concatenate_predictions
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.dispatch import BATCHES
 from dfs_jax.training.experiment import Experiment, abstract_state, evaluation_step

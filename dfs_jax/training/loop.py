@@ -16,8 +16,8 @@ import numpy as np
 
 from dfs_jax.data import Dataset
 from dfs_jax.data.dataset import AnySplit, Split
+from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.guard import usual_numerics
-from dfs_jax.inference.confidence import ExitPredictions
 from dfs_jax.paths import input_file, output_directory
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.clock import Clock, Lap

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dfs_jax.exits.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
 from dfs_jax.files import what_helps
-from dfs_jax.inference.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
 from dfs_jax.paths import reason
 from dfs_jax.training.state import EpochTotals
 from dfs_jax.training.tensorboard import EventsFile

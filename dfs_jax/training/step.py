@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dfs_jax.data.augmentation import normalise
+from dfs_jax.exits.confidence import ExitPredictions, exit_predictions
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch, GradientRule, Trained
-from dfs_jax.inference.confidence import ExitPredictions, exit_predictions
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.dispatch import BATCH, dispatched

@@ -116,11 +116,11 @@ def _is_depthwise(groups: int, channels: int, features: int) -> bool:
 
 
 def _geometry(
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
     before: Sequence[int],
-    sides: tuple[int, ...],
-    outputs: tuple[int, ...],
+    sides: tuple[int, int],
+    outputs: tuple[int, int],
     is_depthwise: bool,
 ) -> Geometry:
     """Returns the geometry of the forward pass, of which a gradient tells all but the last padding.
@@ -128,7 +128,7 @@ def _geometry(
     With a stride, several paddings at the end give as many outputs; equal ones on both sides are
     preferred.
     """
-    padding = []
+    padding: list[Any] = []
     for k, stride, low, side, output in zip(kernel, strides, before, sides, outputs, strict=True):
         least = stride * (output - 1) + k - side - low
         padding.append((low, low if least <= low < least + stride else least))

@@ -1,0 +1,1 @@
+"""Times early exit against the full network."""

@@ -1,0 +1,282 @@
+"""Measures what stopping early gains, for real.
+
+    python -m benchmarks.inference --workdir=DIR --output=FILE.json
+
+A row for each batch size and policy, in a list (`KEYS`):
+
+    batch                  examples in a full batch; 1: one at a time
+    policy                 "full", "exit K", "nobody leaves", "2.5x" (so many times fewer
+                           operations), "policy.json"
+    accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
+    ideal_speedup          were all free but the stages, each at its measured time in a full batch,
+                           against that of the whole network as one program
+    ideal_speedup_by_macs  were time proportional to operations
+    speedup                what was measured: of the stream, or of single calls where batch is 1;
+                           "full" runs before and after each other, see `benchmarks.inference.speed`
+    p50_ms, p99_ms         from a call with one batch to when an example's answer is known
+
+The table that is printed also says how many images were answered in a second, how many decisions
+lay within 1e-6 of a threshold, where rounding decides, and where the whole network ran instead,
+being faster.
+
+Speeds are against "full": the whole network as one compiled program, with its last head alone.
+"exit K" is such a program up to exit K, for all examples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags, logging
+
+from benchmarks.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
+from dfs_jax import program
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.files import write_whole
+from dfs_jax.inference import policy as policies
+from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, outcome
+from dfs_jax.inference.policy import Policy, last_exit_only
+from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.inference.run_policy import load_with_policy
+from dfs_jax.inference.trained import StagedRun
+from dfs_jax.paths import input_directory, output_file
+from dfs_jax.types import UserError
+
+SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+# One at a time: fewer examples and more rounds, so that contenders take turns more often than the
+# machine changes its pace.
+_ALONE, _TURNS_ALONE = 128, 5
+KEYS = (
+    "batch",
+    "policy",
+    "accuracy",
+    "macs",
+    "ideal_speedup",
+    "ideal_speedup_by_macs",
+    "speedup",
+    "p50_ms",
+    "p99_ms",
+)
+
+Row = dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """What is measured: a policy, or the network up to one exit.
+
+    Attributes:
+      name: of the row.
+      policy: when to stop; for the network up to exit K, that all leave there.
+      exit_index: of that exit, 0-based; None for a policy.
+      result: on the whole test split.
+      taken: the exits (0-based) of the examples that may be timed, `[n]`.
+    """
+
+    name: str
+    policy: Policy
+    exit_index: int | None
+    result: PolicyOutcome
+    taken: np.ndarray
+
+    def shares(self, n: int) -> tuple[float, ...]:
+        """Returns which share of the first n examples each exit answers."""
+        counts = np.bincount(self.taken[:n], minlength=self.policy.num_exits)
+        return tuple((counts / n).tolist())
+
+
+def main() -> None:
+    """Runs the program."""
+    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+    checkpoint = flags.DEFINE_string(
+        "checkpoint", None, "best, latest or a step; the one that the policy was fitted on."
+    )
+    own = flags.DEFINE_string(
+        "policy", None, "The policy's file, or none; policy.json in the workdir."
+    )
+    output = flags.DEFINE_string("output", None, "The JSON file; benchmark.json in the workdir.")
+    batches = flags.DEFINE_multi_integer("batch", [1, 32, 256], "Batch sizes; may be repeated.")
+    examples = flags.DEFINE_integer("examples", 5120, "Of the test split, that are timed.")
+    rounds = flags.DEFINE_integer("rounds", 5, "Over which medians are taken.")
+    measure = flags.DEFINE_string("measure", "max_softmax", "The confidence of the policies.")
+
+    def run() -> None:
+        program.use_compilation_cache()
+        root = input_directory(workdir.value, "--workdir")
+        path = root / "benchmark.json" if output.value is None else output.value
+        path = output_file(path, "--output")
+        staged, chosen = load_with_policy(
+            root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
+        )
+        images = staged.images("test", examples.value)
+        candidates = find_candidates(staged, chosen, measure.value, len(images))
+        rows: list[Row] = []
+        for batch in batches.value:
+            some = benchmark(staged, candidates, images, batch=batch, rounds=rounds.value)
+            program.say(table(some))
+            rows += some
+        write_whole(path, to_json(rows).encode())
+        from benchmarks.inference.speed_plots import plot_speed
+
+        program.say(f"wrote {path}\nwrote {plot_speed(rows, path.with_suffix('.png'))}")
+
+    program.run(run)
+
+
+def find_candidates(
+    staged: StagedRun, own: Policy | None, measure: str, timed: int
+) -> list[Candidate]:
+    """Returns the whole network, every exit, policies of ever fewer operations, and the run's own.
+
+    Policies are fitted on validation data, where those are at hand; what they give is told of the
+    test split.
+
+    Args:
+      staged: the run.
+      own: the run's policy, if it has one.
+      measure: the confidence of the others.
+      timed: how many test examples, the first ones, may be timed.
+    """
+    macs = _macs(staged)
+    last = len(macs) - 1
+    logits, labels = staged.logits("test")
+
+    def candidate(name: str, policy: Policy, exit_index: int | None = None) -> Candidate:
+        taken = exits_taken(policy, logits[:, :timed], labels[:timed])
+        return Candidate(name, policy, exit_index, outcome(policy, logits, labels, macs), taken)
+
+    def at_exit(k: int) -> Policy:
+        return Policy((*[None] * k, *[policies.EVERYBODY] * (last - k)))
+
+    found = [candidate("full", last_exit_only(last + 1), last)]
+    found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
+    found.append(candidate("nobody leaves", last_exit_only(last + 1)))
+    try:
+        validation = staged.logits(staged.experiment.score_split)
+    except UserError as error:
+        logging.warning("no policies are fitted: %s", error)
+        validation = None
+    for speedup in SPEEDUPS:
+        if validation is not None and macs[-1] / speedup > macs[0]:
+            fitted = fit_policy(*validation, macs, at_most=macs[-1] / speedup, measure=measure)
+            found.append(candidate(f"{speedup:g}x", fitted.policy))
+    return found if own is None else [*found, candidate(policies.FILE, own)]
+
+
+def benchmark(
+    staged: StagedRun,
+    candidates: Sequence[Candidate],
+    images: np.ndarray,
+    *,
+    batch: int,
+    rounds: int,
+) -> list[Row]:
+    """Returns the rows of one batch size; the first candidate is what speeds are against.
+
+    Raises:
+      UserError: fewer images than a batch.
+    """
+    rounds = rounds * _TURNS_ALONE if batch == 1 else rounds
+    if len(images) < batch:
+        raise UserError(f"batches of {batch} need as many examples: there are {len(images)}")
+    images = images[: _ALONE if batch == 1 else len(images) - len(images) % batch]
+    contenders = _contenders(staged, candidates, batch)
+    predictors = [c.predictor for c in contenders if isinstance(c, EarlyExits)]
+    for contender in contenders:
+        contender.go_through(images[:batch], batch)
+        contender.answer(images[:batch])
+    speeds, times = race(contenders, predictors[0], images, batch=batch, rounds=rounds)
+    macs = _macs(staged)
+    return [
+        _row(
+            candidate,
+            contender,
+            speed,
+            ideal_speedup=times.ideal_speedup(candidate.shares(len(images))),
+            batch=batch,
+            macs=macs,
+        )
+        for candidate, contender, speed in zip(candidates, contenders, speeds, strict=True)
+    ]
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """Returns the rows as JSON, with `KEYS` alone."""
+    kept = [{key: row[key] for key in KEYS} for row in rows]
+    return json.dumps(kept, indent=2, allow_nan=False) + "\n"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows for a terminal, without a newline at the end."""
+    lines = [
+        f"batch {rows[0]['batch']}",
+        f"{'policy':>13}  {'accuracy':>8}  {'M MACs':>8}  {'by MACs':>7}  {'ideal':>6}  "
+        f"{'real':>6}  {'images/s':>9}  {'p50 ms':>8}  {'p99 ms':>8}  {'close':>5}",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['policy']:>13}  {100 * row['accuracy']:>6.2f} %  {row['macs'] / 1e6:>8.3f}  "
+            f"{row['ideal_speedup_by_macs']:>7.2f}  {row['ideal_speedup']:>6.2f}  "
+            f"{row['speedup']:>6.2f}  {row['images_per_second']:>9,.0f}  {row['p50_ms']:>8.2f}  "
+            f"{row['p99_ms']:>8.2f}  {row['close']:>5}{'  fell back' if row['falls_back'] else ''}"
+        )
+    return "\n".join(lines)
+
+
+def _contenders(
+    staged: StagedRun, candidates: Sequence[Candidate], batch: int
+) -> list[UpToExit | EarlyExits]:
+    predictors: dict[str, EarlyExitPredictor] = {}
+    contenders: list[UpToExit | EarlyExits] = []
+    for candidate in candidates:
+        if candidate.exit_index is not None:
+            contenders.append(UpToExit(staged.stages, candidate.exit_index, staged.example))
+            continue
+        measure = candidate.policy.measure
+        if measure not in predictors:
+            predictors[measure] = EarlyExitPredictor(
+                staged.stages, staged.example, candidate.policy, batch_size=batch
+            )
+            predictors[measure].warm_up()
+        contenders.append(EarlyExits(predictors[measure].with_policy(candidate.policy)))
+    return contenders
+
+
+def _row(
+    candidate: Candidate,
+    contender: Contender,
+    speed: Speed,
+    *,
+    ideal_speedup: float,
+    batch: int,
+    macs: Sequence[float],
+) -> Row:
+    early = contender.predictor if isinstance(contender, EarlyExits) else None
+    falls_back = early is not None and early.counts.whole > 0
+    result = candidate.result
+    return {
+        "batch": batch,
+        "policy": candidate.name,
+        "accuracy": result.accuracy,
+        "macs": result.cost,
+        "ideal_speedup": ideal_speedup,
+        "ideal_speedup_by_macs": macs[-1] / result.cost,
+        "speedup": speed.speedup,
+        "p50_ms": 1000 * speed.p50,
+        "p99_ms": 1000 * speed.p99,
+        "images_per_second": 1 / speed.seconds,
+        "falls_back": falls_back,
+        "close": 0 if early is None else early.counts.close,
+    }
+
+
+def _macs(staged: StagedRun) -> tuple[float, ...]:
+    costs = exit_costs(staged.experiment.model, staged.experiment.dataset.image_shape)
+    return tuple(float(cost.macs) for cost in costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Images a second that a config's input delivers to training, with nothing trained on them.
+
+python -m benchmarks.input_speed --config=configs/imagenet_vgg16.py --batches=8
+
+`--config.data.num_workers` sets what reads: processes, or with 0 one thread a core. Beside it
+stands what no input can do without, in one thread, of images that are in memory: to decode them,
+and to cut a square of the network's size out of each at random. Where there is a second number, it
+is images a second of processor time: other programs on the machine change that less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from dfs_jax import program
+from dfs_jax.config_file import define_config_flag
+from dfs_jax.data import Dataset, StreamedSplit, TrainSampler, train_batches
+from dfs_jax.data.photographs import cut_out, decode_photograph, random_box
+from dfs_jax.types import UserError
+
+_DECODED_IMAGES = 512
+
+
+class Speed(NamedTuple):
+    """Images a second: by the clock, and of this process's processor time."""
+
+    by_clock: float
+    by_processor: float
+
+
+def input_speed(dataset: Dataset, batch_size: int, batches: int) -> Speed:
+    """Returns how fast training batches arrive, after the first one.
+
+    Raises:
+      UserError: fewer than one batch.
+    """
+    if batches < 1:
+        raise UserError(f"batches must be at least 1, got {batches}")
+    sampler = TrainSampler(dataset.train.num_examples, batch_size)
+    arriving = train_batches(dataset.train, sampler, stop_step=batches + 1)
+    next(arriving)  # workers start
+    return _timed(lambda: sum(len(labels) for _, labels in itertools.islice(arriving, batches)))
+
+
+def decoding_speed(split: StreamedSplit, *, cut: bool = False) -> Speed:
+    """Returns how fast one thread decodes images that are in memory already, and does no more.
+
+    Args:
+      split: whose first images are decoded.
+      cut: whether a random cut of the network's size is made of each too, flips left out.
+    """
+    records = split.records.read(split.indices[:_DECODED_IMAGES].tolist())
+    how, generator = split.streaming, np.random.default_rng(0)
+
+    def is_done(encoded: bytes) -> bool:
+        image = decode_photograph(encoded)
+        if cut and image is not None:
+            height, width, _ = image.shape
+            cut_out(image, random_box(generator, height, width, how.crop_area), how.image_size)
+        return image is not None
+
+    return _timed(lambda: sum(is_done(encoded) for encoded, _ in records))
+
+
+def _timed(count_images: Callable[[], int]) -> Speed:
+    clock, processor = time.perf_counter(), time.process_time()
+    count = count_images()
+    seconds = max(time.process_time() - processor, 1e-9)
+    return Speed(count / (time.perf_counter() - clock), count / seconds)
+
+
+def main() -> None:
+    from dfs_jax.training.input_config import dataset_from_config
+
+    config: Any = flags.FLAGS["config"].value
+    batches: Any = flags.FLAGS["batches"].value
+    dataset = dataset_from_config(config.data)
+    workers = config.data.num_workers or 0
+    if isinstance(dataset.train, StreamedSplit):
+        speed = decoding_speed(dataset.train)
+        program.say(f"decoding alone, one thread: {_line(speed)}")
+        speed = decoding_speed(dataset.train, cut=True)
+        program.say(f"decoding and cutting alone, one thread: {_line(speed)}")
+    speed = input_speed(dataset, config.batch_size, batches)
+    if workers:
+        program.say(f"input, {workers} worker process(es): {speed.by_clock:.0f} images/s")
+    else:
+        program.say(f"input, threads of one process: {_line(speed)}")
+
+
+def _line(speed: Speed) -> str:
+    return f"{speed.by_clock:.0f} images/s, {speed.by_processor:.0f} a processor second"
+
+
+if __name__ == "__main__":
+    define_config_flag("The run's configuration.")
+    flags.DEFINE_integer("batches", 8, "How many batches are timed.")
+    flags.mark_flag_as_required("config")
+    program.run(main)

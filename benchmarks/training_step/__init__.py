@@ -1,0 +1,1 @@
+"""Times training steps: methods, batch sizes and frameworks side by side."""

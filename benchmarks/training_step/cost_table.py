@@ -1,0 +1,103 @@
+"""The rows of `training_cost` as a table, with the ratios that they are measured for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CostRow = Mapping[str, Any]
+
+_TITLES = [
+    *("method", "beta", "framework", "layout"),
+    *("forward", "backward", "other", "step", "data", "images/s"),
+    *("/ dsn", "step / peer", "compile s", "MiB", "M MACs", "theory"),
+]
+
+
+def cost_table(rows: Sequence[CostRow]) -> str:
+    """Returns the rows of one batch size as an aligned table with its legend.
+
+    Args:
+      rows: of `benchmarks.training_step.training_cost.measure_training_cost`.
+    """
+    cells = [_TITLES, *(_cells(row, rows) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
+    return "\n".join([*lines, *_LEGEND, *_published_loops(rows)])
+
+
+def _published_loops(rows: Sequence[CostRow]) -> list[str]:
+    """Returns, of each method that looks ahead, its cost beside that of its published program."""
+    lines = []
+    for row in rows:
+        if row.get("published_loop") is not None:
+            ratio = against_dsn(row, rows)
+            ours = "" if ratio is None else f" {1 / ratio:.2f} steps of dsn a step;"
+            lines.append(f"{row['method']}:{ours} published: {row['published_loop']}.")
+    return lines
+
+
+def against_dsn(row: CostRow, rows: Sequence[CostRow]) -> float | None:
+    """Returns a row's images/s over those of DSN in the same framework and layout."""
+    for other in rows:
+        if other["method"] == "dsn" and _place(other) == _place(row):
+            return row["images_per_second"] / other["images_per_second"]
+    return None
+
+
+def against_peer(row: CostRow, rows: Sequence[CostRow]) -> float | None:
+    """Returns one of our rows' step time over a peer's for the same method, in its better layout.
+
+    Every way to run DFS is compared with the peer's one.
+    """
+    steps = [other["step_ms"] for other in rows if _is_its_peer(other, row)]
+    return row["step_ms"] / min(steps) if steps else None
+
+
+def _is_its_peer(other: CostRow, row: CostRow) -> bool:
+    same = ("batch", "partition_ratio", "fork", "loss")
+    is_other = other["framework"] != row["framework"] == "jax"
+    return is_other and all(other[key] == row[key] for key in same)
+
+
+def _place(row: CostRow) -> tuple[Any, ...]:
+    return row["batch"], row["framework"], row["layout"]
+
+
+def _cells(row: CostRow, rows: Sequence[CostRow]) -> list[str]:
+    times = ("forward_ms", "backward_ms", "other_ms", "step_ms", "data_ms", "images_per_second")
+    beta = row["partition_ratio"]
+    return [
+        row["method"],
+        "" if beta is None else f"{beta:g}",
+        row["framework"],
+        row["layout"],
+        *(f"{row[key]:,.1f}" for key in times),
+        _text(against_dsn(row, rows), ".3f"),
+        _text(against_peer(row, rows), ".3f"),
+        _text(row["compile_s"], ".1f"),
+        _text(row["peak_mib"], ",.0f"),
+        _millions(row["macs"]),
+        _millions(row["macs_theory"]),
+    ]
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.1f}"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+_LEGEND = (
+    "Milliseconds a batch: forward: the losses in training mode; backward: what their gradient "
+    "adds; other: what",
+    "the rest of the step adds; data: making the next batch, beside the step and not in images/s.",
+    "/ dsn: images/s over DSN's in the same framework and layout. step / peer: step time over the "
+    "peer's for the",
+    "same method, in its better layout. compile: of the step, nothing cached. MiB: the compiled "
+    "step's arguments,",
+    "outputs and temporaries, as the compiler plans them. MACs of one image's step: as it runs, "
+    "and in theory.",
+)

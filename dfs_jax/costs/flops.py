@@ -1,0 +1,273 @@
+"""What each exit costs, counted from the traced program; nothing is executed.
+
+The model's blocks and heads are traced to jaxprs and the operations in them are counted by what
+they compute, not by the names of layers, so any backbone that keeps the model contract is counted
+alike. `python -m dfs_jax.reports.cost_report --config=FILE.py` prints a config's costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from dfs_jax.costs.traced import (
+    Kind,
+    Operation,
+    TracedProgram,
+    Value,
+    multiply_adds,
+)
+from dfs_jax.forks.plain import PlainFork
+from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.types import PyTree
+
+
+class ExitCost(NamedTuple):
+    """What the network costs up to and including one exit.
+
+    The heads passed on the way are included, but for `macs_without_earlier_heads`.
+
+    Attributes:
+      exit: 1-based label, shallow first.
+      params: trainable parameters.
+      macs: multiply-adds of one image; 1 MAC = 2 FLOPs.
+      literature_flops: what the literature on multi-exit networks calls FLOPs, one image.
+      macs_without_earlier_heads: multiply-adds of the trunk and this exit's head alone.
+    """
+
+    exit: int
+    params: int
+    macs: int
+    literature_flops: int
+    macs_without_earlier_heads: int
+
+
+class PartCount(NamedTuple):
+    """One number for every block and one for every head, shallow first."""
+
+    blocks: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def up_to_exit(self, i: int) -> int:
+        """Returns the sum over blocks and heads up to exit i (0-based), itself included."""
+        return sum(self.blocks[: i + 1]) + sum(self.heads[: i + 1])
+
+    def without_earlier_heads(self, i: int) -> int:
+        """Returns the sum over blocks up to exit i (0-based), and its head."""
+        return sum(self.blocks[: i + 1]) + self.heads[i]
+
+
+def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tuple[ExitCost, ...]:
+    """Counts what each exit costs on one image, in evaluation mode.
+
+        multiply-adds      of convolutions and matrix products with weights or activations
+        literature_flops   those, plus 1 per element of a linear's bias, 1 per element of a ReLU,
+                           and k x k per pooled output; a pool over all positions takes them all
+
+    Biases of convolutions, normalisation, other non-linearities and additions are free. Whatever a
+    block computes counts, whether an exit needs it or not. Adaptation layers serve a loss in
+    training and are left out, whether or not the model has them.
+
+    Args:
+      model: a backbone, not bound to variables.
+      image_shape: `(height, width, channels)`.
+
+    Returns:
+      One `ExitCost` an exit, shallow first.
+
+    Raises:
+      UserError: the model refuses images of this shape.
+      ValueError: the model has parameters outside its blocks and heads, or loops an unknown
+        number of times over what is to be counted.
+
+    Reference: Huang et al., "Multi-Scale Dense Networks", ICLR 2018, for the literature's count.
+
+    Example: two 3x3 convolutions with 2 channels on 8x8 pixels, heads of 2 x 5.
+      >>> from dfs_jax.models import create_model
+      >>> vgg = create_model("vgg7", num_classes=5, width=2)
+      >>> exit_costs(vgg, (8, 8, 3))[0]
+      ExitCost(exit=1, params=70, macs=3466, literature_flops=3722, macs_without_earlier_heads=3466)
+    """
+    parts = _Parts(model, image_shape)
+    params = parts.parameters()
+    macs, literature = parts.operations(MULTIPLY_ADDS), parts.operations(LITERATURE_FLOPS)
+    return tuple(
+        ExitCost(
+            exit=i + 1,
+            params=params.up_to_exit(i),
+            macs=macs.up_to_exit(i),
+            literature_flops=literature.up_to_exit(i),
+            macs_without_earlier_heads=macs.without_earlier_heads(i),
+        )
+        for i in range(model.num_exits)
+    )
+
+
+class _Parts:
+    """A model cut at the seams of its contract: abstract variables, a program for every part."""
+
+    def __init__(self, model: MultiExitModel, image_shape: tuple[int, int, int]):
+        # `clone` in every case: it also detaches the model from a parent.
+        self.model = model.clone(adapt_features=False)
+        self.variables = jax.eval_shape(
+            lambda: init_variables(self.model, jax.random.key(0), image_shape)
+        )
+        self.blocks, self.heads = [], []
+        carry = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        for i in range(model.num_exits):
+            block, carry = self._trace("run_block", i, carry)
+            head, _ = self._trace("run_head", i, carry)
+            self.blocks.append(block)
+            self.heads.append(head)
+
+    def operations(self, rules: Mapping[str, Rule]) -> PartCount:
+        """Counts each part's operations by the rules."""
+        return PartCount(
+            tuple(count_by(block, rules) for block in self.blocks),
+            tuple(count_by(head, rules) for head in self.heads),
+        )
+
+    def parameters(self) -> PartCount:
+        """Counts each part's trainable parameters, by the contract's names."""
+        sizes = {name: _size(tree) for name, tree in self.variables["params"].items()}
+        labels = range(1, self.model.num_exits + 1)
+        blocks = tuple(sizes.pop(f"block{label}", 0) for label in labels)
+        heads = tuple(sizes.pop(f"head{label}", 0) for label in labels)
+        if sizes:
+            raise ValueError(
+                f"parameters must lie under block1, head1, ..., but this model also has "
+                f"{', '.join(sizes)}"
+            )
+        return PartCount(blocks, heads)
+
+    def _trace(self, part: str, i: int, carry: PyTree) -> tuple[TracedProgram, PyTree]:
+        def run(variables, carry):
+            output: Any = self.model.apply(variables, PlainFork(), i, carry, method=part)
+            return output if part == "run_block" else output.logits
+
+        program, shapes = jax.make_jaxpr(run, return_shape=True)(self.variables, carry)
+        kinds = [Kind.WEIGHT] * len(jax.tree.leaves(self.variables))
+        kinds += [Kind.ACTIVATION] * len(jax.tree.leaves(carry))
+        return TracedProgram(program, kinds), shapes
+
+
+def _size(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def count_operations(program: ClosedJaxpr) -> int:
+    """Counts the multiply-adds of a program that `jax.make_jaxpr` traced.
+
+    A scan counts as often as it runs, a conditional as its dearest branch; code that JAX keeps in
+    inner jaxprs (jit, remat, custom derivatives) counts where it is called. A product with a
+    constant (the matrices that resize an image, the kernel that cuts patches) is no layer of a
+    network and does not count: all the program's inputs are taken to vary.
+
+    Raises:
+      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+
+    Example:
+      >>> program = jax.make_jaxpr(lambda a, b: jnp.tanh(a @ b))(jnp.ones((2, 3)), jnp.ones((3, 5)))
+      >>> count_operations(program)
+      30
+    """
+    inputs = [Kind.ACTIVATION] * len(program.jaxpr.invars)
+    return count_by(TracedProgram(program, inputs), MULTIPLY_ADDS)
+
+
+def count_by(program: TracedProgram, rules: Mapping[str, Rule]) -> int:
+    """Sums what the rules give for each operation, by its name, over all the times it runs.
+
+    Raises:
+      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+    """
+    return sum(
+        over_all_runs(operation, rules[operation.name](operation, program))
+        for operation in program.operations
+        if operation.name in rules
+    )
+
+
+def over_all_runs(operation: Operation, counted: int) -> int:
+    """Returns what was counted for one run of an operation, as often as it runs.
+
+    Raises:
+      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+    """
+    if counted and operation.times is None:
+        raise ValueError("operations inside a while loop cannot be counted: it has no fixed length")
+    return counted * (operation.times or 0)
+
+
+def product(operation: Operation, program: TracedProgram) -> int:
+    """Counts a convolution or matrix product of two operands neither of which is a constant."""
+    if any(program.kind(v) == Kind.CONSTANT for v in operation.inputs):
+        return 0
+    return multiply_adds(operation)
+
+
+def linear_bias(operation: Operation, program: TracedProgram) -> int:
+    """Counts an addition of weights to what a matrix product with weights has just computed."""
+    for value, bias in (operation.inputs, operation.inputs[::-1]):
+        linear = program.producer(program.before_reshaping(value))
+        if linear is None or linear.name != "dot_general" or program.kind(bias) != Kind.WEIGHT:
+            continue
+        if {program.kind(v) for v in linear.inputs} == {Kind.WEIGHT, Kind.ACTIVATION}:
+            return operation.outputs[0].size
+    return 0
+
+
+def relu(operation: Operation, program: TracedProgram) -> int:
+    """Counts a maximum of zero and an activation; not of a variance, which LayerNorm clips."""
+    literals = [program.before_reshaping(v).literal for v in operation.inputs]
+    if not any(literal is not None and literal == 0 for literal in literals):
+        return 0
+    output = operation.outputs[0]
+    is_feature = output.is_inexact and not _is_statistic(output, program)
+    return output.size if is_feature and program.kind(output) == Kind.ACTIVATION else 0
+
+
+def _is_statistic(value: Value, program: TracedProgram) -> bool:
+    """Whether it depends on the activations by sums over their channels alone."""
+    if program.kind(value) < Kind.ACTIVATION:
+        return True
+    producer = program.producer(value)
+    if producer is None or producer.name in MULTIPLY_ADDS:
+        return False
+    if producer.name == "reduce_sum":
+        return len(producer.inputs[0].shape) - 1 in producer.params["axes"]
+    return all(_is_statistic(v, program) for v in producer.inputs)
+
+
+def window_pool(operation: Operation, program: TracedProgram) -> int:
+    """Counts a pool: its outputs times the positions of its window."""
+    if program.kind(operation.inputs[0]) != Kind.ACTIVATION:
+        return 0
+    return operation.outputs[0].size * math.prod(operation.params["window_dimensions"])
+
+
+def global_pool(operation: Operation, program: TracedProgram) -> int:
+    """Counts a pool over whole axes between the batch and the channels: every element of them."""
+    pooled = operation.inputs[0]
+    is_pool = not {0, len(pooled.shape) - 1} & set(operation.params["axes"])
+    return pooled.size if is_pool and program.kind(pooled) == Kind.ACTIVATION else 0
+
+
+# What one operation counts, by the name of its primitive.
+Rule = Callable[[Operation, TracedProgram], int]
+MULTIPLY_ADDS: Mapping[str, Rule] = {"conv_general_dilated": product, "dot_general": product}
+LITERATURE_FLOPS: Mapping[str, Rule] = {
+    **MULTIPLY_ADDS,
+    "add": linear_bias,
+    "max": relu,
+    "reduce_max": global_pool,
+    "reduce_sum": global_pool,
+    "reduce_window": window_pool,
+    "reduce_window_max": window_pool,
+    "reduce_window_sum": window_pool,
+}

@@ -1,0 +1,1 @@
+"""What an exit says of its examples: predictions, confidences, and how exits share them."""

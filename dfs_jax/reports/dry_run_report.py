@@ -1,0 +1,172 @@
+"""What a dry run found: as data, and as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from dfs_jax.costs.chips import CHIPS, Chip, Roofline, roofline
+from dfs_jax.costs.compiled import Collective, Memory, Operations
+
+_MIB = 2**20
+
+
+class DryRun(NamedTuple):
+    """What one device does in one training step.
+
+    Attributes:
+      model, fork, loss: their names in the config.
+      rule: name of the gradient rule.
+      device_kind: what the step was compiled for.
+      mesh: how many devices lie along each axis.
+      devices_per_chip: a TPU v4 has two in each chip.
+      batch_size: images of a step, over all devices.
+      bf16: whether blocks compute in bfloat16.
+      memory: that the compiler plans.
+      operations: of the compiled module.
+      counted_flops: of the convolutions and matrix products as `traced_step_cost` counts them,
+        twice their multiply-adds; None where a step is more than one pass of the exits' sum.
+      collectives: what devices exchange.
+    """
+
+    model: str
+    fork: str
+    loss: str
+    rule: str
+    device_kind: str
+    mesh: dict[str, int]
+    devices_per_chip: int
+    batch_size: int
+    bf16: bool
+    memory: Memory
+    operations: Operations
+    counted_flops: float | None
+    collectives: list[Collective]
+
+    @property
+    def num_devices(self) -> int:
+        """In the whole mesh."""
+        return math.prod(self.mesh.values())
+
+    def on_chip(self, chip: Chip) -> Roofline:
+        """Returns the guess of a step's time on chips of that kind, as many as there are here."""
+        return roofline(self._share(chip), self.operations, self.collectives, bf16=self.bf16)
+
+    def fits(self, chip: Chip) -> bool:
+        """Whether the planned memory is there."""
+        return self.memory.total <= self._share(chip).memory_bytes
+
+    def _share(self, chip: Chip) -> Chip:
+        return Chip(*(value / self.devices_per_chip for value in chip))
+
+
+def report(found: DryRun) -> dict[str, Any]:
+    """Returns everything as plain data that is valid JSON.
+
+    The fields of `DryRun`, each named tuple in it as a dict; `memory` with its `total`, and every
+    collective with its `sent_bytes`; and `chips`, of each of `CHIPS` `{"products_s", "memory_s",
+    "links_s", "step_s", "bound_by", "images_per_second", "fits"}`.
+    """
+    return {
+        **found._asdict(),
+        "num_devices": found.num_devices,
+        "memory": {**found.memory._asdict(), "total": found.memory.total},
+        "operations": found.operations._asdict(),
+        "collectives": [
+            {**row._asdict(), "sent_bytes": row.sent_bytes} for row in found.collectives
+        ],
+        "chips": {name: _on_chip(found, chip) for name, chip in CHIPS.items()},
+    }
+
+
+def table_for_terminal(found: DryRun) -> str:
+    """Returns the report as tables with their legends, without a newline at the end."""
+    axes = " x ".join(f"{axis}={size}" for axis, size in found.mesh.items())
+    kind = "bfloat16" if found.bf16 else "float32"
+    parts = [
+        f"One training step: {found.model}, {found.fork}, {found.loss}, {found.rule}; "
+        f"{kind}; batch {found.batch_size}",
+        f"compiled for {found.num_devices} x {found.device_kind}: {axes}. "
+        f"All that follows is of one device.",
+        "",
+        _table(("memory", "MiB"), _memory_rows(found.memory)),
+        "donated buffers are arguments that outputs overwrite; they count once.",
+        "",
+        _table(("operations", "billions"), _operation_rows(found)),
+        "1 multiply-add = 2 FLOPs.",
+        "",
+        *_collective_lines(found.collectives),
+        "",
+        _table(
+            ("roofline", "products ms", "memory ms", "links ms", "step ms", "images/s", "memory"),
+            (_chip_row(name, found) for name in CHIPS),
+        ),
+        "A guess: this module at a chip's published peaks, all three at once. Real steps overlap "
+        "less;",
+        "chips that keep arrays on themselves read less.",
+    ]
+    return "\n".join(parts)
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
+    sizes = {**memory._asdict(), "total": memory.total}
+    return [(name, f"{size / _MIB:,.1f}") for name, size in sizes.items()]
+
+
+def _operation_rows(found: DryRun) -> list[tuple[str, str]]:
+    counted, ours = found.operations, found.counted_flops
+    rows = [
+        ("FLOPs of everything, by XLA", counted.flops),
+        ("FLOPs of products, in the module", counted.product_flops),
+        ("FLOPs of products, as defined", ours),
+        ("bytes read and written, by XLA", counted.bytes_accessed),
+    ]
+    return [(name, f"{value / 1e9:,.3f}") for name, value in rows if value is not None]
+
+
+def _collective_lines(collectives: list[Collective]) -> list[str]:
+    if not collectives:
+        return ["collectives: none"]
+    rows = [
+        (
+            row.kind,
+            str(row.devices),
+            str(row.count),
+            f"{row.bytes / _MIB:,.3f}",
+            f"{row.sent_bytes / _MIB:,.3f}",
+        )
+        for row in collectives
+    ]
+    return [_table(("collectives", "devices", "count", "MiB", "sent MiB"), rows)]
+
+
+def _chip_row(name: str, found: DryRun) -> tuple[str, ...]:
+    chip = CHIPS[name]
+    times = found.on_chip(chip)
+    return (
+        name,
+        *(f"{1e3 * seconds:,.3f}" for seconds in (*times, times.step_s)),
+        f"{found.batch_size / times.step_s:,.0f}",
+        "fits" if found.fits(chip) else "too little",
+    )
+
+
+def _on_chip(found: DryRun, chip: Chip) -> dict[str, Any]:
+    times = found.on_chip(chip)
+    return {
+        **times._asdict(),
+        "step_s": times.step_s,
+        "bound_by": times.bound_by,
+        "images_per_second": found.batch_size / times.step_s,
+        "fits": found.fits(chip),
+    }
+
+
+def _table(titles: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
+    """Aligns rows: labels to the left, numbers to the right."""
+    cells = [tuple(titles), *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    )

@@ -1,0 +1,233 @@
+"""A run's report: plain data from predictions and costs, written as JSON and as a readable page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.costs.flops import ExitCost
+from dfs_jax.exits.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
+from dfs_jax.files import write_whole
+from dfs_jax.inference.budgeted import budgeted_curve
+from dfs_jax.paths import local_path
+from dfs_jax.reports.confusion import class_section, worst_classes
+from dfs_jax.types import UserError
+
+JSON_FILE = "report.json"
+_SHOWN_BUDGETS = 10
+_SHOWN_CLASSES = 10
+
+Report = dict[str, Any]
+
+
+def build_report(
+    validation: ExitPredictions | None,
+    test: ExitPredictions,
+    costs: Sequence[ExitCost],
+    *,
+    split: str,
+    run: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Report:
+    """Puts a checkpoint's accuracies and costs into one dictionary that is valid JSON.
+
+        anytime    [{"exit", "accuracy", "macs", "params"}]       shallow first, exit 1-based
+        ensemble   {"accuracy"}                                   mean of all exits' probabilities
+        budgeted   [{"p", "thresholds", "accuracy", "macs"}]      see `dfs_jax.inference.budgeted`
+        classes    accuracy by class and confusion matrices       see `class_section`
+        run        {"split", "examples", "thresholds_from", ...}  what was evaluated
+
+    Accuracies are fractions. MACs are multiply-adds of one image, up to and including the exit in
+    `anytime`, their mean over the images in `budgeted`. A threshold of 1e8 is nobody's, one of
+    -1e8 takes everybody left.
+
+    Args:
+      validation: the predictions that thresholds are chosen on; None for no budgets.
+      test: the predictions that everything else comes from.
+      costs: `exit_costs` of the network.
+      split: the name of the split that `test` is of.
+      run: more context for the section `run`: `thresholds_from` (the split `validation` is of, by
+        default "validation"), `step`, the names of `model`, `data`, `fork` and `loss`.
+      class_names: names of the classes; None leaves out the section `classes`.
+
+    Raises:
+      ValueError: predictions and costs of different counts of exits, or no examples.
+    """
+    macs = [cost.macs for cost in costs]
+    points = [] if validation is None else budgeted_curve(validation, test, macs)
+    return {
+        "run": {
+            "split": split,
+            "examples": int(test.num_examples),
+            "thresholds_from": "validation",
+            **(run or {}),
+        },
+        "anytime": [
+            {
+                "exit": cost.exit,
+                "accuracy": float(accuracy),
+                "macs": cost.macs,
+                "params": cost.params,
+            }
+            for accuracy, cost in zip(anytime_accuracy(test), costs, strict=True)
+        ],
+        "ensemble": {"accuracy": float(ensemble_accuracy(test))},
+        "budgeted": [{**point._asdict(), "thresholds": list(point.thresholds)} for point in points],
+        **({} if class_names is None else {"classes": class_section(test, class_names)}),
+    }
+
+
+def run_title(run: Mapping[str, Any]) -> str:
+    """Names a run in a line, as far as its section `run` says.
+
+    >>> run_title({"model": "vgg7", "data": "digits", "fork": "dfs", "loss": "byot"})
+    'vgg7 on digits, dfs fork, byot loss'
+    """
+    parts = [" on ".join(str(run[key]) for key in ("model", "data") if run.get(key))]
+    parts += [f"{run[key]} {key}" for key in ("fork", "loss") if run.get(key)]
+    return ", ".join(part for part in parts if part) or "Multi-exit network"
+
+
+def describe_evaluation(run: Mapping[str, Any]) -> str:
+    """Says what was evaluated.
+
+    >>> describe_evaluation({"split": "test", "examples": 10000, "step": 400})
+    'test split, 10,000 examples, checkpoint of step 400'
+    """
+    described = f"{run['split']} split, {run['examples']:,} examples"
+    return f"{described}, checkpoint of step {run['step']}" if "step" in run else described
+
+
+def table_for_terminal(report: Report) -> str:
+    """Returns a compact table of the exits and the ensemble, without a newline at its end."""
+    lines = [
+        describe_evaluation(report["run"]),
+        f"{'exit':>8}  {'accuracy':>9}  {'M MACs':>10}  {'M params':>9}",
+    ]
+    for row in report["anytime"]:
+        lines.append(
+            f"{row['exit']:>8}  {_percent(row['accuracy']):>9}  "
+            f"{_millions(row['macs']):>10}  {_millions(row['params']):>9}"
+        )
+    return "\n".join([*lines, f"ensemble  {_percent(report['ensemble']['accuracy']):>9}"])
+
+
+def render_markdown(report: Report) -> str:
+    """Renders the report as a short page: anytime table, ensemble, some of the budgets."""
+    run, points = report["run"], report["budgeted"]
+    anytime = _table(
+        ["exit", "accuracy", "M MACs", "M parameters"],
+        [
+            [row["exit"], _percent(row["accuracy"])]
+            + [_millions(row[count]) for count in ("macs", "params")]
+            for row in report["anytime"]
+        ],
+    )
+    count = min(_SHOWN_BUDGETS, len(points))
+    shown = np.unique(np.linspace(0, len(points) - 1, count).round().astype(int))
+    budgets = _table(
+        ["p", "accuracy", "mean M MACs"],
+        [
+            [f"{point['p']:.2f}", _percent(point["accuracy"]), _millions(point["macs"])]
+            for point in (points[i] for i in shown)
+        ],
+    )
+    budgeted = f"""
+## Budgeted batch: each image leaves at the first exit that is confident enough
+
+Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
+{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file beside \
+this page holds them all, with their thresholds.
+
+{budgets}
+"""
+    return f"""# {run_title(run)}
+
+{describe_evaluation(run).capitalize()}. One MAC is a multiply-add of one image, 2 FLOPs.
+
+## Anytime: each exit on every image
+
+Operations and parameters are those up to and including the exit, with the heads passed on the way.
+
+{anytime}
+
+Ensemble (mean of all exits' probabilities): **{_percent(report["ensemble"]["accuracy"])}**
+{budgeted if points else ""}{_classes_page(report["classes"]) if "classes" in report else ""}"""
+
+
+def _classes_page(section: Mapping[str, Any]) -> str:
+    worst = _table(
+        ["class", "accuracy"],
+        [[_cell(name), _percent(share)] for name, share in worst_classes(section, _SHOWN_CLASSES)],
+    )
+    confusions = _table(
+        ["class", "taken for", "images"],
+        [
+            [_cell(row["label"]), _cell(row["predicted"]), row["count"]]
+            for row in section["confusions"][:_SHOWN_CLASSES]
+        ],
+    )
+    return f"""
+## Classes, at the last exit
+
+The classes that it gets right least often:
+
+{worst}
+
+Its most frequent confusions; the JSON file has the accuracy by class of every exit:
+
+{confusions}
+"""
+
+
+def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Writes the report as JSON and as a readable page beside it; each is whole or not there.
+
+    Args:
+      report: of `build_report`.
+      path: the JSON file, or a directory for `report.json` in it; the page has the suffix `.md`.
+
+    Returns:
+      The two paths, JSON first.
+
+    Raises:
+      ValueError: the report holds a number that is not finite.
+      UserError: a file could not be written, or the JSON file would be called `.md` itself.
+    """
+    path = local_path(path, "report")
+    path = path / JSON_FILE if path.is_dir() else path
+    page_path = path.with_suffix(".md")
+    if page_path == path:
+        raise UserError(f"{path} is the page's own name: give the JSON file another suffix")
+    page, data = render_markdown(report), _json(report)
+    return write_whole(path, f"{data}\n".encode()), write_whole(page_path, page.encode())
+
+
+def _json(report: Report) -> str:
+    """Returns JSON with every list of numbers on one line."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    return re.sub(r"\[\s+([^\[\]{}\"]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+
+
+def _cell(name: str) -> str:
+    """Returns a name that cannot end a cell of a Markdown table."""
+    return name.replace("|", "\\|").replace("\n", " ")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---:"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.3f}"
