@@ -9,10 +9,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from configs.common import RUN
 from dfs_jax import launch, program
-from dfs_jax.config_file import define_config_flag
 from dfs_jax.output import CLOSED_PIPE_STATUS
 from dfs_jax.paths import output_directory, output_file
+from dfs_jax.training.sections import define_config_flag, describe_config
 from dfs_jax.types import UserError
 
 CONFIG = define_config_flag("The run's configuration: FILE.py or FILE.py:METHOD.")
@@ -24,6 +25,7 @@ ACCEPT_DATA_CHANGES = flags.DEFINE_bool(
     False,
     "Go on with data that changed since the run began; its statistics and held-out images stay.",
 )
+HELP_CONFIG = flags.DEFINE_bool("help_config", False, "Print every field of the config, and end.")
 LAUNCH = launch.define_flags()
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the training step, without data, and print what it costs."
@@ -34,6 +36,10 @@ OUTPUT = flags.DEFINE_string("output", None, "Dry run: the JSON file to write.")
 
 
 def main() -> int | None:
+    if HELP_CONFIG.value:
+        return program.say(
+            describe_config(CONFIG.value, {name: doc for name, (_, doc) in RUN.items()})
+        )
     if DRY_RUN.value:
         return dry_run()
     for flag in (DEVICES, TOPOLOGY, OUTPUT):

@@ -20,13 +20,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from dfs_jax import program
-from dfs_jax.config_file import define_config_flag, load_config
+from dfs_jax.config_file import load_config
 from dfs_jax.files import write_whole
 from dfs_jax.paths import output_directory
 from dfs_jax.reports.report import JSON_FILE, Report, write_report
 from dfs_jax.reports.run_report import report_evaluation
 from dfs_jax.training.evaluate import evaluate_run
 from dfs_jax.training.loop import train
+from dfs_jax.training.sections import define_config_flag
 from dfs_jax.types import Config, UserError
 
 FILE = "comparison.json"

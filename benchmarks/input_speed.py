@@ -19,9 +19,9 @@ import numpy as np
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.config_file import define_config_flag
 from dfs_jax.data import Dataset, StreamedSplit, TrainSampler, train_batches
 from dfs_jax.data.photographs import cut_out, decode_photograph, random_box
+from dfs_jax.training.sections import define_config_flag
 from dfs_jax.types import UserError
 
 _DECODED_IMAGES = 512
@@ -78,7 +78,7 @@ def _timed(count_images: Callable[[], int]) -> Speed:
 def main() -> None:
     from dfs_jax.training.input_config import dataset_from_config
 
-    config: Any = flags.FLAGS["config"].value
+    config: Any = CONFIG.value
     batches: Any = flags.FLAGS["batches"].value
     dataset = dataset_from_config(config.data)
     workers = config.data.num_workers or 0
@@ -99,7 +99,7 @@ def _line(speed: Speed) -> str:
 
 
 if __name__ == "__main__":
-    define_config_flag("The run's configuration.")
+    CONFIG = define_config_flag("The run's configuration.")
     flags.DEFINE_integer("batches", 8, "How many batches are timed.")
     flags.mark_flag_as_required("config")
     program.run(main)

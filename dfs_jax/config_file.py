@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -52,18 +53,43 @@ def load_config(file: Path, *arguments: str) -> Config:
     return config
 
 
-def define_config_flag(help_text: str) -> flags.FlagHolder:
-    """Defines the flag `--config`, whose file is read by `load_config`."""
-    try:
-        flag = config_flags.DEFINE_config_file("config", None, help_text)
-    except flags.Error as error:  # it reads files of flags at once
-        sys.exit(fail(str(error).removeprefix("ERROR:: ")))
-    flags.FLAGS["config"].parser = _Parser()
-    return flag
+class ConfigFlag:
+    """The flag `--config`, whose file is read by `load_config`.
+
+    Args:
+      help_text: help of the flag.
+      settle: function `(config, before, fields)` that changes the parsed config in place, given the
+        config as its file returned it and the fields that flags set.
+    """
+
+    def __init__(self, help_text: str, settle: Callable[[Config, Config, list[str]], None]):
+        try:
+            self._flag = config_flags.DEFINE_config_file("config", None, help_text)
+        except flags.Error as error:  # it reads files of flags at once
+            sys.exit(fail(str(error).removeprefix("ERROR:: ")))
+        self._settle = settle
+        self._parser = _Parser()
+        flags.FLAGS["config"].parser = self._parser
+
+    @property
+    def value(self) -> Config:
+        """The config, with the fields that flags set."""
+        config, before = self._flag.value, self._parser.before
+        if before is not None:
+            fields = config_flags.get_override_values(flags.FLAGS["config"])
+            self._settle(config, before, list(fields))
+            self._parser.before = None
+        return config
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads FILE.py or FILE.py:ARGUMENT."""
+    """Reads FILE.py or FILE.py:ARGUMENT.
+
+    Attributes:
+      before: copy of the config that the file returned.
+    """
+
+    before: Config | None = None
 
     def parse(self, argument: str) -> Config:
         file, colon, argument = argument.partition(":")
@@ -73,6 +99,7 @@ class _Parser(flags.ArgumentParser):
             config = load_config(Path(file).expanduser(), *([argument] if colon else []))
         except (UserError, RuntimeError) as error:
             raise BadConfig(str(error)) from error
+        self.before = config.copy_and_resolve_references()
         return config.lock()
 
 

@@ -48,7 +48,7 @@ class FeatureSurgery:
     Args:
       partition_ratio: beta in [0, 1], the fraction of channels that deeper exits train; one number
         (or a sequence of one) for every exit, or one for each exit but the last.
-      referencing: one of the three rows above.
+      referencing: "symmetric", "trunk_only" or "none", the rows above.
 
     Raises:
       ValueError: a beta outside [0, 1], an unknown referencing, or (when called) another count of

@@ -30,9 +30,9 @@ from benchmarks.training_step.method_costs import (
     measure_training_cost,
 )
 from dfs_jax import program
-from dfs_jax.config_file import define_config_flag
 from dfs_jax.paths import output_file
 from dfs_jax.reports.report import write_whole
+from dfs_jax.training.sections import define_config_flag
 from dfs_jax.types import UserError
 
 

@@ -52,7 +52,7 @@ def load_dataset(
     image_size: int | None = None,
     statistics: str | None = None,
     streaming: Streaming | None = None,
-    test_examples: float | None = None,
+    test_examples: int | float | None = None,
     max_corrupt: int | None = None,
 ) -> Dataset:
     """Reads an image classification set into memory, or makes it ready to be streamed from disk.

@@ -10,7 +10,6 @@ from typing import Any
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.config_file import define_config_flag
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.costs.step_operations import StepCost, theoretical_step_cost, traced_step_cost
 from dfs_jax.data.shapes import DatasetShape, known_shape
@@ -22,6 +21,7 @@ from dfs_jax.paths import output_file
 from dfs_jax.training.config import options
 from dfs_jax.training.experiment import model_from_config
 from dfs_jax.training.input_config import dataset_from_config
+from dfs_jax.training.sections import define_config_flag
 from dfs_jax.types import Config, UserError
 
 CostReport = dict[str, Any]

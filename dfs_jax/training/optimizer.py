@@ -52,7 +52,14 @@ def sgd(
 def adamw(
     learning_rate: optax.Schedule, *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """Returns AdamW, with decoupled weight decay: `w -= learning_rate * weight_decay * w`."""
+    """Returns AdamW, with decoupled weight decay: `w -= learning_rate * weight_decay * w`.
+
+    Args:
+      learning_rate: schedule of the learning rate.
+      b1: decay of the mean of the gradients.
+      b2: decay of the mean of their squares.
+      weight_decay: coefficient of the weight decay.
+    """
     return optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
 
 
@@ -71,6 +78,13 @@ def multistep(
     decay_factor: float = 0.1,
 ) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by `decay_factor` at each of `decay_epochs`.
+
+    Args:
+      learning_rate: learning rate before the first decay.
+      total_epochs: epochs of the run.
+      steps_per_epoch: steps of an epoch.
+      decay_epochs: epochs after which the rate is multiplied, in rising order.
+      decay_factor: factor of each decay.
 
     >>> schedule = multistep(1.0, 5, 7, decay_epochs=(2,))
     >>> float(schedule(13)), round(float(schedule(14)), 6)
