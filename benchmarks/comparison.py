@@ -25,6 +25,7 @@ from dfs_jax.files import write_whole
 from dfs_jax.paths import output_directory
 from dfs_jax.reports.report import JSON_FILE, Report, write_report
 from dfs_jax.reports.run_report import report_evaluation
+from dfs_jax.tables import aligned
 from dfs_jax.training.evaluate import evaluate_run
 from dfs_jax.training.loop import train
 from dfs_jax.training.sections import define_config_flag
@@ -142,19 +143,15 @@ def table(found: Mapping[str, Sequence[Accuracies]]) -> str:
     Example:
       >>> print(table({"dfs": [Accuracies((0.5, 0.75), 0.75), Accuracies((0.6, 0.85), 0.75)]}))
       Test accuracy (%), mean ± deviation of 2 seeds.
-                    exit 1        exit 2          mean      ensemble
-      dfs     55.00 ± 7.07  80.00 ± 7.07  67.50 ± 7.07  75.00 ± 0.00
+                 exit 1        exit 2          mean      ensemble
+      dfs  55.00 ± 7.07  80.00 ± 7.07  67.50 ± 7.07  75.00 ± 0.00
     """
     rows = {method: [_cell(s) for s in summaries(runs)] for method, runs in found.items()}
     runs = next(iter(found.values()))
     titles = [f"exit {i}" for i in range(1, len(runs[0].exits) + 1)] + ["mean", "ensemble"]
-    width = max(len(cell) for cells in (*rows.values(), titles) for cell in cells)
-    label = max(6, *map(len, rows))
     over = f", mean ± deviation of {len(runs)} seeds" if len(runs) > 1 else ", one seed"
-    lines = [f"Test accuracy (%){over}."]
-    for name, cells in (("", titles), *rows.items()):
-        lines.append("  ".join([name.ljust(label), *(cell.rjust(width) for cell in cells)]))
-    return "\n".join(lines)
+    lines = [("", *titles), *((name, *cells) for name, cells in rows.items())]
+    return f"Test accuracy (%){over}.\n{aligned(lines, left=(0,))}"
 
 
 def summaries(runs: Sequence[Accuracies]) -> list[Summary]:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from dfs_jax.paths import reason, shown
@@ -16,20 +17,35 @@ from dfs_jax.types import UserError
 _FULL = re.compile("no space left|quota exceeded", re.IGNORECASE)
 
 
-def write_whole(path: Path, content: bytes) -> Path:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path of a file to write, which takes the place of `path` when it is written.
+
+    Whatever happens, the old content or all of the new is there.
+
+    Raises:
+      OSError: the file could not be written.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident():x}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes | str) -> Path:
     """Writes a file and its missing directories so that the old content or all of the new is there.
 
     Raises:
       UserError: it could not be written.
     """
-    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident():x}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{shown(path)} could not be written: {reason(error)}") from error
     return path
 

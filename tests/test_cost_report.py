@@ -101,7 +101,7 @@ def test_mistakes(changes, message):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "dfs_jax.costs.flops", *arguments],
+        [sys.executable, "-m", "dfs_jax.reports.cost_report", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

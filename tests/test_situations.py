@@ -32,7 +32,7 @@ PATHS = [
     ("dfs_jax.inference.classify", "{}", "image.png"),
     ("dfs_jax.interop", "check", "{}"),
     ("dfs_jax.data.prepare", "cifar10", "--data_dir={}"),
-    ("dfs_jax.costs.flops", CONFIG, "--output={}"),
+    ("dfs_jax.reports.cost_report", CONFIG, "--output={}"),
     ("benchmarks.training_step.training_cost", CONFIG, "--output={}"),
     ("dfs_jax.reports.gradient_conflict", "--workdir={}"),
     ("dfs_jax.reports.gradient_conflict", "--workdirs={},{}"),

@@ -19,6 +19,7 @@ from benchmarks.accuracy.rows import (
     mean_accuracy,
     num_exits,
 )
+from dfs_jax.tables import markdown
 
 NOT_RUN = "not run yet"
 _TITLES = {
@@ -150,19 +151,6 @@ def published_table(rows: Sequence[Row], published: dict[str, Published]) -> str
             cells = ["" if value is None else f"{value:g}" for value in known]
             lines.append([f"{name}, paper", "", *cells])
     return markdown(["method", "seeds", *_exit_titles(exits), "ensemble"], lines)
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a table of Markdown.
-
-    >>> print(markdown(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    rule = "|" + "---|" * len(header)
-    first, *others = ("| " + " | ".join(line) + " |" for line in (header, *lines))
-    return "\n".join([first, rule, *others])
 
 
 def _reference(rows: Sequence[Row]) -> Row:

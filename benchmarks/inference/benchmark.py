@@ -43,6 +43,7 @@ from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.run_policy import load_with_policy
 from dfs_jax.inference.trained import StagedRun
 from dfs_jax.paths import input_directory, output_file
+from dfs_jax.tables import aligned
 from dfs_jax.types import UserError
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -211,19 +212,22 @@ def to_json(rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows for a terminal, without a newline at the end."""
+    titles = ("policy", "accuracy", "M MACs", "by MACs", "ideal", "real", "images/s", "p50 ms")
     lines = [
-        f"batch {rows[0]['batch']}",
-        f"{'policy':>13}  {'accuracy':>8}  {'M MACs':>8}  {'by MACs':>7}  {'ideal':>6}  "
-        f"{'real':>6}  {'images/s':>9}  {'p50 ms':>8}  {'p99 ms':>8}  {'close':>5}",
-    ]
-    for row in rows:
-        lines.append(
-            f"{row['policy']:>13}  {100 * row['accuracy']:>6.2f} %  {row['macs'] / 1e6:>8.3f}  "
-            f"{row['ideal_speedup_by_macs']:>7.2f}  {row['ideal_speedup']:>6.2f}  "
-            f"{row['speedup']:>6.2f}  {row['images_per_second']:>9,.0f}  {row['p50_ms']:>8.2f}  "
-            f"{row['p99_ms']:>8.2f}  {row['close']:>5}{'  fell back' if row['falls_back'] else ''}"
+        (
+            str(row["policy"]),
+            f"{100 * row['accuracy']:.2f} %",
+            f"{row['macs'] / 1e6:.3f}",
+            *(f"{row[key]:.2f}" for key in ("ideal_speedup_by_macs", "ideal_speedup", "speedup")),
+            f"{row['images_per_second']:,.0f}",
+            *(f"{row[key]:.2f}" for key in ("p50_ms", "p99_ms")),
+            str(row["close"]),
+            "fell back" if row["falls_back"] else "",
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    table = aligned([(*titles, "p99 ms", "close", ""), *lines])
+    return f"batch {rows[0]['batch']}\n{table}"
 
 
 def _contenders(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dfs_jax.tables import aligned
+
 CostRow = Mapping[str, Any]
 
 _TITLES = [
@@ -20,10 +22,8 @@ def cost_table(rows: Sequence[CostRow]) -> str:
     Args:
       rows: of `benchmarks.training_step.training_cost.measure_training_cost`.
     """
-    cells = [_TITLES, *(_cells(row, rows) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
-    return "\n".join([*lines, *_LEGEND, *_published_loops(rows)])
+    table = aligned([_TITLES, *(_cells(row, rows) for row in rows)])
+    return "\n".join([table, *_LEGEND, *_published_loops(rows)])
 
 
 def _published_loops(rows: Sequence[CostRow]) -> list[str]:

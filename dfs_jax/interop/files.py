@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from dfs_jax.files import replacing
 from dfs_jax.interop.torch_names import (
     Key,
     check_names_and_shapes,
@@ -85,13 +86,10 @@ def save_weights(
     if writer is None:
         raise UserError(f"{path}: weights are written to {' or '.join(_WRITERS)}, rename the file")
     arrays = {"/".join(key): np.asarray(x, order="C") for key, x in flatten(variables).items()}
-    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             writer(file, arrays, dict(about or {}))
-        unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write weights to {path}: {reason(error)}") from error
 
 

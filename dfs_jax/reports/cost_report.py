@@ -18,6 +18,7 @@ from dfs_jax.forks import Fork, create_fork
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.paths import output_file
+from dfs_jax.tables import aligned
 from dfs_jax.training.config import options
 from dfs_jax.training.experiment import model_from_config
 from dfs_jax.training.input_config import dataset_from_config
@@ -103,11 +104,11 @@ def table_for_terminal(report: CostReport) -> str:
     return f"""\
 One image, up to and including each exit, in millions. MACs are multiply-adds (1 MAC = 2 FLOPs);
 alone: without the heads of earlier exits; literature: what published tables call FLOPs.
-{_table(("exit", "parameters", "MACs", "MACs alone", "literature"), exits)}
+{_counts(("exit", "parameters", "MACs", "MACs alone", "literature"), exits)}
 
 One training step on one image, in millions of MACs. Traced: as JAX differentiates the network;
 theory: without the gradients of inputs that train nothing.
-{_table(("", "forward", "weight gradients", "input gradients", "total"), steps)}{speedup}"""
+{_counts(("", "forward", "weight gradients", "input gradients", "total"), steps)}{speedup}"""
 
 
 def _print_and_write(config: Config, output: Path | None) -> None:
@@ -126,15 +127,10 @@ def _step_costs(
     return {how: count(model, fork, loss, image_shape) for how, count in counts.items()}
 
 
-def _table(titles: Iterable[str], rows: Iterable[tuple]) -> str:
+def _counts(titles: Iterable[str], rows: Iterable[tuple]) -> str:
     """Aligns rows of a label and counts, which are shown in millions."""
-    cells = [list(titles)]
-    cells += [[str(label), *(f"{count / 1e6:,.3f}" for count in counts)] for label, *counts in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    )
+    cells = [[str(label), *(f"{n / 1e6:,.3f}" for n in counts)] for label, *counts in rows]
+    return aligned([tuple(titles), *cells])
 
 
 if __name__ == "__main__":

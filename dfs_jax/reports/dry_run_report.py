@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dfs_jax.costs.chips import CHIPS, Chip, Roofline, roofline
 from dfs_jax.costs.compiled import Collective, Memory, Operations
+from dfs_jax.tables import aligned
 
 _MIB = 2**20
 
@@ -61,6 +61,9 @@ class DryRun(NamedTuple):
         return Chip(*(value / self.devices_per_chip for value in chip))
 
 
+_ROOFLINE = ("roofline", "products ms", "memory ms", "links ms", "step ms", "images/s", "memory")
+
+
 def report(found: DryRun) -> dict[str, Any]:
     """Returns everything as plain data that is valid JSON.
 
@@ -90,18 +93,15 @@ def table_for_terminal(found: DryRun) -> str:
         f"compiled for {found.num_devices} x {found.device_kind}: {axes}. "
         f"All that follows is of one device.",
         "",
-        _table(("memory", "MiB"), _memory_rows(found.memory)),
+        aligned([("memory", "MiB"), *_memory_rows(found.memory)], left=(0,)),
         "donated buffers are arguments that outputs overwrite; they count once.",
         "",
-        _table(("operations", "billions"), _operation_rows(found)),
+        aligned([("operations", "billions"), *_operation_rows(found)], left=(0,)),
         "1 multiply-add = 2 FLOPs.",
         "",
         *_collective_lines(found.collectives),
         "",
-        _table(
-            ("roofline", "products ms", "memory ms", "links ms", "step ms", "images/s", "memory"),
-            (_chip_row(name, found) for name in CHIPS),
-        ),
+        aligned([_ROOFLINE, *(_chip_row(name, found) for name in CHIPS)], left=(0,)),
         "A guess: this module at a chip's published peaks, all three at once. Real steps overlap "
         "less;",
         "chips that keep arrays on themselves read less.",
@@ -138,7 +138,7 @@ def _collective_lines(collectives: list[Collective]) -> list[str]:
         )
         for row in collectives
     ]
-    return [_table(("collectives", "devices", "count", "MiB", "sent MiB"), rows)]
+    return [aligned([("collectives", "devices", "count", "MiB", "sent MiB"), *rows], left=(0,))]
 
 
 def _chip_row(name: str, found: DryRun) -> tuple[str, ...]:
@@ -161,12 +161,3 @@ def _on_chip(found: DryRun, chip: Chip) -> dict[str, Any]:
         "images_per_second": found.batch_size / times.step_s,
         "fits": found.fits(chip),
     }
-
-
-def _table(titles: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
-    """Aligns rows: labels to the left, numbers to the right."""
-    cells = [tuple(titles), *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    )

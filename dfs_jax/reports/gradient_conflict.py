@@ -26,6 +26,7 @@ from dfs_jax import program
 from dfs_jax.files import write_whole
 from dfs_jax.gradients.conflict import count_pairs, gradient_norms, joint_gram, pair_cosines
 from dfs_jax.paths import input_directory, output_file
+from dfs_jax.tables import aligned
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.conflict import SPLIT, ConflictProbe, mean_cosines, rows_by_prefix
 from dfs_jax.training.experiment import abstract_state, rebuild_experiment
@@ -133,14 +134,12 @@ def read_probe(workdir: Path) -> list[Row]:
 def table_for_terminal(measurements: Sequence[Measurement]) -> str:
     """Returns a table of the fraction of conflicting pairs: a line a block, a column a run."""
     titles = [measurement["run"]["workdir"] for measurement in measurements]
-    widths = [max(len(title), 17) for title in titles]
-    lines = ["conflicting pairs of exits (in brackets: among those that share weights)"]
-    lines.append("  ".join([f"{'':>8}", *map(str.rjust, titles, widths)]))
+    rows = [["", *titles]]
     for i, block in enumerate(measurements[0]["blocks"]):
-        cells = [_share_cell(measurement["blocks"][i]) for measurement in measurements]
-        lines.append("  ".join([f"{block['name']:>8}", *map(str.rjust, cells, widths)]))
-    cells = [_share_cell(measurement["trunk"]) for measurement in measurements]
-    return "\n".join([*lines, "  ".join([f"{'trunk':>8}", *map(str.rjust, cells, widths)])])
+        rows.append([block["name"], *(_share_cell(m["blocks"][i]) for m in measurements)])
+    rows.append(["trunk", *(_share_cell(m["trunk"]) for m in measurements)])
+    title = "conflicting pairs of exits (in brackets: among those that share weights)"
+    return f"{title}\n{aligned(rows)}"
 
 
 def write_measurements(

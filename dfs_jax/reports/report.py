@@ -17,6 +17,7 @@ from dfs_jax.files import write_whole
 from dfs_jax.inference.budgeted import budgeted_curve
 from dfs_jax.paths import local_path
 from dfs_jax.reports.confusion import class_section, worst_classes
+from dfs_jax.tables import aligned, markdown
 from dfs_jax.types import UserError
 
 JSON_FILE = "report.json"
@@ -106,32 +107,29 @@ def describe_evaluation(run: Mapping[str, Any]) -> str:
 
 def table_for_terminal(report: Report) -> str:
     """Returns a compact table of the exits and the ensemble, without a newline at its end."""
-    lines = [
-        describe_evaluation(report["run"]),
-        f"{'exit':>8}  {'accuracy':>9}  {'M MACs':>10}  {'M params':>9}",
+    exits = [
+        (str(row["exit"]), _percent(row["accuracy"]), *map(_millions, (row["macs"], row["params"])))
+        for row in report["anytime"]
     ]
-    for row in report["anytime"]:
-        lines.append(
-            f"{row['exit']:>8}  {_percent(row['accuracy']):>9}  "
-            f"{_millions(row['macs']):>10}  {_millions(row['params']):>9}"
-        )
-    return "\n".join([*lines, f"ensemble  {_percent(report['ensemble']['accuracy']):>9}"])
+    ensemble = ("ensemble", _percent(report["ensemble"]["accuracy"]))
+    rows = [("exit", "accuracy", "M MACs", "M params"), *exits, ensemble]
+    return f"{describe_evaluation(report['run'])}\n{aligned(rows)}"
 
 
 def render_markdown(report: Report) -> str:
     """Renders the report as a short page: anytime table, ensemble, some of the budgets."""
     run, points = report["run"], report["budgeted"]
-    anytime = _table(
+    anytime = _right_aligned(
         ["exit", "accuracy", "M MACs", "M parameters"],
         [
-            [row["exit"], _percent(row["accuracy"])]
+            [str(row["exit"]), _percent(row["accuracy"])]
             + [_millions(row[count]) for count in ("macs", "params")]
             for row in report["anytime"]
         ],
     )
     count = min(_SHOWN_BUDGETS, len(points))
     shown = np.unique(np.linspace(0, len(points) - 1, count).round().astype(int))
-    budgets = _table(
+    budgets = _right_aligned(
         ["p", "accuracy", "mean M MACs"],
         [
             [f"{point['p']:.2f}", _percent(point["accuracy"]), _millions(point["macs"])]
@@ -162,11 +160,11 @@ Ensemble (mean of all exits' probabilities): **{_percent(report["ensemble"]["acc
 
 
 def _classes_page(section: Mapping[str, Any]) -> str:
-    worst = _table(
+    worst = _right_aligned(
         ["class", "accuracy"],
         [[_cell(name), _percent(share)] for name, share in worst_classes(section, _SHOWN_CLASSES)],
     )
-    confusions = _table(
+    confusions = _right_aligned(
         ["class", "taken for", "images"],
         [
             [_cell(row["label"]), _cell(row["predicted"]), row["count"]]
@@ -220,9 +218,8 @@ def _cell(name: str) -> str:
     return name.replace("|", "\\|").replace("\n", " ")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---:"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def _right_aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown(titles, rows, rule="---:")
 
 
 def _percent(fraction: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from dfs_jax.files import what_helps
+from dfs_jax.files import replacing, what_helps
 from dfs_jax.paths import local_path
 from dfs_jax.training.processes import by_writer
 from dfs_jax.training.sharding import gathered
@@ -343,9 +342,8 @@ def _saved_structure(directory: Path) -> Structure:
 def _write_manifest(directory: Path) -> None:
     """Notes the checksums of a finished checkpoint's files; a run killed before has none."""
     text = json.dumps(file_checksums(directory))
-    temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, directory / MANIFEST)
+    with replacing(directory / MANIFEST) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _check_files(directory: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dfs_jax.files import replacing
 from dfs_jax.paths import local_path, make_directory, reason
 from dfs_jax.training import extend
 from dfs_jax.training.checkpoint import has_steps
@@ -119,7 +119,8 @@ def _to_json(config: Config) -> str:
 
 def _write_config(workdir: Path, text: str) -> None:
     try:
-        _write_atomically(workdir / FILE, text)
+        with replacing(workdir / FILE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written: {reason(error)}") from error
 
@@ -196,9 +197,3 @@ def _with_tuples(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _with_tuples(value) for key, value in tree.items()}
     return tuple(_with_tuples(value) for value in tree) if isinstance(tree, list) else tree
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

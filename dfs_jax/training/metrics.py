@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfs_jax.exits.confidence import ExitPredictions, anytime_accuracy, ensemble_accuracy
-from dfs_jax.files import what_helps
+from dfs_jax.files import replacing, what_helps
 from dfs_jax.paths import reason
 from dfs_jax.training.state import EpochTotals
 from dfs_jax.training.tensorboard import EventsFile
@@ -146,9 +146,8 @@ def _cut_back(path: Path, start_step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _whole_lines(path: Path) -> list[str]:
