@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 
-def aligned(rows: Iterable[Sequence[str]], *, left: Collection[int] = ()) -> str:
+def aligned(rows: Iterable[Sequence[Any]], *, left: Collection[int] = ()) -> str:
     """Returns rows whose columns are aligned to the right, without a newline at the end.
 
     Args:
@@ -18,7 +19,7 @@ def aligned(rows: Iterable[Sequence[str]], *, left: Collection[int] = ()) -> str
       1            71.25
       ensemble       7.5
     """
-    cells = [list(row) for row in rows]
+    cells = [list(map(str, row)) for row in rows]
     columns = range(max(map(len, cells)))
     widths = [max(len(row[k]) for row in cells if k < len(row)) for k in columns]
 
@@ -32,7 +33,7 @@ def aligned(rows: Iterable[Sequence[str]], *, left: Collection[int] = ()) -> str
     return "\n".join(map(line, cells))
 
 
-def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], *, rule: str = "---") -> str:
+def markdown(titles: Sequence[Any], rows: Iterable[Sequence[Any]], *, rule: str = "---") -> str:
     """Returns a table of Markdown, without a newline at the end.
 
     Args:
@@ -46,6 +47,6 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], *, rule: str 
       |---|---|
       | 1 | 2 |
     """
-    lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (titles, *rows)]
     lines.insert(1, "|" + f"{rule}|" * len(titles))
     return "\n".join(lines)

@@ -277,7 +277,7 @@ CACHE = {
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.training_step.training_cost", *arguments],
+        [sys.executable, "-m", "benchmarks.training_step", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **CACHE},
         capture_output=True,
