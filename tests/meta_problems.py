@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from dfs_jax.gradients import StepParts, Trained
-from dfs_jax.types import BatchGradients, ExitOutputs, PyTree, TrunkAndHeads
+from dfs_jax.losses import Loss
+from dfs_jax.types import ExitOutputs, PyTree, TrunkAndHeads
 
 RATE = 0.1
 KEY = jax.random.key(3)
 
 
-class Squares:
+class Squares(Loss):
     """Half the squared distance of the first logit from the label."""
 
     couples_exits = False
@@ -47,15 +48,14 @@ def step_parts(predict, optimizer=None, loss: Any = None) -> StepParts:
     def by_exit(params, batch, loss):
         return loss(outputs(params, batch.images), batch.labels)
 
-    def gradients(trained, batch, loss):
-        total, grads = jax.value_and_grad(lambda p: by_exit(p, batch, loss).sum())(trained.params)
-        return BatchGradients(total, outputs(trained.params, batch.images).logits, grads, {})
+    def summed(params, batch_stats, batch, loss):
+        total, grads = jax.value_and_grad(lambda p: by_exit(p, batch, loss).sum())(params)
+        return (total, (outputs(params, batch.images).logits, {})), grads
 
-    def exit_gradients(trained, batch):
-        grads = jax.jacrev(lambda p: by_exit(p, batch, loss))(trained.params)
-        own = TrunkAndHeads(grads, {})
-        total = by_exit(trained.params, batch, loss).sum()
-        return BatchGradients(total, outputs(trained.params, batch.images).logits, own, {})
+    def single(params, batch_stats, batch, loss):
+        grads = jax.jacrev(lambda p: by_exit(p, batch, loss))(params)
+        total = by_exit(params, batch, loss).sum()
+        return (total, (outputs(params, batch.images).logits, {})), TrunkAndHeads(grads, {})
 
     def update(trained, grads):
         updates, opt_state = optimizer.update(grads, trained.opt_state, trained.params)
@@ -67,7 +67,7 @@ def step_parts(predict, optimizer=None, loss: Any = None) -> StepParts:
             batch._replace(images=batch.images[i::2], labels=batch.labels[i::2]) for i in (0, 1)
         ]
 
-    return StepParts(loss, 2, gradients, exit_gradients, update, divide)
+    return StepParts(loss, 2, summed, single, update, divide)
 
 
 def start(params: PyTree, optimizer=None) -> Trained:

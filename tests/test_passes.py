@@ -15,13 +15,13 @@ from jax.extend.core import jaxprs_in_params
 
 from dfs_jax.costs.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.forks import create_fork
-from dfs_jax.gradients import Batch, Trained, create_rule
+from dfs_jax.gradients import Batch, StepParts, Trained, create_rule
 from dfs_jax.gradients.summed import Sum
 from dfs_jax.layers import BatchNorm
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
-from dfs_jax.training import passes
+from dfs_jax.training import passes as passes_module
 from dfs_jax.training.passes import (
     accumulated,
     make_step_parts,
@@ -61,9 +61,16 @@ def examples(count, seed=1):
 
 
 KINDS = {
-    "summed": lambda model: summed_passes(model, FORK, LOSS),
-    "single": lambda model: single_exit_passes(model, FORK, LOSS, "vmap"),
+    "summed": lambda model: summed_passes(model, FORK),
+    "single": lambda model: single_exit_passes(model, FORK, "vmap"),
 }
+
+
+def run_passes(passes, variables, images, labels, key=KEY):
+    """Passes of a batch with its own key, as `BatchGradients`."""
+    batch = Batch(images, labels, key, KEY)
+    parts = StepParts(LOSS, 3, passes, passes, None, None)
+    return parts.gradients(Trained(variables["params"], variables["batch_stats"], ()), batch, LOSS)
 
 
 @pytest.mark.parametrize("kind", ["summed", pytest.param("single", marks=pytest.mark.slow)])
@@ -74,11 +81,12 @@ def test_micro_batches_one_after_another(kind):
 
     @jax.jit
     def run(variables, images, labels):
-        ours = accumulated(passes, 3)(variables, images, labels, KEY)
+        ours = run_passes(accumulated(passes, 3), variables, images, labels)
         stats, found = variables["batch_stats"], []
         for k in range(3):
             micro = {**variables, "batch_stats": stats}
-            found.append(passes(micro, images[k::3], labels[k::3], jax.random.fold_in(KEY, k)))
+            some = images[k::3], labels[k::3], jax.random.fold_in(KEY, k)
+            found.append(run_passes(passes, micro, *some))
             stats = found[-1].batch_stats
         return ours, found
 
@@ -129,10 +137,9 @@ def test_recomputed_blocks_give_the_same_gradients(name, ways):
             results = []
             for remat in (False, True):
                 some = model.clone(remat=remat)
-                results.append([summed_passes(some, FORK, LOSS)(variables, images, labels, KEY)])
-                for way in ways:
-                    passes = single_exit_passes(some, FORK, LOSS, way)
-                    results[-1].append(passes(variables, images, labels, KEY))
+                every = [summed_passes(some, FORK)]
+                every += [single_exit_passes(some, FORK, way) for way in ways]
+                results.append([run_passes(one, variables, images, labels) for one in every])
             return results
 
         plain, recomputed = run(variables, images.astype(float), labels)
@@ -141,7 +148,8 @@ def test_recomputed_blocks_give_the_same_gradients(name, ways):
 
 def convolutions(model, variables, passes):
     images, labels = examples(4)
-    text = str(jax.make_jaxpr(lambda v: passes(model)(v, images, labels, KEY))(variables))
+    run = functools.partial(run_passes, passes(model))
+    text = str(jax.make_jaxpr(run)(variables, images, labels))
     return text.count("conv_general_dilated[")
 
 
@@ -189,7 +197,7 @@ def test_blocks_compute_in_bfloat16_and_what_they_learn_is_float32(name):
     @jax.jit
     def run(variables, images, labels):
         return [
-            summed_passes(m, FORK, LOSS)(variables, images, labels, KEY) for m in (wide, narrow)
+            run_passes(summed_passes(m, FORK), variables, images, labels) for m in (wide, narrow)
         ]
 
     exact, found = run(variables, images, labels)
@@ -319,8 +327,10 @@ def test_the_way_back_from_the_exits_suits_the_mesh(monkeypatch, platform, asked
         taken.append(exits)
         raise StopIteration
 
-    monkeypatch.setattr(passes, "exit_gradients", stop)
+    monkeypatch.setattr(passes_module, "exit_gradients", stop)
+    monkeypatch.setattr(passes_module, "constrain", lambda tree, *_, **__: tree)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    passes = single_exit_passes(None, None, asked, mesh=mesh)
     with pytest.raises(StopIteration):
-        single_exit_passes(None, None, None, asked, mesh)({}, None, None, None)
+        passes({}, {}, Batch(jnp.zeros(1), None, None, None), None)
     assert taken == [way]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from dfs_jax.gradients.summed import Sum
 from dfs_jax.losses import create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
+from dfs_jax.training.experiment import build_experiment, initial_state, training_step
 from dfs_jax.training.sharding import (
     check_batch_size,
     create_mesh,
@@ -25,6 +28,7 @@ from dfs_jax.training.sharding import (
 from dfs_jax.training.state import NO_BAD_STEP, create_state
 from dfs_jax.training.step import make_eval_step, make_train_step, step_keys
 from dfs_jax.types import UserError
+from tests.helpers import TinyNetwork, tiny_config
 
 BATCH, CLASSES, RATE = 5, 3, 0.05
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -147,3 +151,26 @@ def test_batches_and_devices():
     for size in (7, 0, -3):
         with pytest.raises(UserError, match=rf"batch_size {size} .* 3 device.*multiple of 3"):
             check_batch_size(size, mesh_of(3))
+
+
+def test_two_functions_stand_between_a_training_step_and_the_model():
+    """The rule's step and the loss; what transforms the loss stands in between, as JAX does."""
+    seen = []
+
+    class Watched(TinyNetwork):
+        def block(self, i, carry, *, train):
+            seen.append(
+                [frame for frame in traceback.extract_stack() if "dfs_jax" in frame.filename]
+            )
+            return super().block(i, carry, train=train)
+
+    experiment = build_experiment(tiny_config())
+    model = Watched(num_classes=experiment.dataset.num_classes)
+    experiment = experiment._replace(model=model)
+    state = initial_state(experiment)
+    images = jnp.zeros((6, *experiment.dataset.image_shape), jnp.uint8)
+    seen.clear()
+    training_step(experiment).trace(state, images, jnp.zeros(6, jnp.int32))
+    names = [frame.name for frame in seen[0] if "tracing" not in frame.filename]
+    between = names[names.index("train_step") + 1 : names.index("__call__")]
+    assert between == ["step", "total_loss"]

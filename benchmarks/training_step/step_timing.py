@@ -217,7 +217,7 @@ def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
         parts = parts._replace(update=lambda trained, grads: (trained, grads))
     rule_step = e.rule.wrap(parts)
 
-    total_loss = summed_loss(e.model, e.fork, e.loss)
+    total_loss = summed_loss(e.model, e.fork)
 
     def prepared(state: TrainState, images: jax.Array, labels: jax.Array) -> Batch:
         keys = step_keys(state)
@@ -225,11 +225,8 @@ def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
         return Batch(pixels, labels, keys.dropout, keys.rule)
 
     def forward(state: TrainState, images: jax.Array, labels: jax.Array):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         batch = prepared(state, images, labels)
-        total, (_, stats) = total_loss(
-            state.params, variables, batch.images, labels, batch.dropout_key
-        )
+        total, (_, stats) = total_loss(state.params, state.batch_stats, batch, e.loss)
         return total, stats
 
     def forward_backward(state: TrainState, images: jax.Array, labels: jax.Array):

@@ -12,6 +12,7 @@ import numpy as np
 from dfs_jax.costs.flops import over_all_runs, product
 from dfs_jax.costs.traced import Kind, Operation, TracedProgram, Value, multiply_adds_by_input
 from dfs_jax.forks import Fork
+from dfs_jax.gradients import Batch
 from dfs_jax.gradients.summed import summed_loss
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel, init_variables
@@ -136,12 +137,12 @@ def _loss_function(
     model: MultiExitModel, fork: Fork, loss: Loss
 ) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
     """Returns `(params, batch_stats, images) -> summed losses`, in training mode."""
-    total_loss = summed_loss(model, fork, loss)
+    total_loss = summed_loss(model, fork)
 
     def function(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        labels = jnp.zeros(len(images), int)
-        variables = {"batch_stats": batch_stats}
-        return total_loss(params, variables, images, labels, jax.random.key(0))[0]
+        key = jax.random.key(0)
+        batch = Batch(images, jnp.zeros(len(images), int), key, key)
+        return total_loss(params, batch_stats, batch, loss)[0]
 
     return function
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dfs_jax.forks import Fork
-from dfs_jax.losses import Loss
+from dfs_jax.losses import LossFunction, as_loss
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.tracing.dead_gradients import skip_dead_gradients
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree, UserError
@@ -44,7 +44,7 @@ class ExitGradients(NamedTuple):
 def exit_gradients(
     model: MultiExitModel,
     fork: Fork,
-    loss: Loss,
+    loss: LossFunction,
     variables: dict[str, Any],
     images: jax.Array,
     labels: jax.Array,
@@ -78,7 +78,7 @@ def exit_gradients(
     check_names(model, variables["params"])
     stages, outputs, batch_stats = _forward(model, fork, variables, images, key)
     losses, pull = jax.vjp(lambda outputs: loss(outputs, labels), outputs)
-    couples = getattr(loss, "couples_exits", True)
+    couples = as_loss(loss).couples_exits
     if couples:
         of_outputs = jax.vmap(lambda seed: pull(seed)[0])(jnp.eye(len(losses), dtype=losses.dtype))
         of_outputs = of_outputs._replace(logits=of_outputs.logits.swapaxes(0, 1))

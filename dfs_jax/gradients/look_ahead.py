@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from dfs_jax.gradients.rule import StepParts, Trained
-from dfs_jax.losses import Loss
+from dfs_jax.losses import Loss, LossFunction
 from dfs_jax.types import BatchGradients, ExitOutputs, PyTree
 
 # Multiple of a type's smallest number below which a square vanishes in an average over 1,000 steps.
@@ -68,7 +68,7 @@ def tried(parts: StepParts, trained: Trained, grads: PyTree) -> Trained:
     return parts.update(trained, jax.tree.map(one, grads))[0]
 
 
-def exits_weighted(loss: Loss, weights: jax.Array) -> Loss:
+def exits_weighted(loss: LossFunction, weights: jax.Array) -> LossFunction:
     """Returns `loss` with each exit's loss multiplied by its weight; `weights` is `[exits]`."""
 
     def weighted(outputs: ExitOutputs, labels: jax.Array) -> jax.Array:
@@ -78,7 +78,9 @@ def exits_weighted(loss: Loss, weights: jax.Array) -> Loss:
     return weighted
 
 
-def examples_weighted(loss: Any, weigh: Callable[[jax.Array, ExitOutputs], jax.Array]) -> Loss:
+def examples_weighted(
+    loss: Loss, weigh: Callable[[jax.Array, ExitOutputs], jax.Array]
+) -> LossFunction:
     """Returns `loss` as a weighted mean over examples: `mean_n w_in l_in` for exit i.
 
     Args:

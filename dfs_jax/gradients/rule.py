@@ -8,11 +8,11 @@ needs to know how the network is run, divided over devices or taken in micro bat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from dfs_jax.losses import Loss
+from dfs_jax.losses import Loss, LossFunction
 from dfs_jax.types import BatchGradients, PyTree
 
 
@@ -40,16 +40,20 @@ class Batch(NamedTuple):
     rule_key: jax.Array
 
 
+# `(params, batch_stats, batch, loss) -> ((total, (logits, batch_stats)), grads)`.
+Passes = Callable[[PyTree, PyTree, Batch, LossFunction], tuple[Any, PyTree]]
+
+
 class StepParts(NamedTuple):
     """The parts that a rule builds its training step from.
 
     Attributes:
       loss: loss of the exits.
       num_exits: number of exits.
-      gradients: `(trained, batch, loss) -> BatchGradients` of a loss summed over the exits; their
-        `grads` are shaped as the parameters.
-      exit_gradients: `(trained, batch) -> BatchGradients` of `loss`; their `grads` are
-        `TrunkAndHeads`, the trunk's by exit.
+      differentiate: `(params, batch_stats, batch, loss) -> ((total, (logits, batch_stats)), grads)`
+        of a loss summed over the exits, as `jax.value_and_grad` returns it.
+      differentiate_exits: the same of single exits; `grads` are `TrunkAndHeads`, the trunk's by
+        exit.
       update: `(trained, grads) -> (trained, updates)`, the optimizer's update of the parameters;
         `batch_stats` stay as they are.
       divide: `(batch, count) -> batches`, equal parts of a batch.
@@ -57,10 +61,24 @@ class StepParts(NamedTuple):
 
     loss: Loss
     num_exits: int
-    gradients: Callable[[Trained, Batch, Loss], BatchGradients]
-    exit_gradients: Callable[[Trained, Batch], BatchGradients]
+    differentiate: Passes
+    differentiate_exits: Passes
     update: Callable[[Trained, PyTree], tuple[Trained, PyTree]]
     divide: Callable[[Batch, int], list[Batch]]
+
+    def gradients(self, trained: Trained, batch: Batch, loss: LossFunction) -> BatchGradients:
+        """Returns the gradients of a loss summed over the exits, shaped as the parameters."""
+        return _named(self.differentiate(trained.params, trained.batch_stats, batch, loss))
+
+    def exit_gradients(self, trained: Trained, batch: Batch) -> BatchGradients:
+        """Returns `TrunkAndHeads` gradients of `loss`, the trunk's by exit."""
+        passes = self.differentiate_exits
+        return _named(passes(trained.params, trained.batch_stats, batch, self.loss))
+
+
+def _named(found: tuple[Any, PyTree]) -> BatchGradients:
+    (total, (logits, batch_stats)), grads = found
+    return BatchGradients(total, logits, grads, batch_stats)
 
 
 class Outcome(NamedTuple):

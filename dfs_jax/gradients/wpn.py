@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from dfs_jax.gradients.rule import (
     StepParts,
     Trained,
 )
-from dfs_jax.losses import Loss
+from dfs_jax.losses import Loss, LossFunction
 from dfs_jax.types import ExitOutputs, PyTree, UserError, check_whole
 
 # Axes of `[exits, batch]` over which the predictions are centred.
@@ -130,9 +130,9 @@ class WPN(GradientRule):
 
     def check(self, setup: Setup) -> None:
         """Raises UserError if the loss has no example losses or the batch cannot be halved."""
-        if not hasattr(setup.loss, "example_losses"):
+        if not setup.loss.is_mean_of_examples:
             raise UserError(
-                f"wpn weighs examples, and loss {type(setup.loss).__name__} does not say what each "
+                f"wpn weighs examples, and loss {setup.loss.label} does not say what each "
                 f"one's is: give it example_losses(outputs, labels), or choose another loss"
             )
         if setup.accumulate_steps > 1:
@@ -227,7 +227,7 @@ class WPN(GradientRule):
         )
 
 
-def leaving(loss: Any, p: float) -> Loss:
+def leaving(loss: Loss, p: float) -> LossFunction:
     """Returns the loss in which each exit's mean is over the examples that leave there.
 
     Args:

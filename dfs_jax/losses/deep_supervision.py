@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dfs_jax.losses import Loss
 from dfs_jax.types import ExitOutputs
 
 SCHEDULES = ("constant", "linear")
@@ -50,7 +51,7 @@ def check_label_smoothing(label_smoothing: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeepSupervision:
+class DeepSupervision(Loss):
     """Weighted cross-entropy at every exit: `w_i * mean_n CE(logits_i, labels)`.
 
     Args:

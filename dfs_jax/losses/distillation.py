@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from dfs_jax.losses import Loss
 from dfs_jax.losses.deep_supervision import check_label_smoothing, exit_cross_entropies
 from dfs_jax.types import ExitOutputs
 
@@ -22,7 +23,7 @@ def safe_norm(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class BYOT:
+class BYOT(Loss):
     """Be Your Own Teacher: early exits learn from the label and from the detached last exit.
 
         last exit   CE
@@ -98,7 +99,7 @@ class BYOT:
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiExitDistillation:
+class MultiExitDistillation(Loss):
     """Distillation-based training: exits learn from the labels and from detached deeper exits.
 
         last exit   scale (1 - g) CE

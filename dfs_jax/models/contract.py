@@ -41,6 +41,8 @@ class MultiExitModel(nn.Module):
       cpu_kernels: whether programs for one CPU use this package's convolutions and pools.
       tensor_axes: axis of each parameter that is split over the devices along `TENSOR_AXIS`, by
         the end of the parameter's path; empty if the layers cannot be split.
+      dtype: type in which blocks compute; None for that of the parameters. A field of the models
+        that offer the choice.
     """
 
     num_classes: int
@@ -50,6 +52,7 @@ class MultiExitModel(nn.Module):
     cpu_kernels: bool = True
 
     tensor_axes: ClassVar[Mapping[str, int]] = {}
+    dtype: ClassVar[str | None] = None
 
     @property
     def num_exits(self) -> int:

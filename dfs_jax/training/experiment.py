@@ -257,7 +257,7 @@ def state_copier(experiment: Experiment) -> Callable[[TrainState], TrainState]:
 def model_from_config(section: Config, loss: Loss, *, num_classes: int) -> MultiExitModel:
     """Returns the model of a section `model`, with adaptation layers if the loss needs them."""
     # Left unset where not needed: a user's model may not have adaptation layers.
-    adapt = True if getattr(loss, "adapts_features", False) else None
+    adapt = True if loss.adapts_features else None
     return create_model(
         section.name, num_classes=num_classes, adapt_features=adapt, **options(section)
     )
@@ -306,7 +306,7 @@ def _configured(model: MultiExitModel, config: Config) -> MultiExitModel:
         "remat": ("remat", config.get("remat")),
     }
     for field, (attribute, value) in asked.items():
-        if value is not None and not hasattr(model, attribute):
+        if value is not None and attribute not in model.__dataclass_fields__:
             raise UserError(
                 f"{field}={value} needs a model with the attribute {attribute!r}, which "
                 f"{type(model).__name__} lacks: leave {field} unset"

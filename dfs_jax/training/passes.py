@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,13 @@ from jax.sharding import Mesh
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch, StepParts, Trained
 from dfs_jax.gradients.exit_gradients import best_way, exit_gradients
+from dfs_jax.gradients.rule import Passes
 from dfs_jax.gradients.summed import summed_loss
-from dfs_jax.losses import Loss
+from dfs_jax.losses import Loss, LossFunction
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.sharding import batch_sharded
 from dfs_jax.training.state_sharding import constrain, scatter
-from dfs_jax.types import BatchGradients, PyTree, TrunkAndHeads
-
-# Of `{"params": ..., "batch_stats": ...}`, images, labels and the key for dropout.
-Passes = Callable[[dict[str, Any], jax.Array, jax.Array, jax.Array], BatchGradients]
+from dfs_jax.types import PyTree, TrunkAndHeads
 
 
 def make_step_parts(
@@ -33,7 +32,7 @@ def make_step_parts(
     exits: str | None = None,
     *,
     accumulate_steps: int = 1,
-    prepare: Callable[[jax.Array], jax.Array] | None = None,
+    prepare: Callable[[jax.Array], jax.Array] = lambda images: images,
     mesh: Mesh | None = None,
 ) -> StepParts:
     """Returns the parts that a gradient rule builds its step from.
@@ -49,18 +48,6 @@ def make_step_parts(
       mesh: device mesh that gradients are split over; None where they are not.
     """
 
-    def run(passes: Passes, trained: Trained, batch: Batch) -> BatchGradients:
-        params = constrain(trained.params, mesh, model, gathered=True)
-        variables = {"params": params, "batch_stats": trained.batch_stats}
-        passes = accumulated(prepared(passes, prepare), accumulate_steps, mesh)
-        return passes(variables, batch.images, batch.labels, batch.dropout_key)
-
-    def gradients(trained: Trained, batch: Batch, loss: Loss) -> BatchGradients:
-        return run(summed_passes(model, fork, loss, mesh), trained, batch)
-
-    def exit_gradients(trained: Trained, batch: Batch) -> BatchGradients:
-        return run(single_exit_passes(model, fork, loss, exits, mesh), trained, batch)
-
     def update(trained: Trained, grads: PyTree) -> tuple[Trained, PyTree]:
         grads = constrain(grads, mesh, model)
         updates, opt_state = optimizer.update(grads, trained.opt_state, trained.params)
@@ -72,49 +59,67 @@ def make_step_parts(
         dropout_keys = [jax.random.fold_in(batch.dropout_key, i) for i in range(count)]
         return [Batch(images[i], labels[i], dropout_keys[i], batch.rule_key) for i in range(count)]
 
-    return StepParts(loss, model.num_exits, gradients, exit_gradients, update, divide)
+    summed = summed_passes(model, fork, prepare, mesh)
+    single = single_exit_passes(model, fork, exits, prepare, mesh)
+    if accumulate_steps > 1:
+        place = functools.partial(constrain, mesh=mesh, model=model)
+        summed = accumulated(summed, accumulate_steps, mesh, place)
+        single = accumulated(single, accumulate_steps, mesh)
+    return StepParts(loss, model.num_exits, summed, single, update, divide)
 
 
 def summed_passes(
-    model: MultiExitModel, fork: Fork, loss: Loss, mesh: Mesh | None = None
+    model: MultiExitModel,
+    fork: Fork,
+    prepare: Callable[[jax.Array], jax.Array] = lambda images: images,
+    mesh: Mesh | None = None,
 ) -> Passes:
     """Returns passes whose `grads`, shaped as the parameters, are those of the summed losses."""
-    differentiate = jax.value_and_grad(summed_loss(model, fork, loss), has_aux=True)
 
-    def passes(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
-        (total, (logits, stats)), grads = differentiate(
-            variables["params"], variables, images, labels, key
-        )
-        return BatchGradients(total, logits, scatter(grads, mesh, model), stats)
+    def gather(params: PyTree) -> PyTree:
+        """Constrains the parameters, and so their gradients, which are summed over the devices."""
+        return constrain(params, mesh, model, gathered=True)
 
-    return passes
+    return jax.value_and_grad(summed_loss(model, fork, prepare, gather), has_aux=True)
 
 
 def single_exit_passes(
-    model: MultiExitModel, fork: Fork, loss: Loss, exits: str | None, mesh: Mesh | None = None
+    model: MultiExitModel,
+    fork: Fork,
+    exits: str | None,
+    prepare: Callable[[jax.Array], jax.Array] = lambda images: images,
+    mesh: Mesh | None = None,
 ) -> Passes:
     """Returns passes whose `grads` are `TrunkAndHeads`; `exits` as in `exit_gradients`."""
     if exits is None and mesh is not None:  # whose devices this process may not be running on
         exits = best_way(mesh.devices.flat[0].platform)
 
-    def passes(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
-        found = exit_gradients(model, fork, loss, variables, images, labels, key=key, exits=exits)
+    def passes(params: PyTree, batch_stats: PyTree, batch: Batch, loss: LossFunction):
+        params = constrain(params, mesh, model, gathered=True)
+        found = exit_gradients(
+            model,
+            fork,
+            loss,
+            {"params": params, "batch_stats": batch_stats},
+            prepare(batch.images),
+            batch.labels,
+            key=batch.dropout_key,
+            exits=exits,
+        )
         grads = TrunkAndHeads(
             scatter(found.trunk, mesh, model, leading=1), scatter(found.heads, mesh, model)
         )
-        return BatchGradients(jnp.sum(found.losses), found.logits, grads, found.batch_stats)
+        return (jnp.sum(found.losses), (found.logits, found.batch_stats)), grads
 
     return passes
 
 
-def prepared(passes: Passes, prepare: Callable[[jax.Array], jax.Array] | None) -> Passes:
-    """Returns the passes of images that `prepare` is applied to first."""
-    if prepare is None:
-        return passes
-    return lambda variables, images, labels, key: passes(variables, prepare(images), labels, key)
-
-
-def accumulated(passes: Passes, steps: int, mesh: Mesh | None = None) -> Passes:
+def accumulated(
+    passes: Passes,
+    steps: int,
+    mesh: Mesh | None = None,
+    place: Callable[[PyTree], PyTree] = lambda grads: grads,
+) -> Passes:
     """Returns passes that take a batch in `steps` equal micro batches, one after another.
 
     Memory is that of a micro batch. Losses and gradients are the means of theirs. Batch statistics
@@ -123,35 +128,31 @@ def accumulated(passes: Passes, steps: int, mesh: Mesh | None = None) -> Passes:
     them) couples those of a micro batch; all else is as for the batch at once.
 
     Args:
-      passes: of one micro batch.
-      steps: how many; micro batch k holds examples k, k + steps, k + 2 steps, ... so that each
-        device goes on with its own.
-      mesh: over which the batch is divided; None where it is not.
+      passes: passes of one micro batch.
+      steps: number of micro batches; micro batch k holds examples k, k + steps, k + 2 steps, ... so
+        that each device goes on with its own.
+      mesh: device mesh over which the batch is divided; None where it is not.
+      place: function applied to the gradients of a micro batch, such as a sharding constraint.
     """
-    if steps == 1:
-        return passes
 
-    def run(variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array):
+    def run(params: PyTree, batch_stats: PyTree, batch: Batch, loss: LossFunction):
+        def micro_passes(stats: PyTree, number: Any, images: jax.Array, labels: jax.Array):
+            key = jax.random.fold_in(batch.dropout_key, number)
+            micro = Batch(images, labels, key, batch.rule_key)
+            (total, (logits, stats)), grads = passes(params, stats, micro, loss)
+            return (total, place(grads)), logits, stats
+
         def step(carry: tuple[PyTree, PyTree], micro: tuple[jax.Array, ...]):
             stats, sums = carry
-            number, some_images, some_labels = micro
-            found = passes(
-                {**variables, "batch_stats": stats},
-                some_images,
-                some_labels,
-                jax.random.fold_in(key, number),
-            )
-            sums = jax.tree.map(jnp.add, sums, (found.loss, found.grads))
-            return (found.batch_stats, sums), found.logits
+            found, logits, stats = micro_passes(stats, *micro)
+            return (stats, jax.tree.map(jnp.add, sums, found)), logits
 
-        dealt = deal(images, steps, mesh), deal(labels, steps, mesh)
-        shapes = jax.eval_shape(passes, variables, *(x[0] for x in dealt), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes.loss, shapes.grads))
-        (stats, sums), logits = lax.scan(
-            step, (variables["batch_stats"], zeros), (jnp.arange(steps), *dealt)
-        )
-        loss, grads = jax.tree.map(lambda leaf: leaf / steps, sums)
-        return BatchGradients(loss, _in_order(logits), grads, stats)
+        dealt = deal(batch.images, steps, mesh), deal(batch.labels, steps, mesh)
+        shapes, _, _ = jax.eval_shape(micro_passes, batch_stats, 0, *(x[0] for x in dealt))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (stats, sums), logits = lax.scan(step, (batch_stats, zeros), (jnp.arange(steps), *dealt))
+        total, grads = jax.tree.map(lambda leaf: leaf / steps, sums)
+        return (total, (_in_order(logits), stats)), grads
 
     return run
 

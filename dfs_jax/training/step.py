@@ -143,7 +143,7 @@ def preparation(
     model: MultiExitModel, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns the function from uint8 images to the model's input, in the type it computes in."""
-    dtype = getattr(model, "dtype", None) or float
+    dtype = model.dtype or float
     return lambda images: normalise(images, mean, std).astype(dtype)
 
 
