@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from tests.xla_flags import quick_to_compile
+from tests.support.xla_flags import quick_to_compile
 
 # Compilation dominates the suite: what compiled once stays on disk. Set before its backend starts.
 os.environ.setdefault("XLA_FLAGS", quick_to_compile())

@@ -19,7 +19,7 @@ from dfs_jax.training.sections import (
     describe_config,
     drop_replaced_options,
 )
-from tests.helpers import tiny_config
+from tests.support.helpers import tiny_config
 
 RUN_DOCS = {name: doc for name, (_, doc) in common.RUN.items()}
 COMPONENTS = [

@@ -18,10 +18,10 @@ PICTURES = ("accuracy_over_time.png", "accuracy_against_operations.png", "confus
 # 30 training images in batches of 5, two epochs: 12 steps.
 TINY = [
     "--config=configs/common.py",
-    "--config.data.name=tests.helpers:tiny_images",
+    "--config.data.name=tests.support.helpers:tiny_images",
     "--config.data.augmentation=none",
     "--config.data.validation_examples=11",
-    "--config.model.name=tests.helpers:ThreeStageVGG",
+    "--config.model.name=tests.support.helpers:ThreeStageVGG",
     "--config.model.width=2",
     "--config.batch_size=5",
     "--config.eval_batch_size=13",

@@ -164,7 +164,7 @@ def first_item(node: ast.expr) -> ast.expr:
 def tables_in_tests() -> list[set[str]]:
     """The names in every table of the tests: a module's constant or a `parametrize` argument."""
     tables = []
-    for path in (REPOSITORY / "tests").glob("test_*.py"):
+    for path in (REPOSITORY / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                 tables.append(row_names(node.value))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import run_forked
+from tests.support.forked import run_forked
 from tests.test_programs import TINY, environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "--config=configs/common.py"
 # A small network of two exits, one epoch: 6 steps.
-SMALL = [*TINY, "--config.model.name=tests.helpers:TinyNetwork", "--config.epochs=1"]
+SMALL = [*TINY, "--config.model.name=tests.support.helpers:TinyNetwork", "--config.epochs=1"]
 # Every program, with its flags and arguments for paths; {} stands for one.
 PATHS = [
     ("train.py", CONFIG, "--workdir={}"),
