@@ -156,7 +156,7 @@ def _group_size(instruction: Instruction, num_devices: int) -> int:
 
 
 def _multiply_adds(instruction: Instruction, operands: Sequence[Array]) -> int:
-    """Counts as `dfs_jax.costs.traced.multiply_adds` does, but zeros of no dilation."""
+    """Counts as `dfs_jax.tracing.traced.multiply_adds` does, but zeros of no dilation."""
     if instruction.opcode == "dot":
         axes = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
         shape = operands[0].shape

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from dfs_jax.costs.traced import (
+from dfs_jax.forks.plain import PlainFork
+from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.tracing.traced import (
     Kind,
     Operation,
     TracedProgram,
     Value,
     multiply_adds,
 )
-from dfs_jax.forks.plain import PlainFork
-from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.types import PyTree
 
 

@@ -7,20 +7,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dfs_jax.costs.flops import over_all_runs, product
-from dfs_jax.costs.traced import Kind, Operation, TracedProgram, Value, multiply_adds_by_input
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch
 from dfs_jax.gradients.summed import summed_loss
 from dfs_jax.losses import Loss
 from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.tracing.live_elements import live_elements, live_share, values_with_gradient
+from dfs_jax.tracing.traced import Kind, Operation, TracedProgram, Value, multiply_adds_by_input
 from dfs_jax.types import PyTree
-
-# Which elements of a value can carry gradient: all, none, or those that are True.
-LiveElements = bool | np.ndarray
-
 
 _IMAGES = 2  # traced together: batch statistics need more than one value of each channel
 
@@ -92,12 +88,11 @@ def theoretical_step_cost(
 ) -> StepCost:
     """Counts a step that computes no gradient that trains nothing.
 
-        forward + weight gradients + the input gradients of live channels
+        forward + weight gradients + the input gradients of channels that carry gradient
 
     What lies behind a `stop_gradient`, where forks cut, needs no gradient, nor do the images. L
     equal layers thus cost 3L-1 units in a plain network and 3L-1-(1-beta)(L-1) with Deep Feature
-    Surgery. Liveness is followed element by element through the forward program: concatenations,
-    pools and additions pass it on, and what a product mixes with weights is all live.
+    Surgery. `dfs_jax.tracing.live_elements` follows them element by element.
 
     Args and Raises as in `traced_step_cost`.
     """
@@ -105,8 +100,8 @@ def theoretical_step_cost(
     function, variables = _loss_function(model, fork, loss), _variables(model, image_shape)
     inputs = (*variables, _traced_images(image_shape))
     program = _trace(function, inputs, (Kind.WEIGHT, Kind.WEIGHT, Kind.ACTIVATION))
-    live = _live_values(program, len(jax.tree.leaves(variables[0])))
-    trained = _values_with_gradient(program)
+    elements = live_elements(program, len(jax.tree.leaves(variables[0])))
+    trained = values_with_gradient(program)
     costs = {Kind.WEIGHT: 0, Kind.ACTIVATION: 0}
     total = 0
     for operation in program.operations:
@@ -114,7 +109,7 @@ def theoretical_step_cost(
         total += macs
         if macs and operation.outputs[0] in trained:
             for position, operand in enumerate(operation.inputs):
-                share = _live_share(operation, position, live[operand], macs)
+                share = live_share(operation, position, elements[operand], macs)
                 costs[program.kind(operand)] += share
     return _of_one_image(total, costs[Kind.WEIGHT], costs[Kind.ACTIVATION])
 
@@ -163,101 +158,3 @@ def _input_gradient(operation: Operation, macs: int) -> int:
     if operation.name != "conv_general_dilated":
         return macs
     return over_all_runs(operation, multiply_adds_by_input(operation))
-
-
-def _values_with_gradient(program: TracedProgram) -> set[Value]:
-    """Returns the values on which the program's outputs depend by a way that passes gradients."""
-    reached = set(program.outputs)
-    for operation in reversed(program.operations):
-        if operation.name != "stop_gradient" and not reached.isdisjoint(operation.outputs):
-            reached.update(v for v in operation.inputs if v.is_inexact)
-    return reached
-
-
-def _live_values(program: TracedProgram, num_parameters: int) -> dict[Value, LiveElements]:
-    """Returns what a parameter can change, by a way that passes gradients, of every value.
-
-    The parameters are the program's first inputs.
-    """
-    live: dict[Value, LiveElements] = {v: i < num_parameters for i, v in enumerate(program.inputs)}
-    for operation in program.operations:
-        live.update({v: False for v in operation.inputs if v not in live})  # literals
-        lives = _live_output(operation, [live[v] for v in operation.inputs])
-        live.update({v: lives if v.is_inexact else False for v in operation.outputs})
-    return live
-
-
-def _live_output(operation: Operation, inputs: Sequence[LiveElements]) -> LiveElements:
-    if operation.name == "stop_gradient" or not any(np.any(live) for live in inputs):
-        return False
-    rule = _LIVE_RULES.get(operation.name)
-    if rule is None or all(live is True for live in inputs):
-        return True  # unknown operations may mix
-    masks = [
-        np.broadcast_to(live, v.shape) for live, v in zip(inputs, operation.inputs, strict=True)
-    ]
-    output = rule(operation, *masks)
-    return True if output.all() else output
-
-
-def _live_share(operation: Operation, position: int, live: LiveElements, macs: int) -> int:
-    """Returns the multiply-adds of an operand's gradient where only the live channels have one."""
-    if isinstance(live, bool):
-        return macs if live else 0
-    if operation.name == "dot_general":
-        summed = operation.params["dimension_numbers"][0][position]
-    else:
-        numbers = operation.params["dimension_numbers"]
-        summed = (numbers.lhs_spec[1] if position == 0 else numbers.rhs_spec[1],)
-    channels = live.any(axis=tuple(axis for axis in range(live.ndim) if axis not in summed))
-    return macs * int(channels.sum()) // channels.size
-
-
-def _live_elementwise(operation: Operation, *masks: np.ndarray) -> np.ndarray:
-    shape = operation.outputs[0].shape
-    return np.logical_or.reduce([np.broadcast_to(mask, shape) for mask in masks])
-
-
-def _live_reshaped(operation: Operation, mask: np.ndarray) -> np.ndarray:
-    return mask.reshape(operation.outputs[0].shape)
-
-
-def _live_broadcast(operation: Operation, mask: np.ndarray) -> np.ndarray:
-    shape = np.ones(len(operation.params["shape"]), int)
-    shape[list(operation.params["broadcast_dimensions"])] = mask.shape
-    return np.broadcast_to(mask.reshape(shape), operation.params["shape"])
-
-
-def _live_slice(operation: Operation, mask: np.ndarray) -> np.ndarray:
-    starts, stops = operation.params["start_indices"], operation.params["limit_indices"]
-    strides = operation.params["strides"] or (1,) * mask.ndim
-    return mask[tuple(map(slice, starts, stops, strides))]
-
-
-def _live_concatenation(operation: Operation, *masks: np.ndarray) -> np.ndarray:
-    return np.concatenate(masks, axis=operation.params["dimension"])
-
-
-def _live_reduction(operation: Operation, mask: np.ndarray) -> np.ndarray:
-    return np.asarray(mask.any(axis=operation.params["axes"]))
-
-
-def _live_pool(operation: Operation, mask: np.ndarray) -> np.ndarray:
-    window = operation.params["window_dimensions"]
-    pooled = mask.any(axis=tuple(i for i, n in enumerate(window) if n > 1), keepdims=True)
-    return np.broadcast_to(pooled, operation.outputs[0].shape)
-
-
-# How what is live passes through operations, by the names of their primitives.
-_LIVE_RULES: dict[str, Callable[..., np.ndarray]] = {
-    **dict.fromkeys(
-        ("add", "convert_element_type", "div", "max", "min", "mul", "neg", "select_n", "sub"),
-        _live_elementwise,
-    ),
-    **dict.fromkeys(("expand_dims", "reshape", "squeeze"), _live_reshaped),
-    **dict.fromkeys(("reduce_max", "reduce_sum"), _live_reduction),
-    **dict.fromkeys(("reduce_window_max", "reduce_window_sum"), _live_pool),
-    "broadcast_in_dim": _live_broadcast,
-    "concatenate": _live_concatenation,
-    "slice": _live_slice,
-}

@@ -17,9 +17,9 @@ from dfs_jax.costs.flops import (
     count_operations,
     exit_costs,
 )
-from dfs_jax.costs.traced import Kind, TracedProgram
 from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.tracing.traced import Kind, TracedProgram
 from dfs_jax.types import HeadOutput, UserError
 from tests.support.marks import slow
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from dfs_jax.costs.traced import Kind, TracedProgram, multiply_adds, multiply_adds_by_input
+from dfs_jax.tracing.traced import Kind, TracedProgram, multiply_adds, multiply_adds_by_input
 
 
 def trace(function, *shapes, kinds=None):
