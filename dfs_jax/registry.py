@@ -1,4 +1,4 @@
-"""Names to components: lazy tables that also take a user's own `package.module:attribute`."""
+"""Names to components: tables that also take a user's own `package.module:attribute`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _NOT_OPTIONS = frozenset({"self", "parent", "name"})
 class Registry:
     """A table of interchangeable components of one kind.
 
-    The table maps a name to `"module:attribute"`; nothing is imported before it is asked for.
+    The table maps a name to the component, or to `"module:attribute"`, which is imported when it is
+    first asked for.
 
     Args:
       kind: what the components are, for messages ("model", "fork", ...).
-      table: name -> `"module:attribute"`.
+      table: name -> component or `"module:attribute"`.
 
     Example:
       >>> forks = Registry("fork", {"dfs": "dfs_jax.surgery:FeatureSurgery"})
@@ -31,7 +32,7 @@ class Registry:
     """
 
     kind: str
-    table: Mapping[str, str]
+    table: Mapping[str, str | Callable[..., Any]]
 
     def resolve(self, name: str) -> Callable[..., Any]:
         """Returns the class or function called `name`, or a user's own `package.module:attribute`.
@@ -46,6 +47,8 @@ class Registry:
                 f"unknown {self.kind} {name!r}: choose one of {known}, "
                 f'or name your own as "package.module:attribute"'
             )
+        if not isinstance(target, str):
+            return target
         module_name, _, attribute = target.partition(":")
         try:
             return getattr(importlib.import_module(module_name), attribute)

@@ -9,8 +9,9 @@ from benchmarks.accuracy.cells import Cell, Suite, cell_config
 from benchmarks.accuracy.results import Results
 from benchmarks.accuracy.rows import current
 from benchmarks.accuracy.runner import Datasets
-from benchmarks.training_step.step_timing import compile_whole_step, median_seconds
+from benchmarks.training_step.step_timing import compile_whole_step
 from dfs_jax.program import say
+from dfs_jax.stopwatch import median_seconds
 from dfs_jax.training.experiment import build_experiment
 
 ROUNDS = 15

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.training_step.step_timing import median_seconds
 from dfs_jax.costs.chips import Chip, roofline
 from dfs_jax.costs.compiled import Operations, operations
+from dfs_jax.stopwatch import median_seconds
 
 DTYPES = ("bfloat16", "float32")
 _ROUNDS, _PRODUCTS = 5, 10

@@ -28,10 +28,11 @@ from benchmarks.training_step.method_costs import (
     plan_cases,
     without_augmentation,
 )
-from benchmarks.training_step.step_timing import compile_whole_step, median_seconds
+from benchmarks.training_step.step_timing import compile_whole_step
 from benchmarks.training_step.torch_peer import COMPILED, TorchPeer, release
 from configs import cifar100_msdnet, cifar100_resnet18, cifar100_vgg7
 from dfs_jax.program import say
+from dfs_jax.stopwatch import median_seconds
 from dfs_jax.types import Config, UserError
 
 BETA = 0.5

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -15,6 +14,7 @@ from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.programs import Programs
 from dfs_jax.inference.stages import Stage
 from dfs_jax.inference.timing import StageTimes, measure_stages
+from dfs_jax.stopwatch import seconds_of
 
 _ROUNDS_FULL, _ROUNDS_ALONE = 5, 31  # measurements of the stages' times in each round
 _CALLED = 512  # examples (or one full batch) whose latencies are measured in each round
@@ -151,13 +151,6 @@ def _speedup(reference: np.ndarray, own: np.ndarray) -> float:
     """Returns the speed-up of `own` over `reference`, both `[rounds, parts]` seconds."""
     ratios = np.median(reference / own, axis=0)
     return float(np.average(ratios, weights=np.median(own, axis=0)))
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    """Returns the duration of a call in seconds."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:

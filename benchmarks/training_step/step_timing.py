@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +22,7 @@ from dfs_jax.data.augmentation import normalise
 from dfs_jax.data.pipeline import train_batches
 from dfs_jax.gradients import Batch, Trained
 from dfs_jax.gradients.summed import summed_loss
+from dfs_jax.stopwatch import median_seconds
 from dfs_jax.training.experiment import Experiment, initial_state, training_step
 from dfs_jax.training.passes import make_step_parts
 from dfs_jax.training.sharding import jit_for_mesh, put_batch, replicated
@@ -102,24 +101,6 @@ def time_steps(rows: Sequence[StepPrograms], repeats: int) -> list[StepTimes]:
         forward, both, step, data = (1e3 * next(seconds) for _ in range(4))
         times.append(StepTimes(forward, both - forward, step - both, step, data))
     return times
-
-
-def median_seconds(programs: Sequence[Program], repeats: int) -> list[float]:
-    """Runs every program once untimed, then `repeats` times in turn; returns the median of each.
-
-    Every other round runs backwards, so that no program always follows the same one.
-    """
-    for program in programs:
-        program()
-    taken: list[list[float]] = [[] for _ in programs]
-    with _without_garbage_collection():
-        for number in range(repeats):
-            order = range(len(programs))
-            for i in reversed(order) if number % 2 else order:
-                begin = time.perf_counter()
-                programs[i]()
-                taken[i].append(time.perf_counter() - begin)
-    return [median(seconds) for seconds in taken]
 
 
 def available_cores() -> int:
@@ -242,16 +223,6 @@ def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:
         begin = time.perf_counter()
         compiled = step.lower(*arguments).compile()
         return compiled, time.perf_counter() - begin
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextlib.contextmanager

@@ -15,17 +15,6 @@ from dfs_jax.types import UserError
 # uint8 [batch, height, width, 3], key -> the same shape and type.
 Augmentation: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
-AUGMENTATIONS = Registry(
-    "augmentation",
-    {
-        "crop": "dfs_jax.data.augmentation:RandomCrop",
-        "flip": "dfs_jax.data.augmentation:RandomFlip",
-        "autoaugment": "dfs_jax.data.autoaugment:AutoAugment",
-        "randaugment": "dfs_jax.data.autoaugment:RandAugment",
-        "cutout": "dfs_jax.data.augmentation:Cutout",
-    },
-)
-
 
 def create_augmentation(
     names: str | None,
@@ -207,3 +196,15 @@ def check_level(option: str, value: int | str | Sequence[int]) -> None:
     levels = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(level, int) and 0 <= level <= 255 for level in levels):
         raise UserError(f"{option} must be a whole number in 0..255, got {value!r}")
+
+
+AUGMENTATIONS = Registry(
+    "augmentation",
+    {
+        "crop": RandomCrop,
+        "flip": RandomFlip,
+        "autoaugment": "dfs_jax.data.autoaugment:AutoAugment",
+        "randaugment": "dfs_jax.data.autoaugment:RandAugment",
+        "cutout": Cutout,
+    },
+)

@@ -23,16 +23,6 @@ import jax.numpy as jnp
 from dfs_jax.registry import Registry
 from dfs_jax.types import PyTree
 
-MEASURES = Registry(
-    "confidence measure",
-    {
-        "max_softmax": "dfs_jax.exits.scores:max_softmax",
-        "entropy": "dfs_jax.exits.scores:entropy",
-        "margin": "dfs_jax.exits.scores:margin",
-        "patience": "dfs_jax.exits.scores:patience",
-    },
-)
-
 
 class Measure(Protocol):
     """Maps one exit's answers to its confidence `[batch]`, and to a history for the next exit.
@@ -119,3 +109,14 @@ def patience(
     # NaN probabilities have no answer to agree with.
     confidence = jnp.where(jnp.isnan(probabilities[:, 0]), jnp.nan, agreeing)
     return confidence, (predicted, agreeing)
+
+
+MEASURES = Registry(
+    "confidence measure",
+    {
+        "max_softmax": max_softmax,
+        "entropy": entropy,
+        "margin": margin,
+        "patience": patience,
+    },
+)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dfs_jax.inference.programs import Programs
+from dfs_jax.stopwatch import median_seconds
 
 # Least ideal speed-up for running by stages, which covers the cost of merging and deciding.
 LEAST_GAIN = 1.03
@@ -75,10 +74,7 @@ def measure_stages(programs: Programs, batch: int, *, rounds: int) -> StageTimes
         lambda k=k, carry=carry: programs.run(k, carry) for k, carry in enumerate(carries)
     ]
     runs.append(lambda: programs.run_whole(images))
-    for run in runs:
-        run()
-    seconds = [[_seconds(run) for run in runs] for _ in range(rounds)]
-    *stages, whole = (statistics.median(column) / batch for column in zip(*seconds, strict=True))
+    *stages, whole = (seconds / batch for seconds in median_seconds(runs, rounds))
     return StageTimes(batch, tuple(stages), whole)
 
 
@@ -88,9 +84,3 @@ def _noise(programs: Programs, batch: int) -> np.ndarray:
     if dtype.kind == "f":
         return draw.standard_normal(shape).astype(dtype)
     return draw.integers(0, 256, shape).astype(dtype)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -12,10 +12,6 @@ import optax
 from dfs_jax.registry import Registry
 from dfs_jax.types import UserError
 
-OPTIMIZERS = Registry(
-    "optimizer",
-    {"sgd": "dfs_jax.training.optimizer:sgd", "adamw": "dfs_jax.training.optimizer:adamw"},
-)
 SCHEDULES = Registry(
     "schedule",
     {
@@ -152,3 +148,9 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
 
 
 _NOT_THE_OPTIMIZERS = ("learning_rate", "gradient_clip", "ema_decay")
+
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    {"sgd": sgd, "adamw": adamw},
+)

@@ -13,9 +13,9 @@ from benchmarks.training_step.step_timing import (
     StepPrograms,
     compile_step,
     compile_whole_step,
-    median_seconds,
     time_steps,
 )
+from dfs_jax.stopwatch import median_seconds
 from dfs_jax.training.experiment import build_experiment, initial_state
 from tests.support.helpers import tiny_config
 
