@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -306,7 +307,7 @@ def _configured(model: MultiExitModel, config: Config) -> MultiExitModel:
         "remat": ("remat", config.get("remat")),
     }
     for field, (attribute, value) in asked.items():
-        if value is not None and attribute not in model.__dataclass_fields__:
+        if value is not None and attribute not in {field.name for field in fields(model)}:
             raise UserError(
                 f"{field}={value} needs a model with the attribute {attribute!r}, which "
                 f"{type(model).__name__} lacks: leave {field} unset"
