@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dfs_jax.inference.predictor import EarlyExitPredictor
     from dfs_jax.models import create_model
     from dfs_jax.surgery import FeatureSurgery
-    from dfs_jax.tracing import skip_dead_gradients
+    from dfs_jax.tracing import exit_logits, skip_dead_gradients, stages_of, with_exit_logits
 
 __version__ = "0.1.0"
 
@@ -24,16 +24,22 @@ _HOMES = {
     "EarlyExitPredictor": "dfs_jax.inference.predictor",
     "FeatureSurgery": "dfs_jax.surgery",
     "create_model": "dfs_jax.models",
+    "exit_logits": "dfs_jax.tracing",
     "load_exported": "dfs_jax.inference.exported",
     "skip_dead_gradients": "dfs_jax.tracing",
+    "stages_of": "dfs_jax.tracing",
+    "with_exit_logits": "dfs_jax.tracing",
 }
 
 __all__ = [
     "EarlyExitPredictor",
     "FeatureSurgery",
     "create_model",
+    "exit_logits",
     "load_exported",
     "skip_dead_gradients",
+    "stages_of",
+    "with_exit_logits",
 ]
 
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 from dfs_jax.forks import Fork
 from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.evaluation_by_parts import evaluate_by_parts
+from dfs_jax.tracing.exit_markers import exit_logits
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree
 
 # Mesh axis whose devices share the work of one layer.
@@ -146,7 +147,8 @@ def run_exits(
     carry, outputs = images, []
     for i in range(model.num_exits):
         carry = run("run_block", i, carry)
-        outputs.append(run("run_head", i, carry))
+        output = run("run_head", i, carry)
+        outputs.append(output._replace(logits=exit_logits(i, output.logits)))
     return ExitOutputs(jnp.stack([o.logits for o in outputs]), tuple(o.feature for o in outputs))
 
 

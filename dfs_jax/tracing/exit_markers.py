@@ -1,0 +1,186 @@
+"""Marks of exits inside any JAX function.
+
+    def network(params, images):
+        ...
+        exit_logits(0, x.mean((1, 2)) @ params["head1"])
+        ...
+
+A mark is a name in the traced program: the function's values, types and derivatives stay as they
+are, and nothing of it is left in a compiled program.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+
+from dfs_jax.tracing.equations import bind
+from dfs_jax.types import UserError
+
+_NAME = re.compile(r"dfs_jax exit (\d+)")
+# Calls that are replaced by their program; the parameter that holds it.
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_CHECKPOINTS = ("checkpoint", "remat", "remat2")
+
+
+def exit_logits(exit_index: int, logits: jax.Array) -> jax.Array:
+    """Returns `logits` unchanged, marked as those of exit `exit_index` (0-based, shallow first).
+
+    Works in any JAX function, under jit, grad, vmap and remat. `with_exit_logits` returns marked
+    logits, and `stages_of` cuts a function at them.
+
+    Args:
+      exit_index: index of the exit, a Python integer.
+      logits: logits, `[batch, classes]`.
+
+    Raises:
+      UserError: an index that is not a whole number of at least 0.
+
+    Example:
+      >>> exit_logits(0, jnp.ones((2, 3))).shape
+      (2, 3)
+    """
+    if isinstance(exit_index, bool) or not isinstance(exit_index, int) or exit_index < 0:
+        raise UserError(f"exit_index must be a whole number of at least 0, got {exit_index!r}")
+    return checkpoint_name(logits, f"dfs_jax exit {exit_index}")
+
+
+def marked_exit(equation: JaxprEqn) -> int | None:
+    """Returns the index of the exit that an equation marks; None if it marks none."""
+    if equation.primitive.name != "name":
+        return None
+    found = _NAME.fullmatch(equation.params["name"])
+    return None if found is None else int(found.group(1))
+
+
+def has_marks(jaxpr: Jaxpr) -> bool:
+    """Returns whether a program, or one that it calls, marks exits."""
+    return any(
+        marked_exit(equation) is not None or any(map(has_marks, jaxprs_in_params(equation.params)))
+        for equation in jaxpr.eqns
+    )
+
+
+def check_marks(found: Sequence[int]) -> None:
+    """Raises UserError unless the exits 0, 1, ... are each marked once."""
+    if sorted(found) != list(range(len(found))) or not found:
+        marked = ", ".join(map(str, found)) or "none"
+        raise UserError(
+            f"exit_logits must mark the exits 0, 1, ... once each, got {marked}: number them from "
+            f"shallow to deep"
+        )
+
+
+def refuse(equation: JaxprEqn) -> UserError:
+    """Returns the error for marks inside a call that cannot be opened."""
+    return UserError(
+        f"exit_logits stands inside {equation.primitive.name!r}, which runs its body an unknown "
+        f"number of times or has its own derivative: call it outside, on what the body returns"
+    )
+
+
+def with_exit_logits(fn: Callable[..., Any]) -> Callable[..., tuple[Any, jax.Array]]:
+    """Returns a function that also returns the logits that `fn` marks, `[exits, batch, classes]`.
+
+    The function can be differentiated, compiled and mapped as `fn` can.
+
+    Args:
+      fn: function of pytrees of arrays that calls `exit_logits`. Arguments that are not arrays are
+        passed on unchanged.
+
+    Raises:
+      UserError: (when called) exits that are not numbered 0, 1, ..., or marks inside a loop, a
+        condition or a custom derivative.
+
+    Example:
+      >>> def network(w, x):
+      ...     x = jnp.tanh(exit_logits(0, x @ w))
+      ...     return exit_logits(1, x @ w)
+      >>> result, logits = with_exit_logits(network)(jnp.ones((3, 3)), jnp.ones((2, 3)))
+      >>> result.shape, logits.shape
+      ((2, 3), (2, 2, 3))
+    """
+
+    @functools.wraps(fn)
+    def marked(*args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+        def of_arrays(*arrays: jax.Array) -> Any:
+            filled = list(leaves)
+            for i, array in zip(places, arrays, strict=True):
+                filled[i] = array
+            inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
+            return fn(*inner_args, **inner_kwargs)
+
+        arrays = [leaves[i] for i in places]
+        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        results, marks = _evaluate(closed.jaxpr, closed.consts, arrays)
+        check_marks([mark.exit_index for mark in marks])
+        logits = [mark.logits for mark in sorted(marks, key=lambda mark: mark.exit_index)]
+        return jax.tree.unflatten(jax.tree.structure(shapes), results), jnp.stack(logits)
+
+    return marked
+
+
+class _Mark(NamedTuple):
+    exit_index: int
+    logits: Any
+
+
+def _evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+) -> tuple[list[Any], list[_Mark]]:
+    """Returns a program's results and what it marks."""
+    marks: list[_Mark] = []
+    known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    known.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else known[variable]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(variable) for variable in equation.invars]
+        with jax.named_scope(str(equation.source_info.name_stack)):
+            results, new = _apply(equation, inputs)
+        marks += new
+        known.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in jaxpr.outvars], marks
+
+
+def _apply(equation: JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[_Mark]]:
+    exit_index = marked_exit(equation)
+    if exit_index is not None:
+        results = bind(equation, inputs)
+        return results, [_Mark(exit_index, results[0])]
+    if not any(map(has_marks, jaxprs_in_params(equation.params))):
+        return bind(equation, inputs), []
+    name = equation.primitive.name
+    if name in INLINED:
+        program: ClosedJaxpr = equation.params[INLINED[name]]
+        return _evaluate(program.jaxpr, program.consts, inputs)
+    if name not in _CHECKPOINTS:
+        raise refuse(equation)
+    return _recomputed(equation, inputs)
+
+
+def _recomputed(equation: JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[_Mark]]:
+    """Evaluates a `jax.checkpoint`, whose program then returns what it marks too."""
+    program, exits = equation.params["jaxpr"], []
+
+    def run(*args: Any) -> list[Any]:
+        results, marks = _evaluate(program, (), args)
+        exits[:] = [mark.exit_index for mark in marks]
+        return [*results, *(mark.logits for mark in marks)]
+
+    options = {key: equation.params[key] for key in ("prevent_cse", "policy")}
+    found = jax.checkpoint(run, **options)(*inputs)
+    count = len(equation.outvars)
+    return list(found[:count]), list(map(_Mark, exits, found[count:]))

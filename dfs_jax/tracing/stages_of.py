@@ -1,0 +1,245 @@
+"""Early exit for any JAX function: its traced program, cut at the logits that it marks.
+
+Stage i computes what logits i need and no earlier stage has computed. What later stages read of it
+is its carry. Values that do not depend on the examples (weights, positions, masks) are never
+carried: every stage that reads them computes them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.tree_util import Partial
+
+from dfs_jax.tracing.equations import bind
+from dfs_jax.tracing.exit_markers import INLINED, check_marks, has_marks, marked_exit, refuse
+from dfs_jax.types import PyTree, UserError
+
+Carry = tuple[jax.Array, ...]
+_OPENED = {**INLINED, "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
+
+
+def stages_of(
+    fn: Callable[[PyTree, jax.Array], Any], params: PyTree, example: jax.ShapeDtypeStruct
+) -> tuple[Partial, ...]:
+    """Returns the stages of a function that marks its exits, `(carry) -> (carry, logits)`.
+
+    The first stage reads a batch; together the stages compute the marked logits, each operation
+    once. The carry is the least that later stages read of what has been computed, a tuple of arrays
+    with the batch first. The function is traced again for every batch size.
+
+    Args:
+      fn: function `(params, batch)` that calls `exit_logits`; its result is not used. Rows of the
+        batch must not read each other.
+      params: pytree of the function's parameters, which become leaves of the stages.
+      example: shape and type of one input, without its batch.
+
+    Raises:
+      UserError: exits that are not numbered 0, 1, ..., marks inside a loop, a condition or a custom
+        derivative, or a carry that does not have the batch first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dfs_jax.tracing.exit_markers import exit_logits
+      >>> def network(params, x):
+      ...     x = jnp.tanh(x @ params["a"])
+      ...     exit_logits(0, x @ params["b"])
+      ...     exit_logits(1, jnp.tanh(x @ params["a"]) @ params["b"])
+      >>> params = {"a": jnp.ones((5, 5)), "b": jnp.ones((5, 3))}
+      >>> stages = stages_of(network, params, jax.ShapeDtypeStruct((5,), jnp.float32))
+      >>> carry, logits = stages[0](jnp.ones((2, 5)))
+      >>> [x.shape for x in carry], logits.shape
+      ([(2, 5)], (2, 3))
+    """
+    cut = _Cutter(fn, params, example)
+    programs = [cut(batch) for batch in (2, 3)]
+    for i in range(len(programs[0].stages) - 1):
+        _check_batch_first(i, *(program.stages[i] for program in programs))
+    return tuple(
+        Partial(functools.partial(_run_stage, cut, i), params)
+        for i in range(len(programs[0].stages))
+    )
+
+
+class _Equation(NamedTuple):
+    """An equation outside of any call, its inputs named as in the whole program."""
+
+    equation: JaxprEqn
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+
+class _Stage(NamedTuple):
+    """Equations of one stage, in order, and the variables that it reads, marks and leaves."""
+
+    equations: list[_Equation]
+    carried: list[Any]
+    logits: Any
+    carry: list[Any]
+
+
+class _Program(NamedTuple):
+    stages: list[_Stage]
+    parameters: list[Any]
+    constants: dict[Any, Any]
+
+
+class _Constant(NamedTuple):
+    """A constant of a program that is called, in place of a variable."""
+
+    index: int
+
+
+class _Cutter:
+    """Cuts a function into stages for a batch size."""
+
+    def __init__(self, fn: Callable[..., Any], params: PyTree, example: jax.ShapeDtypeStruct):
+        self._fn, self._example = fn, example
+        self._params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.numpy.result_type(leaf)),
+            params,
+        )
+        self._known: dict[Any, _Program] = {}
+
+    def __call__(self, batch: Any) -> _Program:
+        if batch not in self._known:
+            shape = jax.ShapeDtypeStruct((batch, *self._example.shape), self._example.dtype)
+            closed = jax.make_jaxpr(self._fn)(self._params, shape)
+            self._known[batch] = _cut(closed, len(jax.tree.leaves(self._params)))
+        return self._known[batch]
+
+
+def _run_stage(cut: _Cutter, i: int, params: PyTree, carry: Any) -> tuple[Carry, jax.Array]:
+    arrays = (carry,) if i == 0 else tuple(carry)
+    program = cut(arrays[0].shape[0])
+    stage = program.stages[i]
+    known = {
+        **program.constants,
+        **dict(zip(program.parameters, jax.tree.leaves(params), strict=True)),
+    }
+    known.update(zip(stage.carried, arrays, strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else known[variable]
+
+    for equation, inputs, outputs in stage.equations:
+        with jax.named_scope(str(equation.source_info.name_stack)):
+            known.update(zip(outputs, bind(equation, list(map(read, inputs))), strict=True))
+    return tuple(map(read, stage.carry)), read(stage.logits)
+
+
+def _cut(closed: ClosedJaxpr, num_parameters: int) -> _Program:
+    jaxpr, constants = closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    parameters, inputs = jaxpr.invars[:num_parameters], jaxpr.invars[num_parameters:]
+    equations = _flat(jaxpr, {}, constants)
+    maker = {v: k for k, equation in enumerate(equations) for v in equation.outputs}
+    marks = _marks(equations)
+    of_examples = _dependent(equations, inputs)
+    stages, computed, done, carried = [], list(inputs), set(), list(inputs)
+    needed = [_needed(equations, maker, [k]) for k in marks]
+    for i, mark in enumerate(marks):
+        new = sorted(k for k in needed[i] if k not in done)
+        done |= {k for k in new if not of_examples.isdisjoint(equations[k].outputs)}
+        computed += [v for k in new for v in equations[k].outputs if v in of_examples]
+        later = {
+            v
+            for others in needed[i + 1 :]
+            for k in others - done
+            for v in equations[k].inputs
+            if not isinstance(v, Literal)
+        }
+        carry = [v for v in computed if v in later]
+        stages.append(
+            _Stage([equations[k] for k in new], carried, equations[mark].outputs[0], carry)
+        )
+        carried = carry
+    return _Program(stages, parameters, constants)
+
+
+def _flat(jaxpr: Jaxpr, renamed: dict[Any, Any], constants: dict[Any, Any]) -> list[_Equation]:
+    """Returns the equations of a program and of those that it calls, in one list."""
+
+    def name(variable: Any) -> Any:
+        return variable if isinstance(variable, Literal) else renamed.get(variable, variable)
+
+    found: list[_Equation] = []
+    for equation in jaxpr.eqns:
+        inputs = tuple(map(name, equation.invars))
+        parameter = _OPENED.get(equation.primitive.name)
+        if parameter is None:
+            marks = any(map(has_marks, jaxprs_in_params(equation.params)))
+            if marks:
+                raise refuse(equation)
+            outputs = tuple(_Output(equation, n) for n in range(len(equation.outvars)))
+            found.append(_Equation(equation, inputs, outputs))
+            renamed.update(zip(equation.outvars, outputs, strict=True))
+            continue
+        program = equation.params[parameter]
+        inner, consts = (
+            (program.jaxpr, program.consts) if isinstance(program, ClosedJaxpr) else (program, ())
+        )
+        inside = dict(zip(inner.invars, inputs, strict=True))
+        for variable, const in zip(inner.constvars, consts, strict=True):
+            inside[variable] = _Constant(len(constants))
+            constants[inside[variable]] = const
+        found += _flat(inner, inside, constants)
+        results = [v if isinstance(v, Literal) else inside.get(v, v) for v in inner.outvars]
+        renamed.update(zip(equation.outvars, results, strict=True))
+    return found
+
+
+class _Output:
+    """One result of an equation in one call of its program: a name, equal to itself alone."""
+
+    def __init__(self, equation: JaxprEqn, number: int):
+        self.aval = equation.outvars[number].aval
+        self.equation = equation
+
+
+def _marks(equations: Sequence[_Equation]) -> list[int]:
+    """Returns the positions of the marks, by exit."""
+    found = {k: marked_exit(e.equation) for k, e in enumerate(equations)}
+    marks = {exit_index: k for k, exit_index in found.items() if exit_index is not None}
+    check_marks([exit_index for exit_index in found.values() if exit_index is not None])
+    return [marks[i] for i in range(len(marks))]
+
+
+def _needed(equations: Sequence[_Equation], maker: dict[Any, int], ends: Sequence[int]) -> set[int]:
+    """Returns the positions of the equations that some equations depend on, themselves included."""
+    needed, left = set(), list(ends)
+    while left:
+        k = left.pop()
+        if k not in needed:
+            needed.add(k)
+            left += [maker[v] for v in equations[k].inputs if _is_made(v, maker)]
+    return needed
+
+
+def _is_made(variable: Any, maker: dict[Any, int]) -> bool:
+    return not isinstance(variable, Literal) and variable in maker
+
+
+def _dependent(equations: Sequence[_Equation], inputs: Sequence[Any]) -> set[Any]:
+    """Returns the variables that depend on the examples."""
+    found = set(inputs)
+    for equation in equations:
+        if any(not isinstance(v, Literal) and v in found for v in equation.inputs):
+            found.update(equation.outputs)
+    return found
+
+
+def _check_batch_first(i: int, two: _Stage, three: _Stage) -> None:
+    """Raises UserError unless carries for batches of 2 and 3 differ in their first axis alone."""
+    for variable, other in zip(two.carry, three.carry, strict=True):
+        shapes = variable.aval.shape, other.aval.shape
+        if shapes[0][:1] != (2,) or shapes[1] != (3, *shapes[0][1:]):
+            equation = variable.equation
+            where = f"{equation.primitive.name} of {equation.source_info.name_stack}".rstrip(" of")
+            raise UserError(
+                f"stage {i + 1} would hand {where}, {list(shapes[0])} for a batch of 2, to later "
+                f"stages: they need values whose first axis is the batch"
+            )

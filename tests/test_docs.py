@@ -1,0 +1,23 @@
+"""Code in the pages of `docs/`, run as a reader would."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def test_the_page_on_any_model_trains_and_answers(capsys):
+    page = (REPOSITORY / "docs" / "any_model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    exec("\n".join(blocks), names)
+    learned = np.mean(np.argmax(names["logits"][-1], axis=-1) == names["labels"])
+    assert learned > 0.9
+    predicted = names["predictor"](names["images"])
+    assert len(set(predicted.exit_index)) > 1
+    assert str(predicted.predicted) in capsys.readouterr().out
