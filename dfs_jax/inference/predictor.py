@@ -216,7 +216,7 @@ class EarlyExitPredictor:
         )
 
     def runs_whole(self, batch: int) -> bool:
-        """Returns whether the whole network is now expected to be faster on a batch of this size."""
+        """Returns whether the whole network is expected to be faster on a batch of this size."""
         if not (self._fall_back and self.policy.falls_back) or batch not in self.times:
             return False
         shares = self.counts.shares() or self.policy.exit_shares
