@@ -10,7 +10,7 @@ from typing import Any
 
 from dfs_jax.types import UserError
 
-# What flax adds to every module's constructor; never an option of a component.
+# Fields that flax adds to every module's constructor; never options of a component.
 _NOT_OPTIONS = frozenset({"self", "parent", "name"})
 
 
