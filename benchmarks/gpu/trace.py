@@ -1,4 +1,4 @@
-"""Reads a profile of `jax.profiler.trace`: what a device's time went to, and when it was idle.
+"""Reads a profile of `jax.profiler.trace`: a device's time by kind of operation, and idle time.
 
 python -m benchmarks.gpu.trace FILE.trace.json.gz
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from dfs_jax import program
 from dfs_jax.types import UserError
 
-# The first pattern found in an event's names decides; kernels of libraries are known by theirs.
+# The first pattern found in an event's name decides; library kernels are recognised by name.
 KINDS = (
     ("copy between host and device", r"memcpy(h2d|d2h)|infeed|outfeed"),
     ("depthwise convolution", r"depthwise|grouped_direct"),
@@ -39,7 +39,7 @@ _OPERATIONS, _MODULES = "XLA Ops", "XLA Modules"
 
 
 class Span(NamedTuple):
-    """Something that ran: from when to when, in microseconds, and what it is called."""
+    """An event: start and end in microseconds, and name."""
 
     begin: float
     end: float
@@ -47,17 +47,17 @@ class Span(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """Where the time of a traced piece of work went.
+    """Distribution of the time of a traced program.
 
     Attributes:
-      span_ms: from the first operation's begin to the last one's end.
-      busy_ms: of it, while at least one operation ran.
-      idle: fraction of the span in which none ran.
+      span_ms: time from the start of the first operation to the end of the last.
+      busy_ms: part of the span in which at least one operation ran.
+      idle: fraction of the span in which no operation ran.
       idle_between_steps: fraction of the span between the last operation of one program and the
-        first of the next; None where the trace does not tell programs apart.
-      steps: number of programs that ran, None likewise.
+        first of the next; None if the trace does not distinguish programs.
+      steps: number of programs that ran; None likewise.
       kinds: fraction of all operations' time by kind, largest first.
-      longest: the ten operations that took most, with their fraction of it.
+      longest: the ten longest operations, with their fractions of the time.
     """
 
     span_ms: float
