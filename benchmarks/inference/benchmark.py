@@ -5,7 +5,7 @@
 Rows for each batch size and policy, in a list (`KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
-    policy                 "full", "exit K", "nobody leaves", "2.5x" (that many times fewer
+    policy                 "full", "exit K", "no early exit", "2.5x" (that many times fewer
                            operations), "policy.json"
     accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
     ideal_speedup          if only the stages took time, each its measured time in a full batch,
@@ -152,7 +152,7 @@ def find_candidates(
 
     found = [candidate("full", last_exit_only(last + 1), last)]
     found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
-    found.append(candidate("nobody leaves", last_exit_only(last + 1)))
+    found.append(candidate("no early exit", last_exit_only(last + 1)))
     try:
         validation = staged.logits(staged.experiment.score_split)
     except UserError as error:
