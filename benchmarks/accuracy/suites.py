@@ -130,7 +130,7 @@ _PROBES = 6  # of the exits' conflict, in a run
 
 
 def small(seeds: int | None = None) -> Suite:
-    """Returns the suite for two cores; what has intervals is trained from so many seeds (3)."""
+    """Returns the suite for two cores; rows with intervals have this number of seeds (3)."""
     paired = range(3 if seeds is None else seeds)
     longer = ("vgg7_w16",)
     sweep = [f"dfs_beta{b}" for b in BETAS if b != 0.5]
