@@ -122,10 +122,10 @@ def kind_of(names: str) -> str:
 
 
 def _operations_and_programs(events: Sequence[dict[str, Any]]) -> tuple[list[Span], list[Span]]:
-    """Returns what ran on the device, and the executions of whole programs.
+    """Returns the operations that ran on the device, and the executions of whole programs.
 
     A GPU's trace has a thread for each stream, a TPU's one for operations; a CPU's operations are
-    told by their arguments.
+    recognised by their arguments.
     """
     processes, threads = {}, {}
     for event in events:
@@ -173,7 +173,7 @@ def _span(event: dict[str, Any]) -> Span:
 
 
 def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Returns the intervals in which at least one ran, in order, none touching the next."""
+    """Returns the intervals in which at least one span ran, in order and disjoint."""
     joined: list[tuple[float, float]] = []
     for begin, end, _ in sorted(spans):
         if joined and begin <= joined[-1][1]:
@@ -184,10 +184,10 @@ def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
 
 
 def _between(operations: Sequence[Span], programs: Sequence[Span]) -> float:
-    """Returns the microseconds without an operation that lie between two programs.
+    """Returns the time without an operation between two programs, in microseconds.
 
-    A program is taken to end with its last operation and to begin with its first, since its own
-    span on the trace also covers what the host does.
+    A program extends from its first operation to its last, since its own span in the trace also
+    covers work of the host.
     """
     busy = _union(operations)
     total = 0.0
@@ -208,7 +208,7 @@ def _shares(items: Iterable[tuple[str, float]], most: int | None = None) -> dict
 
 
 def main(paths: Sequence[str]) -> int:
-    """Prints the profile of every trace named."""
+    """Prints the profile of every trace given."""
     try:
         if not paths:
             raise UserError("name at least one FILE.trace.json.gz")
