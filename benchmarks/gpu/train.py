@@ -252,5 +252,5 @@ def _continue_carried(
     checkpoints = Checkpoints(run)
     checkpoints.save(state, manifest["step"], score=None)
     checkpoints.close()
-    say(f"{cell.name} goes on after step {manifest['step']}")
+    say(f"{cell.name} continues after step {manifest['step']}")
     return cell.name

@@ -91,13 +91,13 @@ def _text(value: float | None, form: str) -> str:
 
 
 _LEGEND = (
-    "Milliseconds a batch: forward: the losses in training mode; backward: what their gradient "
-    "adds; other: what",
-    "the rest of the step adds; data: making the next batch, beside the step and not in images/s.",
-    "/ dsn: images/s over DSN's in the same framework and layout. step / peer: step time over the "
-    "peer's for the",
-    "same method, in its better layout. compile: of the step, nothing cached. MiB: the compiled "
-    "step's arguments,",
-    "outputs and temporaries, as the compiler plans them. MACs of one image's step: as it runs, "
-    "and in theory.",
+    "Milliseconds per batch: forward: losses in training mode; backward: additional time of their "
+    "gradient; other:",
+    "rest of the step; data: time to make the next batch, not included in step and images/s.",
+    "/ dsn: images/s relative to DSN in the same framework and layout. step / peer: step time "
+    "relative to the",
+    "peer's for the same method, in its faster layout. compile: of the step, without cache. MiB: "
+    "arguments,",
+    "outputs and temporaries of the compiled step, as planned by the compiler. MACs per image: of "
+    "the step as it runs, and in theory.",
 )

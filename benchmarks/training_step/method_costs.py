@@ -315,7 +315,7 @@ def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
 def _headline(experiment: Experiment, rival: Peer | None, repeats: int) -> str:
     config, (height, width, _) = experiment.config, experiment.dataset.image_shape
     augmentation = config.data.augmentation or "none"
-    beside = "" if rival is None else f" (always so beside {rival.name})"
+    beside = "" if rival is None else f" (always with {rival.name})"
     return (
         f"{config.model.name} on {height}x{width} noise, batch {config.batch_size}, "
         f"{available_cores()} cores, medians of {repeats} rounds.\n"

@@ -72,7 +72,7 @@ def check_output(output: str | Path) -> Path:
     """
     path = output_file(output, "output")
     if path.suffix != ".json":
-        raise UserError(f"output {path} must end in .json: the picture beside it ends in .png")
+        raise UserError(f"output {path} must end in .json: the plot next to it ends in .png")
     output_file(path.with_suffix(".png"), "output")
     return path
 

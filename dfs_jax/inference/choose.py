@@ -117,7 +117,7 @@ def describe(staged: StagedRun, fitted: FittedPolicy) -> str:
     lines = [
         f"test split: accuracy {100 * test.accuracy:.2f} %, {test.cost / 1e6:.3f} M MACs of "
         f"{macs[-1] / 1e6:.3f} M ({macs[-1] / test.cost:.2f} times fewer), "
-        f"{100 * test.disagreement:.2f} % answered otherwise than by the last exit",
+        f"{100 * test.disagreement:.2f} % answered differently from the last exit",
         f"answered by exits 1 to {len(macs)}: {shares} %",
     ]
     return "\n".join([*lines, *([fitted.certificate.describe()] if fitted.certificate else [])])

@@ -91,7 +91,7 @@ def table_for_terminal(found: DryRun) -> str:
         f"One training step: {found.model}, {found.fork}, {found.loss}, {found.rule}; "
         f"{kind}; batch {found.batch_size}",
         f"compiled for {found.num_devices} x {found.device_kind}: {axes}. "
-        f"All that follows is of one device.",
+        f"All numbers below are for one device.",
         "",
         aligned([("memory", "MiB"), *_memory_rows(found.memory)], left=(0,)),
         "donated buffers are arguments that outputs overwrite; they count once.",
@@ -102,9 +102,9 @@ def table_for_terminal(found: DryRun) -> str:
         *_collective_lines(found.collectives),
         "",
         aligned([_ROOFLINE, *(_chip_row(name, found) for name in CHIPS)], left=(0,)),
-        "A guess: this module at a chip's published peaks, all three at once. Real steps overlap "
-        "less;",
-        "chips that keep arrays on themselves read less.",
+        "Estimates: this module at each chip's published peaks, with perfect overlap. Real steps "
+        "overlap less;",
+        "chips that keep arrays in on-chip memory read less.",
     ]
     return "\n".join(parts)
 

@@ -205,7 +205,7 @@ def _output_path(workdirs: Sequence[Path], output: str | None) -> Path:
         raise UserError("several runs are compared in a file of their own: name it with --output")
     path = output_file(workdirs[0] / JSON_FILE if output is None else output, "--output")
     if path.suffix != ".json":
-        raise UserError(f"output {path} must end in .json: the pictures beside it end in .png")
+        raise UserError(f"output {path} must end in .json: the plots next to it end in .png")
     return path
 
 

@@ -137,11 +137,11 @@ def render_markdown(report: Report) -> str:
         ],
     )
     budgeted = f"""
-## Budgeted batch: each image leaves at the first exit that is confident enough
+## Budgeted batch: each image takes the first exit that is confident enough
 
-Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
-{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file beside \
-this page holds them all, with their thresholds.
+Exit k answers about a fraction p^k / sum p^j; the confidence thresholds were chosen on the \
+{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file next to \
+this page contains all of them, with their thresholds.
 
 {budgets}
 """
@@ -151,7 +151,7 @@ this page holds them all, with their thresholds.
 
 ## Anytime: each exit on every image
 
-Operations and parameters are those up to and including the exit, with the heads passed on the way.
+Operations and parameters are those up to and including the exit, with all earlier heads.
 
 {anytime}
 
@@ -174,11 +174,11 @@ def _classes_page(section: Mapping[str, Any]) -> str:
     return f"""
 ## Classes, at the last exit
 
-The classes that it gets right least often:
+The classes with the lowest accuracy:
 
 {worst}
 
-Its most frequent confusions; the JSON file has the accuracy by class of every exit:
+The most frequent confusions; the JSON file has the accuracy by class of every exit:
 
 {confusions}
 """
