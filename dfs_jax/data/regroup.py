@@ -18,7 +18,7 @@ def relabelled(split: AnySplit, labels: Sequence[int]) -> AnySplit:
 
     Args:
       split: examples, in memory or streamed.
-      labels: the new label of each class, `[classes]`.
+      labels: new label of each class, `[classes]`.
 
     Example:
       >>> two = Split(np.zeros((2, 5, 7, 3), np.uint8), np.array([0, 1], np.int32))
