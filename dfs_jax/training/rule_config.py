@@ -1,4 +1,4 @@
-"""From a config's section `gradients` to the gradient rule, and whether it fits the run."""
+"""Builds the gradient rule from a config's section `gradients`, and checks that it fits the run."""
 
 from __future__ import annotations
 
