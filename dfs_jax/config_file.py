@@ -118,7 +118,7 @@ def _describe(error: Exception, file: Path, path: Path) -> str:
     if isinstance(error, KeyError) and " " in text:  # an unknown argument of `get_config`
         return text
     if isinstance(error, SyntaxError):
-        return f"config file {shown(file)} is no Python, see line {error.lineno}: {error.msg}"
+        return f"config file {shown(file)} is not Python, see line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     where = f" at line {lines[-1]}" if lines else ""

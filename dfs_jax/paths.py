@@ -97,7 +97,7 @@ def output_file(path: UserPath, name: str, *, inside: str | None = None) -> Path
             return output_file(found / inside, name)
         raise UserError(f"{name} {shown(found)} is a directory: name a file")
     if mode is not None and not stat.S_ISREG(mode):
-        raise UserError(f"{name} {shown(found)} is no regular file: name another")
+        raise UserError(f"{name} {shown(found)} is not a regular file: name another")
     _writable(found.parent, name)
     return found
 
@@ -113,7 +113,7 @@ def output_directory(path: UserPath, name: str) -> Path:
     try:
         str(found).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{name} {shown(found)} is no UTF-8: name another directory") from error
+        raise UserError(f"{name} {shown(found)} is not UTF-8: name another directory") from error
     return _writable(found, name)
 
 

@@ -101,7 +101,7 @@ def read_records(path: Path) -> dict[str, Record]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["cells"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no results' file: restore or delete it") from error
+        raise UserError(f"{path} is not a results' file: restore or delete it") from error
 
 
 def write_records(path: Path, cells: Mapping[str, Record]) -> None:

@@ -80,7 +80,7 @@ def read_profile(path: Path) -> Profile:
     except FileNotFoundError as error:
         raise UserError(f"there is no trace {path}: check the path") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no trace of jax.profiler: {error}") from error
+        raise UserError(f"{path} is not a trace of jax.profiler: {error}") from error
     operations, programs = _operations_and_programs(events)
     if not operations:
         raise UserError(f"no operation of a device is in {path}: trace while steps run")

@@ -54,7 +54,7 @@ def load_folder(
         raise UserError("data set 'folder' needs data_dir, which holds train/CLASS and test/CLASS")
     root = local_path(data_dir, "data_dir")
     if not root.is_dir():
-        raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
+        raise UserError(f"data_dir {data_dir!r} does not exist or is not a directory")
     directories = _split_directories(root)
     class_names = _classes(directories["train"])
     if len(class_names) < 2:

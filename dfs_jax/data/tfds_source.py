@@ -81,7 +81,7 @@ def find_prepared(name: str, data_dir: str | None) -> Path | None:
     """
     root = tfds_data_dir(data_dir)
     if data_dir is not None and not root.is_dir():
-        raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
+        raise UserError(f"data_dir {data_dir!r} does not exist or is not a directory")
     path, version = parse_name(name)
     if (root / INFO_FILE).is_file():
         return _check_is(path, root)
@@ -108,7 +108,7 @@ def parse_name(name: str) -> tuple[str, str | None]:
     if not re.fullmatch(r"\w[\w.\-]*(/\w[\w.\-]*)?", path) or (
         version and not _VERSION.fullmatch(version)
     ):
-        raise UserError(f"{name!r} is no data set name: write NAME, NAME/CONFIG or NAME:1.2.3")
+        raise UserError(f"{name!r} is not a data set name: write NAME, NAME/CONFIG or NAME:1.2.3")
     return path, version or None
 
 

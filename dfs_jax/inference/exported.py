@@ -215,7 +215,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_read(path))
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise UserError(f'{path}: its "version" is {version!r}, this program reads {VERSION}')

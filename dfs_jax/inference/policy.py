@@ -170,7 +170,7 @@ def read_policy(path: Path) -> Policy:
     except OSError as error:
         raise UserError(f"the policy {path} cannot be read: {reason(error)}") from error
     except ValueError as error:
-        raise UserError(f"the policy {path} is no JSON: {error}") from error
+        raise UserError(f"the policy {path} is not JSON: {error}") from error
     try:
         return _from_content(content)
     except UserError as error:

@@ -185,7 +185,9 @@ def read_golden(path: str | os.PathLike[str]) -> GoldenCase:
         AttributeError,
     ) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is damaged or no golden file ({reason}): copy it again") from error
+        raise UserError(
+            f"{path} is damaged or not a golden file ({reason}): copy it again"
+        ) from error
 
 
 def draw_state_dict(names_and_shapes: Iterable[tuple[str, Any]]) -> dict[str, np.ndarray]:

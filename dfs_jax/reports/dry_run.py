@@ -178,7 +178,7 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(name, "tpu").devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"topology={name} is no slice of a TPU that libtpu knows, such as v5e:4x4: {error}"
+            f"topology={name} is not a slice of a TPU that libtpu knows, such as v5e:4x4: {error}"
         ) from error
 
 

@@ -25,7 +25,7 @@ def rule_from_config(section: Config) -> GradientRule:
     rule = create_rule(section.name, **others)
     if not isinstance(rule, GradientRule):
         raise UserError(
-            f"gradients.name={section.name!r} is no gradient rule: derive {type(rule).__name__} "
+            f"gradients.name={section.name!r} is not a gradient rule: derive {type(rule).__name__} "
             f"from dfs_jax.gradients.GradientRule or dfs_jax.gradients.combiner.Combiner"
         )
     check_exits(section.exits)
