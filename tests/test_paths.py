@@ -93,7 +93,7 @@ def test_what_cannot_be_read_or_written(place, function, path, message):
 
 @pytest.mark.parametrize(("function", "path"), [(output_file, "x/new"), (output_directory, "x")])
 def test_a_directory_without_permission(place, monkeypatch, function, path):
-    """Asked of the nearest directory that is there; root, who may do everything, is told no lie."""
+    """The nearest existing directory is checked; root, who may write anywhere, is not refused."""
     asked = []
 
     def access(path, mode):

@@ -29,7 +29,7 @@ class PCGrad(GramCombiner):
     The g_j are the gradients before any projection.
 
     Args:
-      scaling: "sum" as in the paper and its code, or "mean" as in a widely used version for PyTorch.
+      scaling: "sum" as in the paper and its code, or "mean" as in its common PyTorch version.
 
     Raises:
       ValueError: an unknown scaling.
