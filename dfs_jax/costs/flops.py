@@ -184,7 +184,7 @@ def count_by(program: TracedProgram, rules: Mapping[str, Rule]) -> int:
     """Sums the counts of all operations over all their runs, by the rules for their names.
 
     Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
     """
     return sum(
         over_all_runs(operation, rules[operation.name](operation, program))
@@ -197,7 +197,7 @@ def over_all_runs(operation: Operation, counted: int) -> int:
     """Returns the count of one run of an operation, multiplied by its number of runs.
 
     Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
     """
     if counted and operation.times is None:
         raise ValueError("operations inside a while loop cannot be counted: it has no fixed length")
