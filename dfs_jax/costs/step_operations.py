@@ -27,7 +27,7 @@ class StepCost(NamedTuple):
     Attributes:
       forward: multiply-adds of the outputs of convolutions and matrix products.
       weight_gradients: multiply-adds of gradients of weights.
-      input_gradients: multiply-adds of gradients of inputs (of both operands if neither is a weight).
+      input_gradients: multiply-adds of gradients of inputs (of both if neither is a weight).
     """
 
     forward: int
