@@ -5,11 +5,11 @@ from absl import flags
 from dfs_jax import launch, program
 from dfs_jax.paths import input_directory, output_directory, output_file
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-SPLIT = flags.DEFINE_string("split", "test", "What is reported: test, validation or train.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
-OUTPUT = flags.DEFINE_string("output", None, "The report; report.json in the run's directory.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+SPLIT = flags.DEFINE_string("split", "test", "Split to report: test, validation or train.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step number.")
+OUTPUT = flags.DEFINE_string("output", None, "Report file; default: report.json in workdir.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Directory of the data, if it has moved.")
 LAUNCH = launch.define_flags()
 
 

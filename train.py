@@ -1,6 +1,6 @@
 """Trains a multi-exit network: python train.py --config=configs/cifar100_vgg7.py [--workdir=DIR]
 
-With --dry_run the training step is compiled, without data, and what it costs is printed.
+--dry_run compiles the training step without data and prints its costs.
 """
 
 import signal
@@ -16,23 +16,23 @@ from dfs_jax.paths import output_directory, output_file
 from dfs_jax.training.sections import define_config_flag, describe_config
 from dfs_jax.types import UserError
 
-CONFIG = define_config_flag("The run's configuration: FILE.py or FILE.py:METHOD.")
+CONFIG = define_config_flag("Configuration of the run: FILE.py or FILE.py:METHOD.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's directory; runs/NAME[_METHOD] of the config."
+    "workdir", None, "Directory of the run; default: runs/NAME[_METHOD] of the config."
 )
 ACCEPT_DATA_CHANGES = flags.DEFINE_bool(
     "accept_data_changes",
     False,
-    "Go on with data that changed since the run began; its statistics and held-out images stay.",
+    "Continue with changed data; normalisation and held-out images stay those of the run.",
 )
-HELP_CONFIG = flags.DEFINE_bool("help_config", False, "Print every field of the config, and end.")
+HELP_CONFIG = flags.DEFINE_bool("help_config", False, "Print every field of the config and exit.")
 LAUNCH = launch.define_flags()
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile the training step, without data, and print what it costs."
+    "dry_run", False, "Compile the training step without data and print its costs."
 )
-DEVICES = flags.DEFINE_integer("devices", None, "Dry run: for so many forced devices.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Dry run: for a TPU slice, such as v5e:4x4.")
-OUTPUT = flags.DEFINE_string("output", None, "Dry run: the JSON file to write.")
+DEVICES = flags.DEFINE_integer("devices", None, "Dry run: number of simulated CPU devices.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Dry run: TPU slice, such as v5e:4x4.")
+OUTPUT = flags.DEFINE_string("output", None, "Dry run: JSON file to write.")
 
 
 def main() -> int | None:

@@ -1,1 +1,1 @@
-"""Other programs to measure this one against; nothing in `dfs_jax` needs them."""
+"""Programs that measure this project; nothing in `dfs_jax` needs them."""

@@ -1,11 +1,11 @@
-"""Methods side by side: every one trained from the same seeds, under one protocol.
+"""Compares methods: each is trained from the same seeds, under one protocol.
 
     python -m benchmarks.comparison --config=configs/digits_vgg7.py \\
         --methods=dsn,byot,dfs --seeds=0,1,2 --workdir=runs/comparison
 
-Methods are what a config file takes after its colon; `--config.FIELD=VALUE` changes them all alike.
-Runs lie in WORKDIR/METHOD/seed_SEED, as those of train.py; a comparison that was stopped goes on
-where it was. Prints a table of test accuracies, methods by exits, and writes `comparison.json`.
+Methods are the words that a config file accepts after its colon; `--config.FIELD=VALUE` applies to
+all of them. Runs are in WORKDIR/METHOD/seed_SEED, as from train.py; an interrupted comparison is
+resumed. Prints a table of test accuracies, methods by exits, and writes `comparison.json`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ FILE = "comparison.json"
 
 
 class Accuracies(NamedTuple):
-    """Test accuracies of one run, fractions.
+    """Test accuracies of one run, as fractions.
 
     Attributes:
-      exits: of each exit, shallow first.
-      ensemble: of the mean of all exits' probabilities.
+      exits: accuracy of each exit, shallow first.
+      ensemble: accuracy of the mean of all exits' probabilities.
     """
 
     exits: tuple[float, ...]
@@ -47,16 +47,16 @@ class Accuracies(NamedTuple):
 
     @property
     def columns(self) -> tuple[float, ...]:
-        """What a row of the table holds: the exits, their mean, the ensemble."""
+        """Values of a row of the table: the exits, their mean, the ensemble."""
         return (*self.exits, statistics.fmean(self.exits), self.ensemble)
 
 
 class Summary(NamedTuple):
-    """A number over seeds.
+    """A quantity over seeds.
 
     Attributes:
-      mean: over the seeds.
-      deviation: of a seed, with the divisor n - 1; None for one seed.
+      mean: mean over the seeds.
+      deviation: standard deviation over the seeds, with divisor n - 1; None for one seed.
     """
 
     mean: float
@@ -65,10 +65,10 @@ class Summary(NamedTuple):
 
 def main() -> None:
     """Runs the program."""
-    config = define_config_flag("The configuration file of all runs.")
-    methods = flags.DEFINE_list("methods", ["dsn", "dfs"], "What to put after its colon, in turn.")
-    seeds = flags.DEFINE_list("seeds", ["0"], "A run of every method from each.")
-    workdir = flags.DEFINE_string("workdir", "runs/comparison", "The runs' directory.")
+    config = define_config_flag("Configuration file of all runs.")
+    methods = flags.DEFINE_list("methods", ["dsn", "dfs"], "Methods to compare.")
+    seeds = flags.DEFINE_list("seeds", ["0"], "Random seeds; one run of every method for each.")
+    workdir = flags.DEFINE_string("workdir", "runs/comparison", "Directory of the runs.")
     flags.mark_flag_as_required("config")
 
     def run() -> int | None:
@@ -86,7 +86,7 @@ def main() -> None:
         written = _write(finished, root)
         program.say(f"{table(finished)}\nwrote {written}")
 
-    del config  # read through its flag: one file gives a config a method
+    del config  # read through its flag: one file gives a config for each method
     program.run(run)
 
 
@@ -96,7 +96,7 @@ def method_configs(
     """Returns the config of each method: `get_config(method)` of the file, with the overrides.
 
     Raises:
-      UserError: no methods, one that is named twice, or one that the file does not know.
+      UserError: no methods, a method that is named twice, or one that the file does not know.
     """
     if not methods or len(set(methods)) < len(methods):
         raise UserError(f"methods must be named, each once, got {','.join(methods) or 'none'}")
@@ -113,13 +113,13 @@ def compare(
     """Trains and evaluates every method from every seed, seed by seed.
 
     Args:
-      configs: of each method; their own seeds are replaced.
-      seeds: of the runs.
-      workdir: where runs lie; finished ones are only evaluated.
+      configs: config of each method; their seeds are replaced.
+      seeds: random seeds of the runs.
+      workdir: directory of the runs; finished runs are only evaluated.
 
     Returns:
-      The test accuracies of each method, a run a seed; None where a signal stopped it, to be
-      continued.
+      The test accuracies of each method, one per seed; None if a signal stopped the comparison,
+      which can be resumed.
     """
     found: dict[str, list[Accuracies]] = {method: [] for method in configs}
     for seed in seeds:
@@ -138,7 +138,7 @@ def compare(
 
 
 def table(found: Mapping[str, Sequence[Accuracies]]) -> str:
-    """Returns methods by exits, test accuracy in percent, mean and deviation over the seeds.
+    """Returns a table of methods by exits: test accuracy (%), mean and deviation over the seeds.
 
     Example:
       >>> print(table({"dfs": [Accuracies((0.5, 0.75), 0.75), Accuracies((0.6, 0.85), 0.75)]}))

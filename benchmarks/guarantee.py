@@ -1,10 +1,10 @@
-"""Counts how often a guarantee of `dfs_jax.inference.choose` fails, on a run's own test images.
+"""Counts how often a guarantee of `dfs_jax.inference.choose` fails, on a run's test images.
 
     python -m benchmarks.guarantee --workdir=DIR --epsilon=0.4 --delta=0.1
 
-Temperatures and the curve of policies come from the validation split, once. Each draw then
-calibrates on a small share of the test split; the true risk of the policy that it gives is taken to
-be that on the rest. (With a large share the two would depend on each other: a lucky calibration set
+Temperatures and the curve of policies come from the validation split, once. Each random split then
+calibrates on a small fraction of the test images; the risk of the resulting policy on the rest
+stands for its true risk. (With a large fraction the two would be dependent: a lucky calibration set
 leaves the unlucky images to the rest.)
 """
 
@@ -28,13 +28,13 @@ from dfs_jax.paths import input_directory
 
 
 class Tally(NamedTuple):
-    """What many draws gave.
+    """Results of many calibrations.
 
     Attributes:
-      draws: how many there were.
-      qualified: how many found a policy that qualifies.
-      violations: how many of those had a larger risk than allowed.
-      cost: the mean over the qualified of the policy's mean cost, as a share of the last exit's.
+      draws: number of random splits.
+      qualified: number of splits for which a policy qualified.
+      violations: number of these whose risk exceeds the bound.
+      cost: mean cost of the qualified policies, as a fraction of the last exit's cost.
     """
 
     draws: int
@@ -45,13 +45,13 @@ class Tally(NamedTuple):
 
 def main() -> None:
     """Runs the program."""
-    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
-    epsilon = flags.DEFINE_float("epsilon", None, "The risk that is allowed.", required=True)
-    delta = flags.DEFINE_float("delta", 0.1, "The share of draws that may fail.")
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    data_dir = flags.DEFINE_string("data_dir", None, "Directory of the data, if it has moved.")
+    epsilon = flags.DEFINE_float("epsilon", None, "Bound on the risk.", required=True)
+    delta = flags.DEFINE_float("delta", 0.1, "Probability that the guarantee fails.")
     risk = flags.DEFINE_string("risk", "error", "error, or disagreement with the last exit.")
-    share = flags.DEFINE_float("share", 0.05, "Of the test split, for calibration.")
-    draws = flags.DEFINE_integer("draws", 1000, "How often.")
+    share = flags.DEFINE_float("share", 0.05, "Fraction of the test split for calibration.")
+    draws = flags.DEFINE_integer("draws", 1000, "Number of random splits.")
 
     def run() -> None:
         program.use_compilation_cache()
@@ -93,7 +93,7 @@ def tally(
     share: float,
     draws: int,
 ) -> Tally:
-    """Returns what `draws` calibrations on a share of the pool give, each judged by the rest."""
+    """Returns the results of `draws` calibrations on part of the pool, each tested on the rest."""
     bad, confidence = mistakes(pool, risk), np.asarray(pool.confidence)
     each, wrong = np.arange(bad.shape[1]), {}
     for point in curve:

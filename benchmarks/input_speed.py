@@ -1,11 +1,11 @@
-"""Images a second that a config's input delivers to training, with nothing trained on them.
+"""Measures the images per second that a config's input delivers, without training.
 
-python -m benchmarks.input_speed --config=configs/imagenet_vgg16.py --batches=8
+    python -m benchmarks.input_speed --config=configs/imagenet_vgg16.py --batches=8
 
-`--config.data.num_workers` sets what reads: processes, or with 0 one thread a core. Beside it
-stands what no input can do without, in one thread, of images that are in memory: to decode them,
-and to cut a square of the network's size out of each at random. Where there is a second number, it
-is images a second of processor time: other programs on the machine change that less.
+`--config.data.num_workers` sets the readers: a number of processes, or with 0 one thread per core.
+For comparison it measures the necessary work in one thread, on images in memory: decoding, and a
+random crop of the network's size. The second number, where present, is images per second of
+processor time, which other programs on the machine affect less.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _DECODED_IMAGES = 512
 
 
 class Speed(NamedTuple):
-    """Images a second: by the clock, and of this process's processor time."""
+    """Images per second of wall-clock time, and of this process's processor time."""
 
     by_clock: float
     by_processor: float
 
 
 def input_speed(dataset: Dataset, batch_size: int, batches: int) -> Speed:
-    """Returns how fast training batches arrive, after the first one.
+    """Returns the speed at which training batches arrive, after the first one.
 
     Raises:
       UserError: fewer than one batch.
@@ -49,11 +49,11 @@ def input_speed(dataset: Dataset, batch_size: int, batches: int) -> Speed:
 
 
 def decoding_speed(split: StreamedSplit, *, cut: bool = False) -> Speed:
-    """Returns how fast one thread decodes images that are in memory already, and does no more.
+    """Returns the speed at which one thread decodes images that are in memory.
 
     Args:
-      split: whose first images are decoded.
-      cut: whether a random cut of the network's size is made of each too, flips left out.
+      split: split whose first images are decoded.
+      cut: whether a random crop of the network's size is made of each, without flips.
     """
     records = split.records.read(split.indices[:_DECODED_IMAGES].tolist())
     how, generator = split.streaming, np.random.default_rng(0)
@@ -99,7 +99,7 @@ def _line(speed: Speed) -> str:
 
 
 if __name__ == "__main__":
-    CONFIG = define_config_flag("The run's configuration.")
-    flags.DEFINE_integer("batches", 8, "How many batches are timed.")
+    CONFIG = define_config_flag("Configuration of the run.")
+    flags.DEFINE_integer("batches", 8, "Number of batches to time.")
     flags.mark_flag_as_required("config")
     program.run(main)

@@ -4,8 +4,8 @@
     python train.py --config=configs/cifar100_msdnet.py:dsn     deep supervision: the same network
     python train.py --config=configs/cifar100_msdnet.py:byot    self-distillation
 
-One flag reaches MSDNet's own narrow networks: `--config.model.name=msdnet_cifar_anytime` (seven
-exits) or `msdnet_cifar_budgeted` (five).
+For MSDNet's own narrow networks: `--config.model.name=msdnet_cifar_anytime` (seven exits) or
+`msdnet_cifar_budgeted` (five).
 
 Hardware and time: written for one GPU; not run here.
 
@@ -29,7 +29,7 @@ from configs import common
 
 
 def get_config(method: str = "dfs"):
-    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    """Returns the config; `method` is the word after the file's colon: "dfs", "dsn" or "byot"."""
     config = common.get_config()
     config.data.name = "cifar100"
     config.model.name = "msdnet_cifar100"
@@ -38,5 +38,5 @@ def get_config(method: str = "dfs"):
     config.optimizer.weight_decay = 5e-4
     config.schedule.name = "multistep"
     config.schedule.decay_epochs = (250, 280, 295)
-    # The paper has "symmetric"; the code published for MSDNet leaves exits their whole gradient.
+    # The paper has "symmetric"; the code published for MSDNet does not stop the exits' gradients.
     return common.set_method(config, method, referencing="trunk_only")

@@ -4,9 +4,9 @@
     python train.py --config=configs/cifar100_resnet18.py:byot     the same losses, no surgery
     python train.py --config=configs/cifar100_resnet18.py:dsn      deep supervision
 
-Give each its own --workdir. The method only names a fork and a loss, which are free to combine:
-DSN is `--config.fork.name=plain --config.loss.name=deep_supervision`, BYOT
-`--config.fork.name=plain`, and DFS on labels alone `--config.loss.name=deep_supervision`.
+Give each its own --workdir. A method is a fork and a loss, which can be combined freely: DSN is
+`--config.fork.name=plain --config.loss.name=deep_supervision`, BYOT `--config.fork.name=plain`, and
+DFS with labels only `--config.loss.name=deep_supervision`.
 
 Hardware and time: written for one GPU; not run here. Counted: 13.5 million images at 582 million
 multiply-adds forward and twice that backward are 4.7e16 FLOPs, 80 minutes at 10 TFLOP/s.
@@ -17,17 +17,17 @@ Accuracy (%) of exits 1 to 4 and their ensemble in Gong et al., ECCV 2024:
     BYOT    67.85 74.57 78.23 78.64   79.67
     DFS     74.17 77.43 78.82 79.93   80.89
 
-A well-kept implementation of BYOT with the same heads is reported at 76.25 79.30 81.06 81.33, 82.32
-together: that is the mark. The authors chose the best epoch on the test set and normalised with
-CIFAR-10's statistics; here it is chosen on 5,000 held-out images and CIFAR-100's are used
-(`--config.data.statistics=cifar10` for theirs).
+A careful implementation of BYOT with the same heads is reported at 76.25 79.30 81.06 81.33, and
+82.32 for the ensemble: the mark to reach. The authors chose the best epoch on the test set and
+normalised with CIFAR-10's statistics; here it is chosen on 5,000 held-out images, and CIFAR-100's
+statistics are used (`--config.data.statistics=cifar10` for theirs).
 """
 
 from configs import common
 
 
 def get_config(method: str = "dfs"):
-    """Returns the run's config; `method` ("dfs", "byot" or "dsn") stands after the file's colon."""
+    """Returns the config; `method` is the word after the file's colon: "dfs", "byot" or "dsn"."""
     config = common.get_config()
     config.data.name = "cifar100"
     config.data.augmentation = "crop,flip,autoaugment,cutout"

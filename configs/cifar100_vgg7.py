@@ -18,7 +18,7 @@ from configs import common
 
 
 def get_config(method: str = "dfs"):
-    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    """Returns the config; `method` is the word after the file's colon: "dfs", "dsn" or "byot"."""
     config = common.get_config()
     config.data.name = "cifar100"
     config.data.augmentation = "crop,flip,autoaugment,cutout"

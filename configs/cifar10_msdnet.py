@@ -1,4 +1,4 @@
-"""MSDNet with seven exits on CIFAR-10, by the recipe for CIFAR-100.
+"""MSDNet with seven exits on CIFAR-10, with the recipe for CIFAR-100.
 
     python train.py --config=configs/cifar10_msdnet.py         DFS, as the authors published it
     python train.py --config=configs/cifar10_msdnet.py:dsn     deep supervision: the same network
@@ -14,7 +14,7 @@ from configs import cifar100_msdnet
 
 
 def get_config(method: str = "dfs"):
-    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    """Returns the config; `method` is the word after the file's colon: "dfs", "dsn" or "byot"."""
     config = cifar100_msdnet.get_config(method)
     config.data.name = "cifar10"
     return config

@@ -4,11 +4,11 @@
     python train.py --config=configs/cifar10_vgg7.py:dsn       deep supervision: the same network
     python train.py --config=configs/cifar10_vgg7.py:byot      self-distillation
 
-A recipe of this project's own (the paper has no VGG7 on CIFAR-10): one cosine, crop and flip.
+The recipe is this project's own (the paper has no VGG7 on CIFAR-10): one cosine, crop and flip.
 
-Hardware and time: written for one GPU; the whole of it was not run here. Measured on 2 CPU cores
-that had other work, a narrow network for two epochs, 5 minutes
-(`--config.model.width=16 --config.epochs=2`): test accuracy (%) of exits 1 to 6 and their ensemble
+Hardware and time: written for one GPU; not run in full here. Measured on 2 busy CPU cores, a narrow
+network for two epochs, 5 minutes (`--config.model.width=16 --config.epochs=2`): test accuracy (%)
+of exits 1 to 6 and their ensemble
 
     33.57 43.37 48.04 52.07 56.77 58.63   55.25
 """
@@ -17,7 +17,7 @@ from configs import common
 
 
 def get_config(method: str = "dfs"):
-    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    """Returns the config; `method` is the word after the file's colon: "dfs", "dsn" or "byot"."""
     config = common.get_config()
     config.data.name = "cifar10"
     config.model.name = "vgg7"

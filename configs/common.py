@@ -13,27 +13,27 @@ from ml_collections.config_dict import placeholder
 from dfs_jax.training.methods import method_parts
 from dfs_jax.training.sections import create_section
 
-# What belongs to the run: default, or type of a value that is unset, and documentation.
+# Fields of the run: default, or type of a value that is unset, and documentation.
 RUN: dict[str, tuple[Any, str]] = {
     "seed": (0, "random seed of initialisation, sampling, augmentation and dropout"),
-    "batch_size": (128, "examples in a training step, over all devices together"),
+    "batch_size": (128, "examples in a training step, over all devices"),
     "accumulate_steps": (int, "micro batches of a step, for less memory; unset: 1"),
-    "batch_norm_groups": (int, "parts of a micro batch with batch statistics of their own"),
-    "compute_dtype": (str, '"bfloat16": blocks compute in it; parameters stay float32'),
+    "batch_norm_groups": (int, "parts of a micro batch with their own batch statistics"),
+    "compute_dtype": (str, '"bfloat16": type in which blocks compute; parameters stay float32'),
     "remat": (bool, "recompute the inside of blocks in the backward pass: less memory, more time"),
     "eval_batch_size": (500, "examples in an evaluation step"),
     "epochs": (100, "passes over the training data"),
     "eval_every_epochs": (1, "epochs from one evaluation and checkpoint to the next"),
     "recalibrate_examples": (int, "training images for BatchNorm statistics before evaluations"),
-    "checkpoint_every_steps": (0, "save within epochs too; 0: only after an evaluation"),
+    "checkpoint_every_steps": (0, "steps between additional checkpoints; 0: none within epochs"),
     "log_every_steps": (20, "steps between updates of the progress bar and checks of the loss"),
-    "steps_per_dispatch": (1, "most steps that the device takes without the host"),
-    "conflict_every_steps": (0, "measure how the exits' gradients conflict; 0: never"),
-    "conflict_examples": (128, "validation examples that the conflict is measured on"),
+    "steps_per_dispatch": (1, "largest number of steps in one compiled call"),
+    "conflict_every_steps": (0, "steps between measurements of gradient conflict; 0: never"),
+    "conflict_examples": (128, "validation examples for measuring the conflict"),
     "init_from": (str, "single-exit weights for the trunk: .safetensors, .npz or .pth"),
     "mesh.data": (-1, "devices with different examples; -1: all remaining ones"),
     "mesh.fsdp": (1, "devices that also divide the parameters"),
-    "mesh.tensor": (1, "devices that share the layers of a ViT"),
+    "mesh.tensor": (1, "devices that divide the layers of a ViT"),
 }
 
 
@@ -44,15 +44,15 @@ def set_method(
     referencing: str | None = None,
     dfs_loss: str = "deep_supervision",
 ) -> Any:
-    """Sets the fork, the loss and the gradient rule by the method after the config file's colon.
+    """Sets the fork, the loss and the gradient rule of the method after the config file's colon.
 
-        dfs            fork dfs, `referencing` as the published code of this network has it, and
+        dfs            fork dfs, `referencing` as in the published code of this network, and
                        `dfs_loss`
-        dsn            deep supervision: fork plain, labels at every exit, gradients added up
-        byot           be your own teacher: early exits also learn from the last one's features
-        distillation   exits also learn from the last one's probabilities
+        dsn            deep supervision: fork plain, labels at every exit, summed gradients
+        byot           be your own teacher: early exits also learn from the last exit's features
+        distillation   exits also learn from the last exit's probabilities
         ge             gradient equilibrium: the fork scales gradients
-        pcgrad, cagrad, nash_mtl, upgrad   deep supervision, gradients merged by that combiner
+        pcgrad, cagrad, nash_mtl, upgrad   deep supervision, gradients merged by this combiner
         meta_gf        deep supervision, gradients fused by weights that look one step ahead
         wpn            deep supervision, examples weighted by a network that looks one step ahead
 

@@ -4,7 +4,7 @@
     python train.py --config=configs/imagenet_msdnet.py:dsn     deep supervision: the same network
     python train.py --config=configs/imagenet_msdnet.py:byot    self-distillation
 
-Photographs are read and cut while training runs (random resized crops and flips; the middle 224 of
+Photographs are read and cropped during training (random resized crops and flips; the central 224 of
 256 in evaluation). `python -m dfs_jax.data.prepare imagenet2012` says what to download first.
 `--config.data.num_workers=N` decodes in N processes instead of threads.
 
@@ -27,7 +27,7 @@ from configs import common
 
 
 def get_config(method: str = "dfs"):
-    """Returns the run's config; `method` ("dfs", "dsn" or "byot") stands after the file's colon."""
+    """Returns the config; `method` is the word after the file's colon: "dfs", "dsn" or "byot"."""
     config = common.get_config()
     config.data.name = "imagenet2012"
     config.data.image_size = 224
@@ -39,5 +39,5 @@ def get_config(method: str = "dfs"):
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "multistep"
     config.schedule.decay_epochs = (70, 80, 85)
-    # The code published for MSDNet leaves exits their whole gradient.
+    # The code published for MSDNet does not stop the exits' gradients.
     return common.set_method(config, method, referencing="trunk_only")

@@ -1,6 +1,6 @@
-"""Multi-exit networks in JAX, trained with Deep Feature Surgery and its rivals.
+"""Multi-exit networks in JAX, trained with Deep Feature Surgery and other methods.
 
-The names below are imported when they are first used, so that `import dfs_jax` costs nothing.
+The names below are imported on first use, so that `import dfs_jax` is fast.
 
 Example:
   >>> import dfs_jax

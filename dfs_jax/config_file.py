@@ -24,14 +24,14 @@ from dfs_jax.types import Config, UserError
 
 
 class BadConfig(Exception):
-    """What is wrong with a config file, in a sentence: absl rewrites every ValueError."""
+    """Error in a config file, as a sentence; not a ValueError, which absl would rewrite."""
 
 
 def load_config(file: Path, *arguments: str) -> Config:
-    """Returns what a config file's `get_config(*arguments)` returns.
+    """Returns the result of a config file's `get_config(*arguments)`.
 
     Raises:
-      UserError: there is no such file, it fails, or it returns no `ConfigDict`.
+      UserError: the file does not exist, fails, or returns no `ConfigDict`.
     """
     if file.suffix != ".py" or not file.exists():
         raise UserError(f"there is no config file {shown(file)}: give the path of a .py file")
@@ -43,7 +43,7 @@ def load_config(file: Path, *arguments: str) -> Config:
         config = get_config(*arguments)
     except UserError:
         raise
-    except Exception as error:  # it is a program of the user's own
+    except Exception as error:  # config files are arbitrary programs
         raise UserError(_describe(error, file, path)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -65,7 +65,7 @@ class ConfigFlag:
     def __init__(self, help_text: str, settle: Callable[[Config, Config, list[str]], None]):
         try:
             self._flag = config_flags.DEFINE_config_file("config", None, help_text)
-        except flags.Error as error:  # it reads files of flags at once
+        except flags.Error as error:  # absl reads flag files at once
             sys.exit(fail(str(error).removeprefix("ERROR:: ")))
         self._settle = settle
         self._parser = _Parser()
@@ -113,12 +113,12 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def _describe(error: Exception, file: Path, path: Path) -> str:
-    """Says on one line where in the file an exception arose."""
+    """Describes an exception on one line, with its line in the file."""
     text = " ".join(str(error.args[0] if error.args else error).split())
-    if isinstance(error, KeyError) and " " in text:  # an argument that it does not know
+    if isinstance(error, KeyError) and " " in text:  # an unknown argument of `get_config`
         return text
     if isinstance(error, SyntaxError):
-        return f"config file {shown(file)} is no Python, see line {error.lineno}: {error.msg}"
+        return f"config file {shown(file)} is not Python, see line {error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     where = f" at line {lines[-1]}" if lines else ""

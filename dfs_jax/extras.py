@@ -1,4 +1,4 @@
-"""Packages that `pip install dfs-jax` leaves out, and the extra that installs each of them."""
+"""Packages that `pip install dfs-jax` does not install, and the extra that installs each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRAS = {
 
 
 def remedy(module: str | None) -> str | None:
-    """Returns one sentence on how to install a missing module; None for one that no extra has.
+    """Returns a sentence on how to install a missing module; None if no extra has it.
 
     >>> remedy("matplotlib.figure")
     "matplotlib is not installed: pip install 'dfs-jax[plots]'"
@@ -31,7 +31,7 @@ def remedy(module: str | None) -> str | None:
 
 
 def require(*packages: str) -> None:
-    """Raises a `ModuleNotFoundError` that names the extra of the first package not installed."""
+    """Raises a `ModuleNotFoundError` that names the extra of the first missing package."""
     for package in packages:
         try:
             importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from dfs_jax.paths import reason, shown
 from dfs_jax.types import UserError
 
-# What libraries in other languages say of a full disk, in exceptions without a number.
+# Messages of a full disk from libraries in other languages, in exceptions without a number.
 _FULL = re.compile("no space left|quota exceeded", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a file to write, which takes the place of `path` when it is written.
+    """Yields the path of a temporary file, which replaces `path` after the context.
 
-    Whatever happens, the old content or all of the new is there.
+    At any time `path` has either its old content or all of the new content.
 
     Raises:
       OSError: the file could not be written.
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | str) -> Path:
-    """Writes a file and its missing directories so that the old content or all of the new is there.
+    """Writes a file atomically, and creates its missing parent directories.
 
     Raises:
       UserError: it could not be written.
@@ -51,7 +51,7 @@ def write_whole(path: Path, content: bytes | str) -> Path:
 
 
 def what_helps(error: BaseException) -> str:
-    """Returns what to do when a run's file could not be written: room is short on full disks only.
+    """Returns advice for a run's file that could not be written; space matters only on full disks.
 
     >>> what_helps(OSError(errno.ENOSPC, "No space left on device"))
     'make room and start the same command again'
@@ -64,7 +64,7 @@ def what_helps(error: BaseException) -> str:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk or a used-up quota lies behind an exception."""
+    """Returns whether a full disk or a used-up quota caused an exception."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or _FULL.search(str(error)):

@@ -1,4 +1,4 @@
-"""How a program ends: one sentence for a user's mistake, quietly where nobody reads or waits."""
+"""Ends programs with one sentence for a user's mistake, and quietly on a closed pipe or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dfs_jax.output import lasting_streams
 from dfs_jax.types import UserError
 
 USAGE_STATUS = 2
-INTERRUPTED_STATUS = 128 + signal.SIGINT  # what a shell reports of a program that Ctrl-C ended
+INTERRUPTED_STATUS = 128 + signal.SIGINT  # a shell's status of a program ended by Ctrl-C
 _NO_BACKEND = "Unable to initialize backend"
 
 
@@ -29,7 +29,7 @@ def guarded(main: Callable[[], int | None]) -> int:
     """Calls `main()` and returns the exit status.
 
     A user's mistake or a missing extra ends the program with one sentence and status 2, Ctrl-C with
-    one and status 130; everything else keeps its traceback.
+    one sentence and status 130; other exceptions keep their traceback.
     """
     try:
         with usual_numerics():
@@ -51,17 +51,17 @@ def guarded(main: Callable[[], int | None]) -> int:
 
 
 def run_plain(main: Callable[[], int | None]) -> None:
-    """Calls a `main()` that parses its own arguments and exits with what it returns."""
+    """Calls a `main()` that parses its own arguments, and exits with its result."""
     with lasting_streams():
         sys.exit(guarded(main))
 
 
 @contextlib.contextmanager
 def usual_numerics() -> Iterator[None]:
-    """Runs what is within under JAX's standard promotion of types and ranks.
+    """Runs the context under JAX's standard promotion of types and ranks.
 
-    Flax and Optax know no other, whatever `JAX_NUMPY_DTYPE_PROMOTION` and
-    `JAX_NUMPY_RANK_PROMOTION` ask for.
+    Flax and Optax support no other, whatever `JAX_NUMPY_DTYPE_PROMOTION` and
+    `JAX_NUMPY_RANK_PROMOTION` say.
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -1,4 +1,4 @@
-"""Which of how many processes this one is: told by flags, by Slurm or by a Cloud TPU pod."""
+"""Number and index of this run's processes, from flags, Slurm or a Cloud TPU pod."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from absl import flags
 from dfs_jax.types import UserError
 
 _SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-# What JAX reads in a task of `srun`.
+# Variables that JAX reads in a task of `srun`.
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")
@@ -26,12 +26,12 @@ _ERRORS_ONLY = ("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 class Launch(NamedTuple):
-    """How this process finds the others; a field that is None is for JAX to ask the cluster.
+    """How this process finds the others; JAX asks the cluster for fields that are None.
 
     Attributes:
       coordinator: `HOST:PORT` of process 0.
-      num_processes: how many there are.
-      process_id: which of them this is, from 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
     """
 
     coordinator: str | None = None
@@ -43,14 +43,14 @@ def define_flags() -> Callable[[], Launch | None]:
     """Defines the flags of a program that may run as several processes.
 
     Returns:
-      What reads them once they are parsed, see `choose_launch`; before jax is imported, whose
-      runtime would warn of every signal.
+      Function that reads the parsed flags, see `choose_launch`; to be called before jax is
+      imported, whose runtime would warn of every signal.
     """
-    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for all.")
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
     count = flags.DEFINE_integer(
-        "num_processes", None, "Processes of this run; Slurm and Cloud TPU pods say it themselves."
+        "num_processes", None, "Number of processes; default: from Slurm or the Cloud TPU pod."
     )
-    index = flags.DEFINE_integer("process_id", None, "Which of them this is, counted from 0.")
+    index = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 
     def read() -> Launch | None:
         launch = choose_launch(coordinator.value, count.value, index.value, os.environ)
@@ -64,19 +64,19 @@ def define_flags() -> Callable[[], Launch | None]:
 def choose_launch(
     coordinator: str | None, count: int | None, index: int | None, environment: Mapping[str, str]
 ) -> Launch | None:
-    """Returns how this process joins others; None where it is alone.
+    """Returns how this process joins others; None if it is the only one.
 
-    Flags come first. Without them, a task of `srun` with more than one task, or a host of a Cloud
-    TPU pod with more than one host, joins the others; `--num_processes=1` keeps it alone.
+    Flags take precedence. Without them, a task of `srun` with more than one task, or a host of a
+    Cloud TPU pod with more than one host, joins the others; `--num_processes=1` prevents this.
 
     Args:
-      coordinator: `--coordinator` or None, as the next.
-      count: `--num_processes`.
-      index: `--process_id`.
-      environment: variables by name.
+      coordinator: value of `--coordinator`, or None.
+      count: value of `--num_processes`, or None.
+      index: value of `--process_id`, or None.
+      environment: environment variables by name.
 
     Raises:
-      UserError: some flags without the others, or values that cannot be.
+      UserError: some flags without the others, or invalid values.
 
     Example:
       >>> choose_launch("node0:1234", 2, 1, {})
@@ -133,7 +133,7 @@ def _is_tpu_machine() -> bool:
 
 
 def read_metadata(server: str) -> str:
-    """Returns the hosts of a TPU slice, with commas between; "" where nobody answers."""
+    """Returns the hosts of a TPU slice, separated by commas; "" if the server does not answer."""
     request = urllib.request.Request(
         f"http://{server}/{_TPU_ENDPOINTS}", headers={"Metadata-Flavor": "Google"}
     )

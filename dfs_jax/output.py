@@ -1,4 +1,4 @@
-"""Standard output that may be strict, closed or gone: no program fails for it in the middle."""
+"""Standard output that may be strict, closed or gone, without making a program fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TextIO
 from dfs_jax.paths import reason
 from dfs_jax.types import UserError
 
-# What a shell reports of a program that SIGPIPE ended.
+# A shell's status of a program ended by SIGPIPE.
 CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
 _GONE = (errno.EIO, errno.ENXIO, errno.EBADF)  # of a terminal: a lost SSH line
 
@@ -22,8 +22,8 @@ _GONE = (errno.EIO, errno.ENXIO, errno.EBADF)  # of a terminal: a lost SSH line
 def say(text: str) -> None:
     """Prints a line.
 
-    Exits with `CLOSED_PIPE_STATUS` where nobody reads on (`| head -1`), as programs do; passes over
-    a terminal that is gone.
+    Exits with `CLOSED_PIPE_STATUS` if the reader has gone (`| head -1`), as usual for programs;
+    ignores a terminal that is gone.
 
     Raises:
       UserError: standard output cannot be written, for instance to a full disk.
@@ -37,16 +37,16 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints a line to standard error; passes over one that takes no more."""
+    """Prints a line to standard error; ignores a stream that cannot be written."""
     stream = sys.stderr
     show(stream, lambda: stream.write(f"{text}\n"))
 
 
 def show(stream: TextIO, write: Callable[[], object]) -> OSError | None:
-    """Calls `write()` and flushes the stream; one that takes no more is silenced.
+    """Calls `write()` and flushes the stream; a stream that cannot be written is silenced.
 
     Returns:
-      Why the stream takes no more; None where all went well.
+      The error of the stream; None if there was none.
     """
     try:
         write()
@@ -58,7 +58,7 @@ def show(stream: TextIO, write: Callable[[], object]) -> OSError | None:
 
 
 def silence(stream: TextIO) -> None:
-    """Sends what is written to a stream nowhere, what other languages' libraries write too."""
+    """Discards further output to a stream, including that of libraries in other languages."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -67,10 +67,10 @@ def silence(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Runs a program with streams that take every text, and ends it quietly where nobody reads.
+    """Runs a program with streams that accept any text, and ends it quietly on a closed pipe.
 
-    Characters that a stream's encoding lacks, such as those of file names that are no UTF-8, are
-    written as escapes; a stream that was closed at the start is there and says nothing.
+    Characters that a stream's encoding lacks, such as those of file names that are not UTF-8, are
+    escaped; a stream that was closed at the start is replaced by one that discards output.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -1,4 +1,4 @@
-"""Paths that a user wrote: expanded and checked before anything is made or computed."""
+"""Paths given by a user, expanded and checked before anything is created or computed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from dfs_jax.types import UserError
 
-# A letter alone is a drive; pathlib makes one slash of two.
+# A single letter is a drive; pathlib merges two slashes into one.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
 UserPath = str | os.PathLike[str]
 
 
 def local_path(path: UserPath, name: str) -> Path:
-    """Returns the absolute path that a user means: `~` and `~user` are home directories.
+    """Returns the absolute path, with `~` and `~user` expanded to home directories.
 
     Args:
-      path: the path as it was written; every use of it goes through one of these functions.
-      name: the flag or field that holds it, for messages.
+      path: path as the user wrote it; all uses of it must go through one of these functions.
+      name: flag or field that contains it, for messages.
 
     Raises:
-      UserError: the path is empty, an address such as `gs://bucket/run`, or no path at all.
+      UserError: the path is empty, a URL such as `gs://bucket/run`, or not a valid path.
 
     >>> local_path("/data/../runs", "--workdir")
     PosixPath('/data/../runs')
@@ -45,7 +45,7 @@ def local_path(path: UserPath, name: str) -> Path:
         raise UserError(f"{name} {shown(text)} holds characters that no path may") from error
     except RuntimeError as error:
         raise UserError(f"{name} {shown(text)}: there is no such home directory") from error
-    except OSError as error:  # the current directory is gone
+    except OSError as error:  # the current directory no longer exists
         raise UserError(f"{name} {shown(text)} cannot be used: {reason(error)}") from error
 
 
@@ -53,7 +53,7 @@ def input_file(path: UserPath, name: str) -> Path:
     """Returns the path of a file to read, see `local_path`.
 
     Raises:
-      UserError: there is no such file, or it is a directory or may not be read.
+      UserError: the file does not exist, is a directory, or is not readable.
     """
     found = local_path(path, name)
     mode = _mode(found, name)
@@ -68,7 +68,7 @@ def input_directory(path: UserPath, name: str) -> Path:
     """Returns the path of a directory to read, see `local_path`.
 
     Raises:
-      UserError: there is no such directory, or it is a file or may not be read.
+      UserError: the directory does not exist, is a file, or is not readable.
     """
     found = local_path(path, name)
     mode = _mode(found, name)
@@ -80,15 +80,15 @@ def input_directory(path: UserPath, name: str) -> Path:
 
 
 def output_file(path: UserPath, name: str, *, inside: str | None = None) -> Path:
-    """Returns the path of a file to write, see `local_path`; makes nothing.
+    """Returns the path of a file to write, see `local_path`; creates nothing.
 
     Args:
-      path: as it was written.
-      name: the flag or field that holds it.
-      inside: the file that a directory stands for; None where it stands for none.
+      path: path as the user wrote it.
+      name: flag or field that contains it, for messages.
+      inside: name of the file to write if the path is a directory; None if it must not be one.
 
     Raises:
-      UserError: the path is a directory or a device, or its directory cannot be made or written.
+      UserError: the path is a directory or a device, or its directory cannot be created or written.
     """
     found = local_path(path, name)
     mode = _mode(found, name)
@@ -97,31 +97,31 @@ def output_file(path: UserPath, name: str, *, inside: str | None = None) -> Path
             return output_file(found / inside, name)
         raise UserError(f"{name} {shown(found)} is a directory: name a file")
     if mode is not None and not stat.S_ISREG(mode):
-        raise UserError(f"{name} {shown(found)} is no regular file: name another")
+        raise UserError(f"{name} {shown(found)} is not a regular file: name another")
     _writable(found.parent, name)
     return found
 
 
 def output_directory(path: UserPath, name: str) -> Path:
-    """Returns the path of a directory to write in, see `local_path`; makes nothing.
+    """Returns the path of a directory to write in, see `local_path`; creates nothing.
 
     Raises:
-      UserError: the path is a file, or no UTF-8, which the libraries that write there need, or the
-        directory cannot be made or written.
+      UserError: the path is a file or not UTF-8, which libraries that write there need, or the
+        directory cannot be created or written.
     """
     found = local_path(path, name)
     try:
         str(found).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{name} {shown(found)} is no UTF-8: name another directory") from error
+        raise UserError(f"{name} {shown(found)} is not UTF-8: name another directory") from error
     return _writable(found, name)
 
 
 def make_directory(path: Path, name: str) -> None:
-    """Makes a directory, and those above it, where it is missing.
+    """Creates a directory and its missing parents.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: it cannot be created.
     """
     output_directory(path, name)
     try:
@@ -131,7 +131,7 @@ def make_directory(path: Path, name: str) -> None:
 
 
 def shown(path: UserPath) -> str:
-    """Returns a path as any terminal can show it, on one line.
+    """Returns a path in a form that any terminal can show on one line.
 
     >>> shown("new\\nline")
     "'new\\\\nline'"
@@ -141,12 +141,12 @@ def shown(path: UserPath) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Returns what went wrong, in the system's words: "Permission denied"."""
+    """Returns the system's description of an error, such as "Permission denied"."""
     return error.strerror or " ".join(str(error).split()) or type(error).__name__
 
 
 def _writable(directory: Path, name: str) -> Path:
-    """Returns the directory if it, or the nearest one above that exists, can be written in."""
+    """Returns the directory if it, or its nearest existing parent, is writable."""
     for place in (directory, *directory.parents):
         mode = _mode(place, name)
         if mode is not None:
@@ -166,7 +166,7 @@ def _permitted(path: Path, name: str, mode: int, done: str) -> Path:
 
 
 def _mode(path: Path, name: str) -> int | None:
-    """Returns what kind of file a path is; None where there is none."""
+    """Returns the type bits of a path's file; None if it does not exist."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:

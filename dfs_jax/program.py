@@ -1,4 +1,4 @@
-"""How this project's programs start and end: flags in, one sentence out for a user's mistake."""
+"""Start and end of this project's programs: flags, and one sentence for a user's mistake."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPILATION_CACHE = "~/.cache/dfs_jax/compiled"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses absl flags, calls `main()` and exits with what it returns, see `guarded`."""
+    """Parses absl flags, calls `main()` and exits with its result, see `guarded`."""
     with lasting_streams():
         app.run(lambda argv: guarded(_without_arguments(main, argv)), flags_parser=_parse_flags)
 
@@ -31,7 +31,7 @@ def _without_arguments(
     main: Callable[[], int | None], argv: Sequence[str]
 ) -> Callable[[], int | None]:
     def checked() -> int | None:
-        if not flags.FLAGS["verbosity"].present:  # libraries say much at the default level
+        if not flags.FLAGS["verbosity"].present:  # libraries log much at the default level
             logging.set_verbosity(logging.WARNING)
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}: options are written --name=value")
@@ -41,7 +41,7 @@ def _without_arguments(
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; absl exits with status 1 for mistakes, ml_collections with a traceback."""
+    """Parses flags with status 2 for mistakes; absl has 1, and ml_collections a traceback."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -56,12 +56,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except KeyboardInterrupt:
         fail("interrupted")
         sys.exit(INTERRUPTED_STATUS)
-    except Exception as error:  # values are read as Python, which fails in many ways
+    except Exception as error:  # values are parsed as Python, which raises many types
         sys.exit(fail(f"the config takes no such value: {_innermost(error)}"))
 
 
 def _innermost(error: BaseException) -> str:
-    """Returns on one line what was said first: the library wraps one exception in another."""
+    """Returns the innermost of wrapped exceptions on one line."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     lines = str(error.args[0] if error.args else error).strip().splitlines()
@@ -71,8 +71,8 @@ def _innermost(error: BaseException) -> str:
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or ~/.cache/dfs_jax/compiled.
 
-    A run that is started again then begins at once. An empty `JAX_COMPILATION_CACHE_DIR` turns it
-    off, and so does a directory that cannot be written.
+    A restarted run then starts without compilation. The cache is off if `JAX_COMPILATION_CACHE_DIR`
+    is empty or its directory cannot be written.
     """
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE)
     directory = os.path.expanduser(given)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dfs_jax.types import UserError
 
-# What flax adds to every module's constructor; never an option of a component.
+# Fields that flax adds to every module's constructor; never options of a component.
 _NOT_OPTIONS = frozenset({"self", "parent", "name"})
 
 
@@ -18,11 +18,11 @@ _NOT_OPTIONS = frozenset({"self", "parent", "name"})
 class Registry:
     """A table of interchangeable components of one kind.
 
-    The table maps a name to the component, or to `"module:attribute"`, which is imported when it is
-    first asked for.
+    The table maps a name to the component, or to `"module:attribute"`, which is imported on first
+    use.
 
     Args:
-      kind: what the components are, for messages ("model", "fork", ...).
+      kind: kind of the components, for messages ("model", "fork", ...).
       table: name -> component or `"module:attribute"`.
 
     Example:
@@ -96,5 +96,5 @@ class Registry:
 
 
 def _is_prefix(missing: str | None, module_name: str) -> bool:
-    """Whether the module that is missing is the one the user named, not one that it imports."""
+    """Returns whether the user's module itself is missing, not one that it imports."""
     return missing is not None and f"{module_name}.".startswith(f"{missing}.")

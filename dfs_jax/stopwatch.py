@@ -1,7 +1,7 @@
-"""Times of calls: every call in turn, round after round.
+"""Times calls in turn, round after round.
 
-What disturbs a machine then disturbs all calls alike, so that their ratios hold where their times
-do not.
+Disturbances of the machine then affect all calls equally, so that ratios are more reliable than
+times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 def median_seconds(programs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Runs every program once untimed, then `repeats` times in turn; returns the median of each.
 
-    Every other round runs backwards, so that no program always follows the same one.
+    Every other round runs in reverse order, so that no program always follows the same one.
 
     Example:
       >>> fast, slow = median_seconds([lambda: None, lambda: time.sleep(0.002)], repeats=3)

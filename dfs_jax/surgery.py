@@ -1,7 +1,7 @@
-"""Deep Feature Surgery: partition a shared feature by channel, let everybody read all of it.
+"""Deep Feature Surgery: partitions a shared feature by channel, and lets every exit read all of it.
 
 Gong et al., "Deep Feature Surgery: Towards Accurate and Efficient Multi-Exit Networks", ECCV 2024.
-This module needs jax alone and works in any model that has its channels last.
+This module needs only jax and works in any model whose channels are on the last axis.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ REFERENCINGS = ("symmetric", "trunk_only", "none")
 
 
 class ExitFork(NamedTuple):
-    """One feature as its two readers see it: exit i and the next block."""
+    """A feature as its two readers receive it: exit i and the next block."""
 
     to_head: jax.Array
     to_trunk: jax.Array
 
 
 def partition_channels(num_channels: int, partition_ratio: float) -> int:
-    """Returns how many channels are shared, `round(beta * C)` with halves to even.
+    """Returns the number of shared channels, `round(beta * C)` with halves to even.
 
     >>> partition_channels(64, 0.3), partition_channels(5, 0.5)
     (19, 2)
@@ -48,11 +48,11 @@ class FeatureSurgery:
     Args:
       partition_ratio: beta in [0, 1], the fraction of channels that deeper exits train; one number
         (or a sequence of one) for every exit, or one for each exit but the last.
-      referencing: "symmetric", "trunk_only" or "none", the rows above.
+      referencing: "symmetric", "trunk_only" or "none", as in the table.
 
     Raises:
-      ValueError: a beta outside [0, 1], an unknown referencing, or (when called) another count of
-        betas than exits but the last.
+      ValueError: a beta outside [0, 1], an unknown referencing, or (when called) a number of betas
+        other than 1 or that of the exits but the last.
 
     Example:
       >>> x = jnp.ones((2, 8, 8, 16))

@@ -1,4 +1,4 @@
-"""Tables in text: aligned for a terminal, or in Markdown."""
+"""Text tables: aligned for a terminal, or in Markdown."""
 
 from __future__ import annotations
 

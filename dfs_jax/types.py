@@ -1,4 +1,4 @@
-"""Shapes and errors that every room shares."""
+"""Types and errors that all packages share."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 PyTree: TypeAlias = Any
-# An `ml_collections.ConfigDict` or a section of one: its fields are known at run time alone.
+# An `ml_collections.ConfigDict` or a section of one; its fields are known only at run time.
 Config: TypeAlias = Any
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for, told in one sentence with the value and what to do.
+    """A user's mistake, described in one sentence with the value and the remedy.
 
-    The command-line programs print the sentence alone; any other exception keeps its traceback.
+    Command-line programs print only the sentence; other exceptions keep their traceback.
     """
 
 
 def check_whole(name: str, value: Any, *, at_least: int = 1) -> None:
-    """Raises UserError unless `value`, called `name`, is a whole number of at least `at_least`."""
+    """Raises UserError unless `value`, called `name`, is an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise UserError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
 class HeadOutput(NamedTuple):
-    """What one classifier returns.
+    """Outputs of one classifier.
 
     Attributes:
-      logits: `[batch, classes]`.
-      feature: `[batch, width]`, what feature distillation compares: the adapted feature at an early
-        exit that has an adaptation layer, the pooled feature elsewhere.
+      logits: logits, `[batch, classes]`.
+      feature: feature for distillation, `[batch, width]`: the adapted feature at an early exit that
+        has an adaptation layer, otherwise the pooled feature.
     """
 
     logits: jax.Array
@@ -38,11 +38,11 @@ class HeadOutput(NamedTuple):
 
 
 class ExitOutputs(NamedTuple):
-    """What a multi-exit network returns, shallow exit first.
+    """Outputs of a multi-exit network, shallow exit first.
 
     Attributes:
-      logits: `[exits, batch, classes]`.
-      features: one `[batch, width_i]` an exit (see `HeadOutput.feature`).
+      logits: logits, `[exits, batch, classes]`.
+      features: feature of each exit, `[batch, width_i]` (see `HeadOutput.feature`).
     """
 
     logits: jax.Array
@@ -50,13 +50,13 @@ class ExitOutputs(NamedTuple):
 
 
 class BatchGradients(NamedTuple):
-    """What the passes forward and backward of one batch give.
+    """Results of the forward and backward passes of one batch.
 
     Attributes:
-      loss: summed over the exits.
-      logits: `[exits, batch, classes]`.
-      grads: a pytree; whose, depends on the passes.
-      batch_stats: the running statistics afterwards.
+      loss: loss, summed over the exits.
+      logits: logits, `[exits, batch, classes]`.
+      grads: pytree of gradients, whose structure depends on the passes.
+      batch_stats: updated running statistics.
     """
 
     loss: jax.Array

@@ -37,7 +37,7 @@ def _forget_compiled_programs():
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The directory of golden files and real images beside the repository; skips where absent."""
+    """The directory of golden files and real images next to the repository; skips if absent."""
     if not SHARED.is_dir():
         pytest.skip("no directory of golden files and images beside the repository")
     return SHARED

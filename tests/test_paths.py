@@ -74,10 +74,10 @@ def test_what_is_no_local_path(place, function, path, message):
         (output_file, "directory", "is a directory: name a file"),
         (output_file, "link", "is a directory: name a file"),
         (output_file, "new/", "is a directory: name a file"),
-        (output_file, "/dev/null", "is no regular file"),
+        (output_file, "/dev/null", "is not a regular file"),
         (input_directory, "file", "is a file: name a directory"),
         (output_directory, "file", "is a file: name a directory"),
-        (output_directory, "caf\udce9/run", "is no UTF-8: name another directory"),
+        (output_directory, "caf\udce9/run", "is not UTF-8: name another directory"),
         (output_directory, "file/", "is a file: name a directory"),
         (input_file, "missing", "does not exist: name a file"),
         (input_directory, "missing", "does not exist: name a directory"),
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_or_written(place, function, path, message):
 
 @pytest.mark.parametrize(("function", "path"), [(output_file, "x/new"), (output_directory, "x")])
 def test_a_directory_without_permission(place, monkeypatch, function, path):
-    """Asked of the nearest directory that is there; root, who may do everything, is told no lie."""
+    """The nearest existing directory is checked; root, who may write anywhere, is not refused."""
     asked = []
 
     def access(path, mode):

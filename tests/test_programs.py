@@ -87,7 +87,7 @@ def final_checksums(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nobody disturbed, and what it printed."""
+    """An uninterrupted run, and its output."""
     workdir = tmp_path_factory.mktemp("finished")
     status, out, err = run("train.py", *TINY, f"--workdir={workdir}")
     assert status == 0, err

@@ -51,7 +51,7 @@ MODULES = (
     "tensorflow_datasets",
 )
 CONFIGS = {  # what a file holds, and what is said of it
-    "syntax": ("def get_config(:", "is no Python, see line 1: invalid syntax"),
+    "syntax": ("def get_config(:", "is not Python, see line 1: invalid syntax"),
     "empty": ("", "defines no function get_config"),
     "none": ("def get_config(): pass", "must return an ml_collections.ConfigDict, got NoneType"),
     "dict": ("def get_config(): return {}", "ConfigDict, got dict"),

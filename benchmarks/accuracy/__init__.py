@@ -1,1 +1,1 @@
-"""Methods under one protocol: every cell trained alike, kept in one file, rendered as one page."""
+"""Compares methods under one protocol, with results in one file, rendered as one page."""

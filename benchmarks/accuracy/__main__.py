@@ -1,13 +1,13 @@
-"""Methods side by side on real images, by one command that can be stopped and started again.
+"""Compares methods on real images, with one command that can be interrupted and resumed.
 
     python -m benchmarks.accuracy --suite=small --workers=2 --data_dir=DIR
-    python -m benchmarks.accuracy --suite=small --list           cells, minutes, what is done
-    python -m benchmarks.accuracy --suite=small --times --data_dir=DIR    steps, on a quiet machine
-    python -m benchmarks.accuracy --render                       docs/results.md from what there is
+    python -m benchmarks.accuracy --suite=small --list           cells, minutes, status
+    python -m benchmarks.accuracy --suite=small --times --data_dir=DIR    steps, on an idle machine
+    python -m benchmarks.accuracy --render                       docs/results.md from results so far
 
-Each finished cell is written at once to benchmarks/results/SUITE.json; the same command goes on
-with those that are missing, failed or of another config. Several processes, on one machine or with
-`--workers`, share a suite's cells. Fill `search` before `small`: it chooses, on validation data.
+Each finished cell is written at once to benchmarks/results/SUITE.json; the same command continues
+with cells that are missing, failed or of another config. Several processes, on one machine or with
+`--workers`, share a suite's cells. Run `search` before `small`: it chooses, on validation data.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ REPOSITORY = DIRECTORY.parent.parent
 def main() -> None:
     """Runs the program."""
     suite = flags.DEFINE_string("suite", "small", "small, search or paper.")
-    methods = flags.DEFINE_list("methods", [], "Only these.")
-    seeds = flags.DEFINE_integer("seeds", None, "Paired seeds; the suite's own number.")
-    pattern = flags.DEFINE_string("cells", "*", "Only cells whose name fits: */tiny_*/3ep/dfs*.")
-    data_dir = flags.DEFINE_string("data_dir", None, "Where TFDS sets lie; TFDS's own place.")
-    minutes = flags.DEFINE_float("minutes", None, "Begin no cell that would end later.")
-    workers = flags.DEFINE_integer("workers", 1, "Processes that divide the cores among them.")
-    times = flags.DEFINE_bool("times", False, "Time the steps of finished cells, and no more.")
-    listed = flags.DEFINE_bool("list", False, "Show the cells, and do nothing.")
-    render = flags.DEFINE_bool("render", False, "Write the page from what there is, and no more.")
+    methods = flags.DEFINE_list("methods", [], "Methods to run; default: all.")
+    seeds = flags.DEFINE_integer("seeds", None, "Number of paired seeds; default: the suite's.")
+    pattern = flags.DEFINE_string("cells", "*", "Pattern of cells' names: */tiny_*/3ep/dfs*.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Directory of TFDS sets; default: TFDS's own.")
+    minutes = flags.DEFINE_float("minutes", None, "Start no cell that would end later.")
+    workers = flags.DEFINE_integer("workers", 1, "Number of processes that share the cores.")
+    times = flags.DEFINE_bool("times", False, "Only time the steps of finished cells.")
+    listed = flags.DEFINE_bool("list", False, "Only list the cells.")
+    render = flags.DEFINE_bool("render", False, "Only write the page, from existing results.")
     page = flags.DEFINE_bool("page", True, "Write the page at the end.")
 
     def run() -> int | None:
@@ -78,12 +78,12 @@ def open_results(suite: str) -> Results:
 
 
 def runs_of(suite: str) -> Path:
-    """Returns the directory of a suite's runs that are under way."""
+    """Returns the directory of a suite's unfinished runs."""
     return REPOSITORY / "runs" / "accuracy" / suite
 
 
 def listing(suite: Suite, cells: Sequence[Cell], records: dict[str, Record]) -> str:
-    """Returns a line a cell: its name, how long one core is busy with it, what became of it."""
+    """Returns a line per cell: its name, its time on one core, and its status."""
     lines, total, left = [], 0.0, 0.0
     for cell in cells:
         minutes = (suite.seconds_of(cell) or 0.0) / 60
@@ -107,9 +107,9 @@ def _state(suite: Suite, cell: Cell, records: dict[str, Record]) -> str:
 
 
 def share_cores(arguments: Sequence[str], workers: int) -> int:
-    """Starts the program once for each part of the cores and waits; returns the worst status.
+    """Starts the program once for each part of the cores and waits; returns the largest status.
 
-    Narrow networks keep one core busy and gain little from a second.
+    Narrow networks use one core and gain little from a second.
 
     Raises:
       UserError: more workers than cores, or a system that cannot pin processes.
@@ -128,13 +128,13 @@ def share_cores(arguments: Sequence[str], workers: int) -> int:
 
 
 class _Passing:
-    """Children that are told to stop when this process is; they save, and end by themselves."""
+    """Child processes that receive this process's signals; they save and end by themselves."""
 
     def __init__(self):
         self._children: list[subprocess.Popen] = []
 
     def __enter__(self) -> _Passing:
-        # Ctrl-C reaches the children from the terminal; here it must not end the waiting.
+        # Ctrl-C reaches the children from the terminal; here it must not interrupt the waiting.
         handlers = {signal.SIGTERM: self._pass, signal.SIGINT: lambda *_: None}
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             handlers[signal.SIGHUP] = self._pass
@@ -155,7 +155,7 @@ class _Passing:
             os.sched_setaffinity(0, before)
 
     def wait(self) -> int:
-        """Returns the largest of the children's statuses, a signal's counting as 1."""
+        """Returns the largest of the children's statuses; a signal counts as 1."""
         return max(status if status >= 0 else 1 for status in [c.wait() for c in self._children])
 
     def _pass(self, number: int, frame: object) -> None:
@@ -171,7 +171,7 @@ def _fill(
     options: Mapping[str, Any],
 ) -> int:
     program.use_compilation_cache()
-    from benchmarks.accuracy.runner import run_cells  # jax starts on the cores that are left to it
+    from benchmarks.accuracy.runner import run_cells  # jax starts on this process's cores
 
     outcome = run_cells(suite, cells, results, runs_of(suite.name), **options)
     program.say(f"{outcome.finished} cells finished, {outcome.failed} failed")

@@ -1,4 +1,4 @@
-"""What a cell of the table is, and the config of the run that fills it."""
+"""Cells of a suite, and the config of the run for each."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 from dfs_jax.training.config import MAY_CHANGE
 from dfs_jax.types import Config, UserError
 
-# Part of what a cell holds, though a run may change them while it goes on.
+# Fields that are part of a cell's identity, although a run may change them.
 _MEASURED = {"conflict_every_steps", "conflict_examples", "init_from"}
 _LEFT_OUT = set(MAY_CHANGE) - _MEASURED
 
 
 class Cell(NamedTuple):
-    """One run: a method on a network and a data set, for so many epochs, from one seed.
+    """One run: a method, a network, a data set, a number of epochs and a random seed.
 
     Attributes:
-      network: a name that the suite knows.
-      data: of the data set.
-      method: a name that the suite knows; "dsn" is what others are compared with.
-      epochs: of training.
-      seed: of the run.
+      network: name of the network in the suite.
+      data: name of the data set.
+      method: name of the method in the suite; "dsn" is the reference.
+      epochs: number of epochs.
+      seed: random seed.
     """
 
     network: str
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the cell is called everywhere.
+        """Name of the cell in files and messages.
 
         >>> Cell("vgg7_w16", "cifar10", "dfs", 3, 0).name
         'vgg7_w16/cifar10/3ep/dfs/seed0'
@@ -44,14 +44,14 @@ class Cell(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Cells in the order in which they are worth having.
+    """Cells in order of importance.
 
     Attributes:
-      name: of the results' file.
-      cells: each once.
-      config_of: the config of a cell's run.
-      seconds_of: how long one core is busy with it, where that was measured; else None.
-      reported_split: "test"; "validation" where choices are made.
+      name: name of the suite, and of the results' file.
+      cells: the cells, without duplicates.
+      config_of: function that returns the config of a cell's run.
+      seconds_of: function that returns the measured time of a cell on one core, or None.
+      reported_split: "test", or "validation" for a suite that choices are made by.
     """
 
     name: str
@@ -83,10 +83,10 @@ def grid(
 
 
 def choose(cells: Sequence[Cell], pattern: str, methods: Sequence[str]) -> tuple[Cell, ...]:
-    """Returns the cells whose name fits the pattern and whose method is named; all without methods.
+    """Returns the cells whose name matches the pattern and whose method is listed, if any are.
 
     Raises:
-      UserError: a method that no cell has, or no cell is left.
+      UserError: a method that no cell has, or no matching cell.
     """
     known = {cell.method for cell in cells}
     unknown = [method for method in methods if method not in known]
@@ -114,10 +114,10 @@ def cell_config(suite: Suite, cell: Cell, data_dir: str | None = None) -> Config
 
 
 def config_hash(config: Config) -> str:
-    """Returns what tells configs apart whose results differ: 16 hexadecimal digits.
+    """Returns a hash of the fields that affect results: 16 hexadecimal digits.
 
-    Fields that are not set do not count, so that an option which is new to the library leaves old
-    results valid; nor does where the data lies, nor on which devices a run goes on.
+    Fields that are not set do not count, so that new options of the library leave old results
+    valid; neither do the location of the data and the devices.
     """
     fields = {name: value for name, value in _flat(config.to_dict()) if value is not None}
     kept = {name: value for name, value in fields.items() if name not in _LEFT_OUT}

@@ -1,4 +1,4 @@
-"""Which rows each figure of the page draws."""
+"""Rows of each figure of the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REFERENCE_TITLE = title(REFERENCE)
 
 
 def draw_by_exit(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
-    """Draws accuracies by exit, and below them the points above DSN with their intervals."""
+    """Draws accuracies by exit, and below them the differences from DSN with their intervals."""
     above, below = [], []
     for name, rows in by_set.items():
         present, places = _present(rows), range(1, num_exits(rows) + 1)
@@ -41,7 +41,7 @@ def draw_by_exit(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
 
 
 def draw_budget(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
-    """Draws budgeted classification: accuracy against operations, and the points above DSN."""
+    """Draws budgeted classification: accuracy against operations, and differences from DSN."""
     above, below = [], []
     for name, rows in by_set.items():
         curves = []
@@ -67,7 +67,7 @@ def draw_budget(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
 def draw_betas(
     by_referencing: Mapping[str, Mapping[float, Row]], path: Path, *, reference: Row
 ) -> Path:
-    """Draws every exit's accuracy against beta, and the mean of the exits; DSN's are dashed."""
+    """Draws the accuracy of every exit, and their mean, against beta; DSN's are dashed."""
     panels = []
     for name, by_beta in by_referencing.items():
         present = {beta: row for beta, row in sorted(by_beta.items()) if row.runs}
@@ -81,7 +81,7 @@ def draw_betas(
 
 
 def draw_conflict(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
-    """Draws the share of conflicting pairs in the trunk over the training steps."""
+    """Draws the fraction of conflicting pairs in the trunk over the training steps."""
     panels = []
     for name, rows in by_set.items():
         curves = []
@@ -98,7 +98,7 @@ def draw_conflict(by_set: Mapping[str, Sequence[Row]], path: Path) -> Path:
 
 
 def draw_epochs(by_set: Mapping[str, Mapping[int, Sequence[Row]]], path: Path) -> Path:
-    """Draws points above DSN against the length of training: the first exit, the mean, the last."""
+    """Draws differences from DSN against epochs: for the first exit, the mean, and the last."""
     panels = []
     for name, by_epochs in by_set.items():
         exits = max(num_exits(rows) for rows in by_epochs.values())

@@ -1,7 +1,7 @@
-"""docs/results.md: text by hand around tables and figures that the results' files give.
+"""docs/results.md: hand-written text around tables and figures rendered from the results.
 
-What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is written here; the rest is not
-touched. Cells that were not run stand in the tables as such.
+Text between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced, the rest is kept. Cells that
+have not been run are marked in the tables.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _PICTURES = {
 
 
 class Found:
-    """A suite and what its file holds.
+    """A suite and its results.
 
     Args:
-      suite: of `benchmarks.accuracy.suites`.
-      directory: of the results' files.
+      suite: suite of `benchmarks.accuracy.suites`.
+      directory: directory of the results' files.
     """
 
     def __init__(self, suite: Suite, directory: Path):
@@ -57,20 +57,20 @@ class Found:
         return select(self.suite, self.records, network, data, epochs, methods)
 
     def current(self) -> dict[str, Record]:
-        """Returns the finished cells of the suite as it is now."""
+        """Returns the finished cells with the suite's present configs."""
         found = {c.name: current(self.suite, self.records, c) for c in self.suite.cells}
         return {name: record for name, record in found.items() if record is not None}
 
 
 def render_page(docs: Path, directory: Path) -> list[Path]:
-    """Writes the page's tables and its figures; returns the paths.
+    """Writes the page's tables and figures; returns their paths.
 
     Args:
-      docs: of the page.
-      directory: of the results' files; one that is missing has no cells yet.
+      docs: directory of the page.
+      directory: directory of the results' files; a missing file has no cells yet.
 
     Raises:
-      UserError: there is no page, or it lacks a block, or has one that is not known.
+      UserError: there is no page, or a block is missing or unknown.
     """
     small, search, paper = (
         Found(create(), directory) for create in (suites.small, suites.search, suites.paper)
@@ -109,9 +109,9 @@ def render_page(docs: Path, directory: Path) -> list[Path]:
 
 
 _ON_CIFAR = (suites.SETS[0], suites.SHORT)
-# What is drawn against the length of training.
+# Methods drawn against the length of training.
 _LENGTHENED = (*suites.PAIR, *suites.BEST)
-# As shares of the last exit's operations; the first exit of VGG7 costs 0.07.
+# Fractions of the last exit's operations; the first exit of VGG7 costs 0.07.
 _SMALL_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
@@ -174,12 +174,12 @@ def _titled(table: Callable[[Sequence[Row]], str], by_title: Mapping[str, Sequen
 
 
 def _with(small: Found, methods: Sequence[str]) -> list[Row]:
-    """Rows beside the headline's, from the seed that both have."""
+    """Returns rows of the headline and these methods, with the seed that both have."""
     return _seed0(small.rows(_NETWORK, *_ON_CIFAR, [*suites.PAIR, *methods]))
 
 
 def _seed0(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows with one seed each, so that they compare."""
+    """Returns the rows with seed 0 only, so that they are comparable."""
     return [
         Row(row.method, {s: r for s, r in row.runs.items() if s == 0}, min(row.asked, 1))
         for row in rows
@@ -237,7 +237,7 @@ def _published_recipe(small: Found) -> str:
 
 
 def _beside_dsn(rows: Sequence[Row]) -> str:
-    """Returns tables of DSN and others, and how the others differ from the first of them."""
+    """Returns tables of DSN and other methods, and differences from the first of them."""
     tables = (accuracy_table(rows), difference_table(rows[1:], rows[1]), conflict_table(rows))
     return "\n\n".join(tables)
 
@@ -282,7 +282,7 @@ def _paper(paper: Found) -> str:
 
 
 def _status(found: Found) -> str:
-    """Says how much of a suite there is, what failed, and on what it ran for how long."""
+    """Describes how much of a suite is finished, what failed, and the machines and hours."""
     suite, records = found.suite, found.current()
     text = f"`{suite.name}`: {len(records)} of {len(suite.cells)} cells"
     if records:

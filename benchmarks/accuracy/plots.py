@@ -1,6 +1,6 @@
-"""Methods side by side in pictures: panels of curves that share their colors.
+"""Plots of methods: panels of curves with shared colors.
 
-Imported where it is drawn, since `figures` imports matplotlib.
+Import this module only where plots are drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _PANEL_INCHES = (5.6, 4.2)
 _LEGEND_INCHES = 0.8
 _DOTS_PER_INCH = 100
 _MARKERS = "osD^vPX*<>hp"
-_MOST_MARKED = 20  # dots on longer curves would run together
+_MOST_MARKED = 20  # on longer curves the markers would merge
 
 
 class Curve(NamedTuple):
     """One line of a panel.
 
     Attributes:
-      name: for the legend; curves of one name look alike in all panels.
-      x: places.
+      name: name in the legend; curves with equal names look alike in all panels.
+      x: horizontal positions.
       y: fractions, drawn as percent.
-      half_widths: of the intervals around `y`; empty for none.
+      half_widths: half widths of the intervals around `y`; empty for none.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Panel(NamedTuple):
     """One pair of axes.
 
     Attributes:
-      title: above it.
-      x_label: what is across.
-      y_label: what is up.
-      curves: in the legend's order.
-      levels: by the name of a curve, what a dashed line of its color marks.
-      whole: whether places across are whole numbers, each with its tick.
-      logarithmic: whether places across are spaced by their ratios.
-      are_points: whether what is up are differences, in percentage points around a line at 0.
+      title: title above the axes.
+      x_label: label of the horizontal axis.
+      y_label: label of the vertical axis.
+      curves: curves, in the order of the legend.
+      levels: heights of dashed lines, by the name of the curve whose color they have.
+      whole: whether `x` holds integers, each with a tick.
+      logarithmic: whether the horizontal axis is logarithmic.
+      are_points: whether `y` holds differences, in percentage points around a line at 0.
     """
 
     title: str
@@ -81,16 +81,16 @@ def plot_panels(
     """Draws rows of panels with one legend below them.
 
     Args:
-      rows: of equally many panels.
-      path: of the PNG.
-      emphasised: names of curves that are drawn thick and black, such as the reference.
-      ordered: color the others light to dark, as exits from shallow to deep.
+      rows: rows with equal numbers of panels.
+      path: path of the PNG.
+      emphasised: names of curves drawn thick and black, such as the reference.
+      ordered: whether to color the others light to dark, like exits from shallow to deep.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: no curve at all.
+      ValueError: there is no curve.
     """
     names = list(dict.fromkeys(c.name for row in rows for panel in row for c in panel.curves))
     if not names:
@@ -124,7 +124,7 @@ def _styles(names: Sequence[str], emphasised: Sequence[str], ordered: bool) -> d
     colors = colormaps["viridis_r"](places) if ordered else _distinct(len(others))
     looks = zip(others, colors, _MARKERS * len(others), strict=False)
     styles: dict[str, Any] = {
-        # Colors that come again are told by their lines.
+        # Curves with repeated colors differ by their line style.
         name: {"color": color, "marker": marker, "linewidth": 1.4, "linestyle": ("-", "-.")[i > 9]}
         for i, (name, color, marker) in enumerate(looks)
     }
@@ -144,7 +144,7 @@ def _draw(axes: Axes, panel: Panel, styles: dict[str, Any]) -> None:
     for i, curve in enumerate(panel.curves):
         x = np.array(curve.x, float)
         if curve.half_widths:
-            shift = 0.05 * (i - (len(panel.curves) - 1) / 2)  # so that bars stand side by side
+            shift = 0.05 * (i - (len(panel.curves) - 1) / 2)  # separates the error bars
             style = {**styles[curve.name], "markersize": 4, "capsize": 2, "elinewidth": 0.9}
             axes.errorbar(x + shift, curve.y, curve.half_widths, label=curve.name, **style)
         else:

@@ -1,4 +1,4 @@
-"""The published tables that the suite `paper` stands beside; accuracies in percent.
+"""Published tables for comparison with the suite `paper`; accuracies in percent.
 
 Gong et al., "Deep Feature Surgery: Towards Accurate and Efficient Multi-Exit Networks", ECCV 2024,
 whose authors chose the best epoch on the test set.
@@ -13,8 +13,8 @@ class Published(NamedTuple):
     """A row of a published table.
 
     Attributes:
-      exits: accuracies, shallow first; None where only others were published.
-      ensemble: of all exits, where it was published.
+      exits: accuracies of the exits, shallow first; None if not published.
+      ensemble: accuracy of the ensemble of all exits, if published.
     """
 
     exits: tuple[float | None, ...]
@@ -22,7 +22,7 @@ class Published(NamedTuple):
 
 
 _BETWEEN = (None,) * 4
-# By config and method of the suite.
+# Rows by the suite's config and method.
 PUBLISHED: dict[str, dict[str, Published]] = {
     "cifar100_vgg7": {
         "dfs_beta0.1": Published((22.8, *_BETWEEN, 65.5)),

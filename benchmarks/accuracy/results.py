@@ -1,4 +1,4 @@
-"""The results' file: one line a cell, whole or not there, shared by several processes."""
+"""Results' file: one line per cell, written atomically, shared by several processes."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ Record = dict[str, Any]
 
 
 class Named(Protocol):
-    """What a record is of, such as a `Cell`."""
+    """Subject of a record, such as a `Cell`."""
 
     @property
     def name(self) -> str: ...
 
 
 class Results:
-    """What a suite's cells gave.
+    """Results of a suite's cells.
 
     Args:
-      path: of the JSON file; it need not exist.
-      locks: a directory for the locks of processes that work on the same suite.
+      path: path of the JSON file, which need not exist.
+      locks: directory for the locks of processes that work on the same suite.
     """
 
     def __init__(self, path: Path, locks: Path):
         self.path, self._locks = path, locks
 
     def read(self) -> dict[str, Record]:
-        """Returns what is recorded, by the cells' names; see `read_records`."""
+        """Returns all records by the cells' names; see `read_records`."""
         return read_records(self.path)
 
     def finished(self, cell: Named, config_hash: str) -> Record | None:
-        """Returns the cell's record, or None where it did not finish, or not with this config."""
+        """Returns the cell's record, or None if it has not finished with this config."""
         return finished_record(self.read(), cell, config_hash)
 
     def failed_since(self, cell: Named, moment: float) -> bool:
@@ -51,14 +51,14 @@ class Results:
         return record.get("status") == FAILED and record["at"] >= moment
 
     def record(self, cell: Named, config_hash: str, status: str, content: Record) -> None:
-        """Writes a cell's record in place of an older one."""
+        """Writes a cell's record, replacing an older one."""
         head = {"status": status, "config_hash": config_hash, "at": time.time()}
         with _locked(self._locks / "results.lock", wait=True):
             cells = {**self.read(), cell.name: {**head, **content}}
             write_records(self.path, cells)
 
     def add(self, cell: Named, content: Record) -> None:
-        """Writes more, or other values, into a cell's record."""
+        """Adds or replaces entries of a cell's record."""
         with _locked(self._locks / "results.lock", wait=True):
             cells = self.read()
             cells[cell.name] |= content
@@ -66,7 +66,7 @@ class Results:
 
     @contextlib.contextmanager
     def claim(self, cell: Named) -> Iterator[bool]:
-        """Yields whether this process has the cell for itself; a killed process gives it back."""
+        """Yields whether this process got the cell's lock; a killed process releases it."""
         with _locked(self._locks / f"{cell.name.replace('/', '__')}.lock", wait=False) as mine:
             yield mine
 
@@ -91,21 +91,21 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """Returns the records of a results' file by the cells' names; none where there is no file.
+    """Returns the records of a results' file by the cells' names; empty if there is no file.
 
     Raises:
-      UserError: the file is no results' file.
+      UserError: the file is not a results' file.
     """
     if not path.exists():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["cells"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no results' file: restore or delete it") from error
+        raise UserError(f"{path} is not a results' file: restore or delete it") from error
 
 
 def write_records(path: Path, cells: Mapping[str, Record]) -> None:
-    """Writes records so that a cell more is a line more to whoever compares two versions."""
+    """Writes records one per line, so that a new cell changes one line of the file."""
     write_whole(path, _one_line_a_cell(cells).encode())
 
 

@@ -1,4 +1,4 @@
-"""A method's runs over seeds: means, and differences from a reference seed by seed."""
+"""A method's runs over seeds: means, and paired differences from a reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REFERENCE = "dsn"
 
 
 class Row(NamedTuple):
-    """What a method gave on one network and data set.
+    """Results of a method on one network and data set.
 
     Attributes:
-      method: its name in the suite.
-      runs: the records of finished cells, by seed.
-      asked: how many cells the suite has.
+      method: name of the method in the suite.
+      runs: records of finished cells, by seed.
+      asked: number of cells in the suite.
     """
 
     method: str
@@ -32,11 +32,11 @@ class Row(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Ours less the reference's, over the seeds that both have.
+    """Difference from the reference, over common seeds.
 
     Attributes:
-      mean: of the differences.
-      half_width: of the 95 % interval by Student's t; None for fewer than two seeds.
+      mean: mean of the differences.
+      half_width: half width of the 95 % interval by Student's t; None for fewer than two seeds.
     """
 
     mean: float
@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
@@ -59,7 +59,7 @@ def select(
     epochs: int,
     methods: Sequence[str],
 ) -> list[Row]:
-    """Returns the rows of a table, also those of methods of which nothing was run yet."""
+    """Returns the rows of a table, including methods without finished runs."""
     rows = []
     for method in methods:
         wanted = (network, data, method, epochs)
@@ -71,7 +71,7 @@ def select(
 
 
 def current(suite: Suite, records: Mapping[str, Record], cell: Cell) -> Record | None:
-    """Returns a cell's record, or None where it is not finished with the suite's config."""
+    """Returns a cell's record, or None if it has not finished with the suite's config."""
     if cell.name not in records:
         return None
     return finished_record(dict(records), cell, config_hash(cell_config(suite, cell)))
@@ -83,7 +83,7 @@ def mean(row: Row, value: Value) -> float:
 
 
 def difference(row: Row, reference: Row, value: Value) -> Difference | None:
-    """Returns how a row differs from the reference, seed by seed; None without a common seed.
+    """Returns a row's difference from the reference by seed; None without a common seed.
 
     >>> runs = [{0: {"x": 1.0}, 1: {"x": 2.0}}, {0: {"x": 0.0}, 1: {"x": 2.0}, 2: {"x": 9.0}}]
     >>> ours, theirs = (Row("", run, 3) for run in runs)
@@ -98,7 +98,7 @@ def difference(row: Row, reference: Row, value: Value) -> Difference | None:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Returns that of the interval of the values' mean, `t s / sqrt(n)`; None for fewer than two.
+    """Returns the half width of the mean's 95 % interval, `t s / sqrt(n)`; None if n < 2.
 
     >>> round(half_width([1.0, 2.0, 3.0]), 3)
     2.484
@@ -111,7 +111,7 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def exit_accuracy(i: int) -> Value:
-    """Returns what reads the accuracy of exit i, 0-based."""
+    """Returns a function from a record to the accuracy of exit i, 0-based."""
     return lambda record: record["exits"][i]
 
 
@@ -126,9 +126,9 @@ def ensemble_accuracy(record: Record) -> float:
 
 
 def budget_accuracy(share: float) -> Value:
-    """Returns what reads the accuracy of budgeted classification at a share of all operations.
+    """Returns a function from a record to budgeted accuracy at a fraction of all operations.
 
-    Between two budgets it is interpolated; beyond the last one it is the last one's.
+    It interpolates between budgets, and is constant beyond the last one.
     """
 
     def value(record: Record) -> float:
@@ -139,5 +139,5 @@ def budget_accuracy(share: float) -> Value:
 
 
 def num_exits(rows: Sequence[Row]) -> int:
-    """Returns how many exits the rows' network has; 0 where nothing was run yet."""
+    """Returns the number of exits of the rows' network; 0 if nothing was run yet."""
     return next((len(r["exits"]) for row in rows for r in row.runs.values()), 0)

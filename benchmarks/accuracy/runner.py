@@ -1,4 +1,4 @@
-"""Fills the cells of a suite through the library's own training, one after another."""
+"""Trains the cells of a suite with the library's own training loop, one after another."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dfs_jax.training.metrics import read_metrics
 from dfs_jax.types import Config
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-_DIGITS = 5  # of fractions, finer than one of 10,000 images
+_DIGITS = 5  # of fractions, finer than one image in 10,000
 
 
 class Datasets:
@@ -53,12 +53,12 @@ class Datasets:
 
 
 class Outcome(NamedTuple):
-    """What a process did.
+    """Result of a process.
 
     Attributes:
-      finished: cells that it filled.
-      failed: cells that raised.
-      stopped: why it ended before the last cell, or None.
+      finished: number of cells that it finished.
+      failed: number of cells that raised.
+      stopped: reason why it ended before the last cell, or None.
     """
 
     finished: int
@@ -79,18 +79,18 @@ def run_cells(
 ) -> Outcome:
     """Trains and evaluates every cell that is not finished and that no other process has.
 
-    A cell that fails is recorded with its reason, tried again by the next start, and the others go
-    on.
+    A cell that fails is recorded with its reason, and tried again at the next start; the other
+    cells continue.
 
     Args:
-      suite: that the cells are of.
-      cells: in order.
-      results: where they are recorded.
-      runs: directory of the runs under way; that of a finished one is removed.
-      data_dir: for the configs; None leaves theirs.
-      minutes: no cell begins that would end after as many; None: no limit.
-      datasets: where data sets come from; None: read as the configs say.
-      dispose: what becomes of the directory of a finished run; None removes it.
+      suite: suite of the cells.
+      cells: cells in order.
+      results: results' file.
+      runs: directory of unfinished runs; that of a finished run is removed.
+      data_dir: directory of the data; None for that of the configs.
+      minutes: time limit, which no cell may exceed by its expected time; None for no limit.
+      datasets: source of data sets; None reads them as the configs say.
+      dispose: function for the directory of a finished run; None removes it.
     """
     began, finished, failed, datasets = time.time(), 0, 0, datasets or Datasets()
     dispose = dispose or (lambda _, run: shutil.rmtree(run, ignore_errors=True))
@@ -113,7 +113,7 @@ def run_cells(
                 failed += 1
                 continue
             finally:
-                jax.clear_caches()  # what one cell compiled is of no use to the next
+                jax.clear_caches()  # compiled programs of a cell are of no use to the next one
             if record is None:
                 return Outcome(finished, failed, "stopped by a signal")
             results.record(cell, known_as, FINISHED, record)
@@ -124,26 +124,26 @@ def run_cells(
 
 
 def run_directory(runs: Path, cell: Cell, known_as: str) -> Path:
-    """Returns where a cell with a config of that hash is trained."""
+    """Returns the directory in which a cell with this config hash is trained."""
     return runs / f"{cell.name.replace('/', '__')}-{known_as}"
 
 
 def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record | None:
-    """Trains in the directory `run`, or goes on there, and evaluates; None where a signal came.
+    """Trains or resumes in the directory `run`, and evaluates; None after a signal.
 
     The checkpoint with the best mean accuracy over the exits on validation data is reported on
     `split`, once. Accuracies are fractions, operations multiply-adds of one image:
 
-        exits, ensemble   [exit], number; of the split
+        exits, ensemble   [exit], number; on the split
         validation        [exit], of the same checkpoint
         budget            [[mean operations, accuracy]], thresholds from validation data
         macs, params      [exit], up to and including each
-        training_macs     of a step's forward and backward pass; null where exits have their own
+        training_macs     forward and backward pass of a step; null with separate passes by exit
         step_ms           null until `time_cells` has measured it
         history           [[epoch, [exit]]], on validation data
         conflict          [{"step", "pairs": {"trunk", "block1", ...}, "norms": [exit], "cosines":
-                          [pair]}]; pairs are shares of conflicting ones, cosines those of exits 1
-                          and 2, 1 and 3, ...
+                          [pair]}]; pairs are fractions of conflicting ones, cosines those of exits
+                          1 and 2, 1 and 3, ...
     """
     began = time.perf_counter()
     result = train(config, run, datasets.of(config))
@@ -159,7 +159,7 @@ def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record
         "conflict": _conflict(lines),
         "step": evaluation.step,
         "steps": result.step,
-        # Of this process: what went on before a restart is not in it.
+        # Time of this process only, without that before a restart.
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
         "hardware": hardware(),
@@ -167,13 +167,13 @@ def fill(config: Config, run: Path, datasets: Datasets, *, split: str) -> Record
 
 
 def versions() -> dict[str, str]:
-    """Returns those of this library and of what its numbers depend on."""
+    """Returns the versions of this library and of packages that affect its numbers."""
     installed = {name: metadata.version(name) for name in _PACKAGES}
     return {"dfs_jax": dfs_jax.__version__, "python": platform.python_version(), **installed}
 
 
 def hardware() -> dict[str, Any]:
-    """Returns the devices, the processor's name and how many of its cores the process may use."""
+    """Returns the devices, the processor's name and the number of cores this process may use."""
     device = jax.devices()[0]
     return {
         "devices": len(jax.devices()),
@@ -259,7 +259,7 @@ def _late(began: float, minutes: float | None, seconds: float | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the kind of error and the first line of what it says."""
+    """Returns the type of an error and the first line of its message."""
     first, *_ = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {first}"
 

@@ -1,4 +1,4 @@
-"""Static networks: the backbones with their last exit alone, what a user would train instead."""
+"""Static networks: backbones with only their last exit, the alternative to multi-exit networks."""
 
 from __future__ import annotations
 

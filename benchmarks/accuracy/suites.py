@@ -1,4 +1,4 @@
-"""The suites: `small` for two cores, `search` for what is chosen before it, `paper` as published.
+"""Suites: `small` for two cores, `search` for choosing its recipes, `paper` as published.
 
 `small` trains narrow networks on whole sets of 45,000 images of 32x32 pixels for an epoch, some for
 eight, all by one recipe: batches of 100, SGD with momentum 0.9, a cosine from 0.1 with a quarter of
@@ -22,9 +22,9 @@ SINGLE = ("byot", "ge", "pcgrad", "cagrad", "meta_gf", "wpn")
 HEADLINE = ("dsn", *SINGLE, "dfs", "dfs_trunk_only", "dfs_none")
 PAIR = ("dsn", "dfs", "dfs_trunk_only")
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# What the search on validation data chose, and the same recipe without surgery; see `search`.
+# Chosen by the search on validation data, and the same recipe without surgery; see `search`.
 BEST = ("dfs_trunk_only_early_batch50_flip", "dsn_batch50_flip")
-# What longer runs of the search found surgery good for: the first exits, and small budgets.
+# Useful for the first exits and for small budgets, by longer runs of the search.
 CONFIRMED = ("dsn", "dfs_trunk_only_two")
 TWO_EXITS = "vgg7_w16_2exits"
 FEWER_EXITS = ("vgg7_w16_3exits", TWO_EXITS)
@@ -130,7 +130,7 @@ _PROBES = 6  # of the exits' conflict, in a run
 
 
 def small(seeds: int | None = None) -> Suite:
-    """Returns the suite for two cores; what has intervals is trained from so many seeds (3)."""
+    """Returns the suite for two cores; rows with intervals have this number of seeds (3)."""
     paired = range(3 if seeds is None else seeds)
     longer = ("vgg7_w16",)
     sweep = [f"dfs_beta{b}" for b in BETAS if b != 0.5]
@@ -228,7 +228,7 @@ FIRST_METHODS = {
     "cifar100_vgg7": ("dsn", "byot", "dfs_beta0.5", "dfs_beta0.1", "dfs_beta0.9"),
     "cifar100_msdnet": ("dfs", "dsn", "ge", "pcgrad"),
 }
-# Networks with their last exit alone, by width: what a user would train instead of several exits.
+# Networks with only their last exit, by width: the alternative to a network with several exits.
 STATIC_WIDTHS = {"cifar100_resnet18": (64, 45, 32), "cifar100_vgg7": (64, 45, 32)}
 _STATIC_MODELS: dict[str, dict[str, Any]] = {
     "cifar100_resnet18": {"model.name": "benchmarks.accuracy.static:StaticResNet18"},
@@ -238,7 +238,7 @@ _EVALUATIONS = 50  # of a published run, each with a checkpoint
 
 
 def paper(seeds: int | None = None) -> Suite:
-    """Returns the published settings, for whoever has the accelerator."""
+    """Returns the published settings, which need an accelerator."""
     first = [
         grid([name], [_data_of(name)], methods, _epochs_of(name), _seeds_of(name, seeds))
         for name, methods in FIRST_METHODS.items()
@@ -309,10 +309,10 @@ def _small_config(cell: Cell) -> Config:
 
 
 def _paper_config(cell: Cell) -> Config:
-    """Returns a published config, with what a GPU's run changes: see `docs/gpu.md`.
+    """Returns a published config with the changes for a GPU: see `docs/gpu.md`.
 
-    Blocks compute in bfloat16, and evaluations are few. Of a cell with other epochs than published
-    the learning rate decays at the same fractions of the run.
+    Blocks compute in bfloat16, and evaluations are few. With another number of epochs, the learning
+    rate decays at the same fractions of the run.
     """
     method, _, beta = cell.method.partition("_beta")
     static, _, width = cell.method.partition("_w")

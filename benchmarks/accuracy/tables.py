@@ -1,4 +1,4 @@
-"""Rows as tables of Markdown."""
+"""Rows as Markdown tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TITLES = {
 
 
 def title(method: str) -> str:
-    """Returns a method's name as it stands in tables and figures.
+    """Returns a method's name in tables and figures.
 
     >>> title("dfs_trunk_only_beta0.3"), title("dsn_augmented"), title("dfs")
     ('DFS trunk_only, beta 0.3', 'DSN, augmented', 'DFS symmetric')
@@ -52,11 +52,11 @@ def title(method: str) -> str:
 
 
 def accuracy_table(rows: Sequence[Row], reference: Row | None = None) -> str:
-    """Returns accuracies in percent, means over seeds, and what training costs over the reference.
+    """Returns accuracies in percent, means over seeds, and training costs over the reference's.
 
     Args:
-      rows: of one network.
-      reference: the row that others are compared with; the first row of DSN where it is not given.
+      rows: rows of one network.
+      reference: reference row; None for the first row of DSN.
     """
     reference = reference or _reference(rows)
     exits = num_exits(rows)
@@ -87,13 +87,13 @@ def accuracy_table(rows: Sequence[Row], reference: Row | None = None) -> str:
 
 
 def difference_table(rows: Sequence[Row], reference: Row | None = None) -> str:
-    """Returns points above a reference with 95 % intervals over paired seeds, exit by exit.
+    """Returns differences from a reference with 95 % intervals over paired seeds, by exit.
 
-    Bold: the interval leaves 0 out.
+    Differences whose interval excludes 0 are bold.
 
     Args:
-      rows: of one network.
-      reference: one of them; the row of DSN where it is not given.
+      rows: rows of one network.
+      reference: one of the rows; None for the row of DSN.
     """
     reference, exits = reference or _reference(rows), num_exits(rows)
     lines = [
@@ -106,7 +106,7 @@ def difference_table(rows: Sequence[Row], reference: Row | None = None) -> str:
 
 
 def budget_table(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> str:
-    """Returns the accuracy of budgeted classification at shares of the last exit's operations."""
+    """Returns accuracies of budgeted classification at fractions of the last exit's operations."""
     reference = _reference(rows)
     lines = []
     for row in rows:
@@ -118,9 +118,9 @@ def budget_table(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75
 
 
 def conflict_table(rows: Sequence[Row]) -> str:
-    """Returns shares of conflicting pairs of exits, and the mean cosine of the pairs in the trunk.
+    """Returns fractions of conflicting pairs of exits, and the pairs' mean cosine in the trunk.
 
-    Means over a run's probes and over seeds.
+    Means are over a run's measurements and over seeds.
     """
     runs = [record for row in rows for record in row.runs.values()]
     places = list(runs[0]["conflict"][0]["pairs"]) if runs else ["trunk"]
@@ -135,7 +135,7 @@ def conflict_table(rows: Sequence[Row]) -> str:
 
 
 def published_table(rows: Sequence[Row], published: dict[str, Published]) -> str:
-    """Returns our accuracies with the paper's below each of them."""
+    """Returns our accuracies, each with the published ones below."""
     exits = max(num_exits(rows), *(len(row.exits) for row in published.values()))
     lines = []
     for row in rows:
@@ -174,7 +174,7 @@ def _conflict_at(place: str) -> Value:
 
 
 def _mean_cosine(record: dict) -> float:
-    """Returns that of all probes and pairs; exits that share no trained parameter have cosine 0."""
+    """Returns the mean cosine of all pairs and probes, 0 for pairs without common parameters."""
     return fmean(cosine or 0.0 for probe in record["conflict"] for cosine in probe["cosines"])
 
 
@@ -205,7 +205,7 @@ def _image_ms(record: dict) -> float | None:
 
 
 def _ratio(row: Row, reference: Row, cost: Callable[[dict], float | None]) -> str:
-    """Returns a cost over the reference's, of the seeds that both have."""
+    """Returns a cost relative to the reference, over common seeds."""
     common = row.runs.keys() & reference.runs
     costs = [cost(r.runs[seed]) for r in (row, reference) for seed in common]
     known = [value for value in costs if value is not None]

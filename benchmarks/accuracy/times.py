@@ -1,4 +1,4 @@
-"""What a step takes, for the cells of a suite: all methods of a network and data set in turn."""
+"""Times a training step of each method of a suite, by network and data set."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def time_cells(
     data_dir: str | None = None,
     rounds: int = ROUNDS,
 ) -> int:
-    """Adds `step_ms`, medians over rounds, to the records of finished cells; returns how many.
+    """Adds `step_ms`, medians over rounds, to the records of finished cells; returns their number.
 
-    Seeds and epochs do not change what a step does: every method is timed once on a network and a
-    data set. Programs of one batch run round after round, so that their ratios hold on a machine
-    where their times do not.
+    The time of a step does not depend on seed and epochs: every method is timed once for a network
+    and a data set. Programs of one batch size run in turn, so that ratios are more reliable than
+    times.
 
     Args:
-      suite: that the cells are of.
-      cells: of which those that are finished are timed.
-      results: with their records.
-      data_dir: for the configs; None leaves theirs.
-      rounds: that medians are taken of.
+      suite: suite of the cells.
+      cells: cells to time, if they are finished.
+      results: results' file.
+      data_dir: directory of the data; None for that of the configs.
+      rounds: number of rounds that medians are taken over.
     """
     records, datasets = results.read(), Datasets()
     finished = [cell for cell in cells if current(suite, records, cell) is not None]

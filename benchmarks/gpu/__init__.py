@@ -1,1 +1,1 @@
-"""Everything that is measured on a GPU, in stages that keep their time: docs/gpu.md."""
+"""Measurements on a GPU, in stages with time limits: docs/gpu.md."""

@@ -1,12 +1,12 @@
-"""Measures and trains on one GPU, stage by stage, within a given time: see docs/gpu.md.
+"""Measures and trains on one GPU, in stages with time limits: see docs/gpu.md.
 
     python -m benchmarks.gpu --stage=check --minutes=3 --output=DIR
     python -m benchmarks.gpu --stage=step --minutes=8 --output=DIR
     python -m benchmarks.gpu --stage=train --minutes=9 --output=DIR --data=packed
     python -m benchmarks.gpu --stage=infer --minutes=3 --output=DIR --data=packed
 
-Each stage writes what it has at once, ends by itself before its minutes are over, and goes on where
-an earlier session ended. `--rehearse` runs the same code with tiny sizes, on a CPU too.
+Each stage writes results at once, ends before its time limit, and continues where an earlier
+session ended. `--rehearse` runs the same code with tiny sizes, also on a CPU.
 """
 
 from __future__ import annotations
@@ -27,23 +27,21 @@ STAGES = ("check", "step", "infer", "train")
 
 def main() -> None:
     """Runs the program."""
-    stage = flags.DEFINE_enum("stage", None, STAGES, "What to do.", required=True)
-    minutes = flags.DEFINE_float("minutes", None, "Time of the whole stage.", required=True)
-    output = flags.DEFINE_string("output", None, "Directory of what is kept.", required=True)
-    work = flags.DEFINE_string("work", None, "Directory of what stays here; OUTPUT/work if unset.")
+    stage = flags.DEFINE_enum("stage", None, STAGES, "Stage to run.", required=True)
+    minutes = flags.DEFINE_float("minutes", None, "Time limit of the stage.", required=True)
+    output = flags.DEFINE_string("output", None, "Directory of the results.", required=True)
+    work = flags.DEFINE_string("work", None, "Directory of caches and runs; default: OUTPUT/work.")
     data = flags.DEFINE_string("data", "packed", "Directory of the packed set.")
-    carried = flags.DEFINE_string("carried", None, "Directory of what an earlier session kept.")
-    again = flags.DEFINE_bool("again", False, "Measure what was merged earlier again.")
-    rehearse = flags.DEFINE_bool("rehearse", False, "Tiny sizes, on whatever device there is.")
-    flags.DEFINE_list("golden", [], "check: golden files or their directories, besides the tests'.")
-    flags.DEFINE_string("cells", "*", "train: only cells whose name fits.")
+    carried = flags.DEFINE_string("carried", None, "Directory of an earlier session's results.")
+    again = flags.DEFINE_bool("again", False, "Repeat measurements that were merged earlier.")
+    rehearse = flags.DEFINE_bool("rehearse", False, "Use tiny sizes, on any device.")
+    flags.DEFINE_list("golden", [], "check: golden files or directories, besides the tests'.")
+    flags.DEFINE_string("cells", "*", "train: pattern of cells' names.")
     flags.DEFINE_float(
-        "epochs", 1.0, "train: fraction of the published epochs; others are named so."
+        "epochs", 1.0, "train: fraction of the published epochs, part of the cells' names."
     )
-    flags.DEFINE_float(
-        "piece_mib", 15.0, "train: size of each piece of an unfinished run, at most."
-    )
-    flags.DEFINE_float("pieces_mib", 56.0, "train: size of all of them, at most.")
+    flags.DEFINE_float("piece_mib", 15.0, "train: largest size of each piece of an unfinished run.")
+    flags.DEFINE_float("pieces_mib", 56.0, "train: largest size of all pieces together.")
 
     def run() -> int | None:
         clock = Clock(minutes.value)
@@ -72,7 +70,7 @@ def main() -> None:
 
 
 def _prepare_jax(stage: str, work: Path) -> None:
-    """Keeps compiled programs in `work`, and leaves memory of the card to PyTorch beside us."""
+    """Keeps compiled programs in `work`, and leaves part of the card's memory to PyTorch."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compiled"))
     if stage == "step":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -1,8 +1,8 @@
-"""Stage `check`: this device computes what the CPU does, and what the published code did.
+"""Stage `check`: compares this device's results with the CPU's and with the published code's.
 
-- Every golden file in float64, forward and backward, as `python -m dfs_jax.interop check` does.
-- The gradients of every registered model, narrow, against the CPU's in the same process: in float64
-  they must agree; in float32 and bfloat16 the difference is written down.
+- Every golden file in float64, forward and backward, like `python -m dfs_jax.interop check`.
+- The gradients of every registered model, at small width, against the CPU's in the same process:
+  in float64 they must agree; in float32 and bfloat16 the difference is recorded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dfs_jax.tracing.cpu import compiler_options
 from dfs_jax.types import PyTree, UserError
 
 FIXTURES = DIRECTORY.parent.parent / "tests" / "fixtures"
-FIRST = ("vgg7", "resnet18", "msdnet_cifar100")  # those of the published tables
+FIRST = ("vgg7", "resnet18", "msdnet_cifar100")  # models of the published tables
 CLASSES, BATCH, BETA = 7, 4, 0.5
 _NARROW: dict[str, dict[str, Any]] = {
     "vgg": {"width": 4},
@@ -42,14 +42,14 @@ _GUESS_S = 45.0
 
 
 class Case(NamedTuple):
-    """A model whose gradients are compared, in one type."""
+    """A model whose gradients are compared, and its type."""
 
     model: str
     dtype: str
 
 
 def run(session: Session) -> int:
-    """Checks what is not known yet; returns 1 if anything failed, else 0."""
+    """Runs checks without a record; returns 1 if any failed, else 0."""
     jax.config.update("jax_enable_x64", True)
     expected, failed = Expected(2.0 if session.rehearses else _GUESS_S), 0
     work = [
@@ -83,7 +83,7 @@ def run(session: Session) -> int:
 
 
 def _files(session: Session) -> list[Path]:
-    """Returns the golden files of the tests, then those that were named."""
+    """Returns the golden files of the tests, then those given by the flag."""
     found = sorted(FIXTURES.glob("*.json.gz"))
     for given in map(Path, flags.FLAGS.golden):
         if not given.exists():
@@ -126,9 +126,9 @@ def _gradients(case: Case) -> dict[str, Any]:
 def compare_gradients(ours: PyTree, theirs: PyTree) -> dict[str, float]:
     """Returns the worst relative difference of any tensor, by kind of number.
 
-        |ours - theirs| / |theirs|, norms; of tensors that all but vanish, to the largest tensor's
+        |ours - theirs| / |theirs|, norms; tensors near zero are compared to the largest tensor
 
-    NaN where one of ours is not a number.
+    NaN if one of our numbers is NaN.
 
     Example:
       >>> one = {"grads": {"a": jnp.array([3.0, 4.0])}}
@@ -177,8 +177,7 @@ def _compute(
 ) -> dict[str, PyTree]:
     """Returns logits, new statistics and gradients of surgery with BYOT's losses on one device.
 
-    The CPU gets Flax's own layers, without kernels of this package: what is compared with is as
-    plain as can be.
+    The CPU uses Flax's own layers, without kernels of this package, as a simple reference.
     """
     fork, loss = create_fork("dfs", partition_ratio=BETA), create_loss("byot")
 

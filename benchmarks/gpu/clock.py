@@ -1,4 +1,4 @@
-"""A stage's time: what is left of it, what still fits, and an end that nothing can delay."""
+"""Time limit of a stage: remaining time, and an end that nothing can delay."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from dfs_jax.types import UserError
 
 SECONDS_TO_SAVE = 60.0  # from the request to stop until everything is on disk
-SECONDS_TO_RESCUE = 30.0  # what is left when a run that does not stop is saved from beside it
+SECONDS_TO_RESCUE = 30.0  # remaining time at which another thread saves a run that does not stop
 SECONDS_TO_LEAVE = 5.0  # for the process to end
 OVERTIME_STATUS = 3
 
 
 class Clock:
-    """How much of a stage's minutes is left.
+    """Remaining time of a stage.
 
     Args:
-      minutes: time of the whole stage, counted from here.
-      now: returns seconds; a test's own, or `time.monotonic`.
+      minutes: time limit of the stage, counted from now.
+      now: function that returns the time in seconds, for tests.
 
     Raises:
       UserError: minutes that are not above 0.
@@ -42,19 +42,19 @@ class Clock:
         self._end = now() + 60 * minutes
 
     def left(self) -> float:
-        """Returns the seconds that are left, below 0 once the time is over."""
+        """Returns the remaining seconds, negative after the time limit."""
         return self._end - self._now()
 
     def allows(self, seconds: float) -> bool:
-        """Returns whether so many seconds are left."""
+        """Returns whether this number of seconds remains."""
         return self.left() >= seconds
 
 
 class Expected:
-    """How long a piece of work takes: the longest of its kind so far, or a first guess.
+    """Expected time of a piece of work: the longest of its kind so far, or an initial guess.
 
     Args:
-      guess: seconds, used until one piece has been timed.
+      guess: seconds, used until a piece has been timed.
     """
 
     def __init__(self, guess: float):
@@ -62,7 +62,7 @@ class Expected:
 
     @contextlib.contextmanager
     def timed(self, clock: Clock) -> Iterator[None]:
-        """Times one piece of work."""
+        """Times a piece of work."""
         begin = clock.left()
         yield
         taken = begin - clock.left()
@@ -72,7 +72,7 @@ class Expected:
 
 @contextlib.contextmanager
 def ends_in_time(clock: Clock) -> Iterator[None]:
-    """Ends the process shortly before the time is over, wherever it is; results are on disk."""
+    """Ends the process shortly before the time limit, at any point; results are on disk."""
 
     def leave() -> None:
         sys.stdout.write("the time is over: what was finished is saved\n")
@@ -85,9 +85,9 @@ def ends_in_time(clock: Clock) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stops_in_time(clock: Clock, seconds: float = SECONDS_TO_SAVE) -> Iterator[None]:
-    """Sends this process SIGTERM when so many seconds are left; a training run then saves.
+    """Sends this process SIGTERM when `seconds` remain; a training run then saves.
 
-    Outside a run, which has a handler of its own, the signal does nothing.
+    Outside of a run, which has its own handler, the signal does nothing.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -101,9 +101,9 @@ def stops_in_time(clock: Clock, seconds: float = SECONDS_TO_SAVE) -> Iterator[No
 def rescued(
     clock: Clock, save: Callable[[], None], seconds: float = SECONDS_TO_RESCUE
 ) -> Iterator[None]:
-    """Calls `save` from another thread if the work within still goes on with so many seconds left.
+    """Calls `save` from another thread if the context is still running when `seconds` remain.
 
-    So a run that is being compiled or evaluated, and hears no signal, is not lost.
+    This saves a run that is compiling or evaluating and does not react to signals.
     """
     with _after(clock.left() - seconds, save):
         yield

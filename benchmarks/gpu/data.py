@@ -1,4 +1,4 @@
-"""The packed set as runs take it."""
+"""The packed set as a data set for runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dfs_jax.data.sources import dataset_from_raw
 from dfs_jax.types import Config
 
 REHEARSED = (300, 100)  # training and test images
-VALIDATION_REHEARSED = 100  # of the former
+VALIDATION_REHEARSED = 100  # of the training images
 
 
 class PackedDatasets(Datasets):
     """Data sets from a directory of `benchmarks.gpu.pack`, each unpacked once.
 
     Args:
-      directory: of the packed files.
-      rehearses: whether only the first examples are kept.
+      directory: directory of the packed files.
+      rehearses: whether to keep only the first examples.
     """
 
     def __init__(self, directory: Path, *, rehearses: bool = False):
@@ -30,7 +30,7 @@ class PackedDatasets(Datasets):
         self._raw = functools.cache(self._unpack)
 
     def load(self, config: Config) -> Dataset:
-        """Returns the set of a config, divided and normalised as that config says."""
+        """Returns the set of a config, split and normalised as the config says."""
         section = config.data
         return dataset_from_raw(
             section.name,
@@ -48,7 +48,7 @@ class PackedDatasets(Datasets):
 
 
 def first_examples(raw: RawDataset, train: int, test: int) -> RawDataset:
-    """Returns a set in memory with the first examples of each split alone."""
+    """Returns a set in memory with only the first examples of each split."""
     parts = {
         name: getattr(raw, name).take(slice(count))
         for name, count in (("train", train), ("test", test))

@@ -1,4 +1,4 @@
-"""What the card can do at most, measured, and how close a training step comes to it."""
+"""Measured limits of the card, and lower bounds of a training step's time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ROUNDS, _PRODUCTS = 5, 10
 
 
 class Ceilings(NamedTuple):
-    """Measured rates.
+    """Measured rates of the card.
 
     Attributes:
-      flops: of one large matrix product, a second, by type; float32 at JAX's default precision.
-      bandwidth: bytes a second of a large copy, read and written together.
+      flops: FLOPs per second of one large matrix product, by type; float32 at default precision.
+      bandwidth: bytes per second of a large copy, read and written together.
     """
 
     flops: dict[str, float]
@@ -29,13 +29,13 @@ class Ceilings(NamedTuple):
 
 
 class Floors(NamedTuple):
-    """The least time of a step if one thing alone held it up.
+    """Lower bounds of a step's time.
 
     Attributes:
-      flops: of its convolutions and matrix products.
-      bytes: read and written, as the compiler counts for the compiled program.
-      flops_floor_ms: the former at the measured peak of the type.
-      bytes_floor_ms: the latter at the measured bandwidth.
+      flops: FLOPs of its convolutions and matrix products.
+      bytes: bytes read and written, as counted by the compiler.
+      flops_floor_ms: time of the FLOPs at the measured peak of the type.
+      bytes_floor_ms: time of the bytes at the measured bandwidth.
       bound_by: the larger of the two: "products" or "memory".
     """
 
@@ -50,8 +50,8 @@ def measure_ceilings(*, side: int = 8192, mebibytes: int = 1024) -> Ceilings:
     """Measures products of random square matrices, and a copy.
 
     Args:
-      side: of the matrices.
-      mebibytes: of the array that is copied; far above the size of caches.
+      side: side of the matrices.
+      mebibytes: size of the copied array, far above the size of caches.
     """
     flops = {dtype: 2 * side**3 / _seconds_of_product(dtype, side) for dtype in DTYPES}
     size = mebibytes * 2**20
@@ -62,14 +62,14 @@ def measure_ceilings(*, side: int = 8192, mebibytes: int = 1024) -> Ceilings:
 
 
 def floors(ceilings: Ceilings, compiled: Any, flops: float, dtype: str) -> Floors:
-    """Returns the floors of a compiled step.
+    """Returns the lower bounds of a compiled step.
 
     Args:
-      ceilings: of the card.
-      compiled: the program, a `jax.stages.Compiled`.
-      flops: of the step's convolutions and products, counted from what was traced: on a GPU the
-        compiler hands them to libraries, which do not say.
-      dtype: of the products.
+      ceilings: measured rates of the card.
+      compiled: compiled program, a `jax.stages.Compiled`.
+      flops: FLOPs of the step's convolutions and products in the traced program: on a GPU they are
+        calls of libraries, which the compiler cannot count.
+      dtype: type of the products.
     """
     moved = operations(compiled).bytes_accessed
     chip = Chip(ceilings.flops["bfloat16"], ceilings.flops["float32"], 0.0, ceilings.bandwidth, 1.0)

@@ -1,7 +1,7 @@
-"""Stage `infer`: what stopping early gains on this card, in batches of 1, 256 and 1,024.
+"""Stage `infer`: speed-ups of early exits on this card, in batches of 1, 256 and 1,024.
 
-A network that stage `train` left in `work` brings its thresholds' accuracy too; where there is
-none, weights are random, which takes as long, and thresholds are chosen for a mean cost alone.
+A network that stage `train` left in `work` also gives the accuracy of its thresholds. Otherwise
+weights are random, which takes as long, and thresholds are chosen only for a mean cost.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from dfs_jax.training.config import read_config
 from dfs_jax.training.experiment import abstract_state, build_experiment, initial_state
 from dfs_jax.types import Config, UserError
 
-SPEEDUPS = (1.5, 2.0, 3.0)  # fewer operations than the whole network's
+SPEEDUPS = (1.5, 2.0, 3.0)  # factors of fewer operations than the whole network's
 BATCHES, TINY_BATCHES = (256, 1, 1024), (8, 1)
 _BATCHES_TIMED, _ALONE, _ROUNDS = 5, 64, 5
 _GUESS_S = 60.0
 
 
 class Candidate(NamedTuple):
-    """A policy, and what it gives.
+    """A policy and its results.
 
     Attributes:
-      speedup: operations of the whole network over the mean that it was chosen for.
-      policy: the thresholds.
+      speedup: whole network's operations divided by the mean that it was chosen for.
+      policy: the policy.
       macs: mean multiply-adds of one image of the test split.
-      accuracy: there, a fraction; None with random weights.
-      shares: of the test images, by exit.
+      accuracy: accuracy on the test split, a fraction; None with random weights.
+      shares: fraction of the test images that each exit answers.
     """
 
     speedup: float
@@ -56,7 +56,7 @@ class Candidate(NamedTuple):
 
 
 def run(session: Session) -> None:
-    """Measures the networks and batches that are not known, as long as there is time."""
+    """Measures networks and batch sizes without a record, as long as time remains."""
     expected = Expected(5.0 if session.rehearses else _GUESS_S)
     batches = TINY_BATCHES if session.rehearses else BATCHES
     for network in NETWORKS:
@@ -112,7 +112,7 @@ def find_candidates(staged: StagedRun, *, trained: bool) -> list[Candidate]:
 def measure(
     staged: StagedRun, candidates: Sequence[Candidate], batch: int, *, rehearses: bool
 ) -> list[dict[str, Any]]:
-    """Returns a row for the whole network, then one for each candidate, all timed in turn."""
+    """Returns a row for the whole network, then one per candidate, all timed in turn."""
     count = (4 if rehearses else _ALONE) if batch == 1 else _BATCHES_TIMED * batch
     images = _repeated(staged.images("test", count), count)
     shapes = sorted({1, max(1, batch // 4), max(1, batch // 2), batch})
@@ -169,7 +169,7 @@ def _random(session: Session, network: str) -> StagedRun:
 
 
 def _images_of(session: Session, config: Config) -> Dataset:
-    """Returns the packed set, or noise of its shape where it was not brought along."""
+    """Returns the packed set, or noise of its shape if it is not available."""
     try:
         return PackedDatasets(session.data, rehearses=session.rehearses).of(config)
     except UserError as error:

@@ -1,11 +1,11 @@
-"""Merges what came back from a GPU into this repository's results.
+"""Merges results from a GPU into this repository's results.
 
     python -m benchmarks.gpu.merge [--again] DIR...
 
 `DIR/paper.json` goes into benchmarks/results/paper.json, the results of the other stages into
-benchmarks/results/gpu_STAGE.json. A record that is there already is replaced by a better one alone,
-and with `--again`, after a change of the program, by one that is as complete. Rehearsals, failures
-and records that name no card are left out. Prints what became of every record.
+benchmarks/results/gpu_STAGE.json. A present record is replaced only by a better one, or with
+`--again`, after a change of the program, by one that is as complete. Rehearsals, failures and
+records without a card are omitted. Prints the outcome for every record.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def merge(
     """Merges the results' files of directories and returns a line for each record.
 
     Args:
-      directories: with `check.json`, `step.json`, `infer.json` or `paper.json`.
+      directories: directories with `check.json`, `step.json`, `infer.json` or `paper.json`.
       results: directory of the merged files.
-      again: whether records that are as complete as those there replace them.
+      again: whether equally complete records replace present ones.
 
     Raises:
-      UserError: a directory holds none of these files, or one that is no results' file.
+      UserError: a directory has none of these files, or one that is not a results' file.
     """
     lines = []
     for directory in directories:
@@ -75,7 +75,7 @@ Current = Callable[[str, Record], bool]
 
 
 def _refusal(name: str, record: Record, is_current: Current) -> str | None:
-    """Returns why a record is not taken, whatever is there already; None if it may be."""
+    """Returns why a record is refused, whatever is present; None if it may be merged."""
     if record.get("status") != FINISHED:
         return f"left out, failed ({record.get('reason')})"
     if not record.get("hardware", {}).get("kind"):
@@ -86,12 +86,12 @@ def _refusal(name: str, record: Record, is_current: Current) -> str | None:
 
 
 def _counts(name: str, there: Record, is_current: Current) -> bool:
-    """Whether a record that is there already is worth anything."""
+    """Returns whether a present record is valid."""
     return there.get("status") == FINISHED and is_current(name, there)
 
 
 def _worse(record: Record, there: Record | None, again: bool) -> str | None:
-    """Returns why what is there stays; None if it is replaced."""
+    """Returns why the present record is kept; None if it is replaced."""
     if there is None or worth(record) > worth(there):
         return None
     if again and worth(record) == worth(there):
@@ -105,12 +105,12 @@ def _is_full(name: str, record: Record) -> bool:
 
 
 def _current_cell(name: str, record: Record) -> bool:
-    """Whether a cell of `paper`, with the published epochs or others, has the suite's config."""
+    """Returns whether a cell of `paper`, with any number of epochs, has the suite's config."""
     return record.get("config_hash") == _hash_of(paper(), name)
 
 
 def _hash_of(suite: Suite, name: str) -> str | None:
-    """Returns the hash of a cell's config by the cell's name; None where the suite lacks it."""
+    """Returns the hash of a cell's config by the cell's name; None if the suite lacks it."""
     network, data, epochs, method, seed = name.split("/")
     cell = Cell(network, data, method, int(epochs.removesuffix("ep")), int(seed[len("seed") :]))
     known = {(c.network, c.data, c.method) for c in suite.cells}
@@ -120,7 +120,7 @@ def _hash_of(suite: Suite, name: str) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Merges the directories named, and returns the exit status."""
+    """Merges the given directories, and returns the exit status."""
     again, directories = "--again" in arguments, [a for a in arguments if a != "--again"]
     try:
         if not directories or any(argument.startswith("-") for argument in directories):

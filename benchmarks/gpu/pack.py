@@ -1,9 +1,9 @@
-"""Prepares what has to travel to a machine without a network.
+"""Prepares the files for a machine without a network.
 
     python -m benchmarks.gpu.pack --data_dir=DIR --output=packed
 
-reads a prepared TFDS set and writes it again without loss in `--parts` archives, to be read without
-TFDS, and downloads the wheels of pure Python that the stages need (`--wheels`). Prints the size of
+Reads a prepared TFDS set, writes it without loss to `--parts` archives that can be read without
+TFDS, and downloads the pure-Python wheels that the stages need (`--wheels`). Prints the size of
 every file.
 """
 
@@ -29,13 +29,13 @@ _MIB = 2**20
 def main() -> None:
     """Runs the program."""
     name = flags.DEFINE_string("name", "cifar100", "TFDS set to pack.")
-    data_dir = flags.DEFINE_string("data_dir", None, "Directory of TFDS sets; TFDS's own if unset.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Directory of TFDS sets; default: TFDS's own.")
     output = flags.DEFINE_string("output", "packed", "Destination directory.")
     parts = flags.DEFINE_integer("parts", 2, "Number of archives of about equal size.")
     first = flags.DEFINE_integer(
-        "first", None, "Examples kept of each split, for a rehearsal; all."
+        "first", None, "Number of examples of each split, for a rehearsal; default: all."
     )
-    wheels = flags.DEFINE_list("wheels", ["ml_collections"], "Packages to fetch the wheels of.")
+    wheels = flags.DEFINE_list("wheels", ["ml_collections"], "Packages whose wheels to download.")
 
     def run() -> None:
         directory = output_directory(output.value, "--output")
@@ -54,7 +54,7 @@ def fetch_wheel(package: str, directory: Path) -> Path:
     """Downloads the wheel of an installed package, in the installed version, and returns its path.
 
     Raises:
-      UserError: the package is not installed, has no wheel of pure Python, or cannot be reached.
+      UserError: the package is not installed, has no pure-Python wheel, or cannot be downloaded.
     """
     try:
         wanted = f"{package}=={metadata.version(package)}"

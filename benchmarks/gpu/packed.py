@@ -1,11 +1,11 @@
-"""A small image set in a few files that travel: strips of lossless WebP in zip archives.
+"""A small image set in a few files: strips of lossless WebP in zip archives.
 
     DIR/cifar100.json           names, counts, and a checksum of every part and of all pixels
     DIR/cifar100.part1.zip      strips of images one below another, and their labels
     DIR/cifar100.part2.zip      ...
 
-Reading it needs numpy and Pillow alone. Several images in a strip share their code tables, which
-makes small images a tenth smaller than one file for each.
+Reading needs only numpy and Pillow. Images of a strip share code tables, which makes small images a
+tenth smaller than one file for each.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from dfs_jax.data.dataset import RawDataset, Split
 from dfs_jax.files import write_whole
 from dfs_jax.types import UserError, check_whole
 
-IMAGES_A_STRIP = 20  # more gain little, and take longer to encode
+IMAGES_A_STRIP = 20  # longer strips save little, and take longer to encode
 SPLITS = ("train", "test")
 
 
 def pack(raw: RawDataset, name: str, directory: Path, *, parts: int = 2) -> list[Path]:
-    """Writes a set that is in memory, and returns the paths of its files.
+    """Writes a set in memory, and returns the paths of its files.
 
     Args:
-      raw: splits `train` and `test`, images uint8 `[n, height, width, 3]`.
+      raw: set with splits `train` and `test`, images uint8 `[n, height, width, 3]`.
       name: first part of the files' names.
-      directory: destination; missing directories are made.
+      directory: destination, created if missing.
       parts: number of archives of about equal size.
 
     Raises:
@@ -61,10 +61,10 @@ def pack(raw: RawDataset, name: str, directory: Path, *, parts: int = 2) -> list
 
 
 def unpack(name: str, directory: Path) -> RawDataset:
-    """Reads a packed set into memory, the examples in the order in which they were packed.
+    """Reads a packed set into memory, with the examples in their packed order.
 
     Raises:
-      UserError: a file is missing, or differs from what was packed.
+      UserError: a file is missing, or differs from the packed one.
     """
     about = _read_description(name, directory)
     height, width, channels = about["image_shape"]
@@ -107,7 +107,7 @@ def _read_description(name: str, directory: Path) -> dict[str, Any]:
 
 
 def _strips(split: str, images: np.ndarray) -> Iterator[tuple[str, bytes]]:
-    """Yields the name of each strip, its split and first image, and its encoded pixels."""
+    """Yields the name of each strip (its split and first image) and its encoded pixels."""
     for start in range(0, len(images), IMAGES_A_STRIP):
         some = images[start : start + IMAGES_A_STRIP]
         file = io.BytesIO()

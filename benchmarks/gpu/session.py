@@ -1,4 +1,4 @@
-"""What every stage is given: where it writes, what is known already, its clock, and the card."""
+"""Context of a stage: its directories, earlier records, time limit, and card."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from benchmarks.accuracy.runner import hardware, versions
 from benchmarks.gpu.clock import Clock
 from dfs_jax.program import say
 
-FULL, REHEARSAL = "full", "rehearsal"  # stands where other suites have the hash of a config
+FULL, REHEARSAL = "full", "rehearsal"  # in place of the hash of a config in other suites
 
 
 class Unit(NamedTuple):
-    """A piece of work that has a record of its own."""
+    """A piece of work with its own record."""
 
     name: str
 
@@ -34,14 +34,14 @@ class Session(NamedTuple):
     """One stage's run.
 
     Attributes:
-      stage: its name.
-      output: directory of what is to be kept: few files, each small.
-      work: directory of what stays on this machine: compiled programs, runs under way, traces.
+      stage: name of the stage.
+      output: directory of the results: few files, each small.
+      work: directory of files that stay on this machine: caches, unfinished runs, traces.
       data: directory of the packed set.
-      carried: directory of what earlier sessions brought back, or None.
-      clock: of the stage.
+      carried: directory of earlier sessions' results, or None.
+      clock: time limit of the stage.
       rehearses: whether sizes are tiny.
-      again: whether what was merged into this repository is measured again, as after a change.
+      again: whether to repeat merged measurements, as after a change.
     """
 
     stage: str
@@ -60,7 +60,7 @@ class Session(NamedTuple):
 
     @property
     def size(self) -> str:
-        """What a record of this session is of: full size or a rehearsal."""
+        """Size of this session's records: full or a rehearsal."""
         return REHEARSAL if self.rehearses else FULL
 
     def unit(self, name: str) -> Unit:
@@ -68,7 +68,7 @@ class Session(NamedTuple):
         return Unit(f"{card()}/{name}")
 
     def known(self, unit: Unit) -> Record | None:
-        """Returns the complete record of a unit, from here or from an earlier session, or None."""
+        """Returns the complete record of a unit, of this or an earlier session, or None."""
         places = [self.output / f"{self.stage}.json"]
         if not self.again:
             places.append(DIRECTORY / merged_name(self.stage))
@@ -82,9 +82,9 @@ class Session(NamedTuple):
         return None
 
     def keep(self, unit: Unit, content: dict[str, Any]) -> None:
-        """Writes what was measured at once, with the card and the versions.
+        """Writes a record at once, with the card and the versions.
 
-        Of an incomplete record here that has more rows, the more is kept until all are there.
+        An incomplete record with more rows is kept until the new one is complete.
         """
         about = {"versions": versions(), "hardware": hardware()}
         there = self._here(unit)
@@ -92,21 +92,21 @@ class Session(NamedTuple):
             self.results.record(unit, self.size, FINISHED, {**content, **about})
 
     def fail(self, unit: Unit, error: Exception) -> None:
-        """Writes that a unit failed, and why, unless some of it is there; the stage goes on."""
+        """Records the failure of a unit, unless it has a partial record; the stage continues."""
         reason = reason_of(error)
         say(f"{unit.name} failed: {reason}")
         if self._here(unit) is None:
             self.results.record(unit, self.size, FAILED, {"reason": reason, "hardware": hardware()})
 
     def _here(self, unit: Unit) -> Record | None:
-        """Returns what this output directory has of a unit, complete or not."""
+        """Returns the record of a unit in the output directory, complete or not."""
         record = self.results.read().get(unit.name, {})
         counts = record.get("status") == FINISHED and record.get("config_hash") == self.size
         return record if counts else None
 
 
 def worth(record: Mapping[str, Any]) -> tuple[bool, int]:
-    """Orders records of one unit: a complete one, then one with more rows that did not fail.
+    """Orders records of one unit: complete ones are best, then those with more valid rows.
 
     >>> worth({"rows": [{}, {"failed": "out of memory"}], "complete": False})
     (False, 1)
@@ -117,7 +117,7 @@ def worth(record: Mapping[str, Any]) -> tuple[bool, int]:
 
 @functools.cache
 def card() -> str:
-    """Returns the name of the device that everything runs on.
+    """Returns the name of the default device.
 
     >>> "/" in card()
     False
@@ -126,7 +126,7 @@ def card() -> str:
 
 
 def merged_name(stage: str) -> str:
-    """Returns what a stage's results are called in this repository.
+    """Returns the file name of a stage's results in this repository.
 
     >>> merged_name("step"), merged_name("paper")
     ('gpu_step.json', 'paper.json')
@@ -135,6 +135,6 @@ def merged_name(stage: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the kind of error and the first line of what it says, at most 300 characters."""
+    """Returns the type of an error and the first line of its message, at most 300 characters."""
     first, *_ = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first}"[:300]

@@ -1,9 +1,9 @@
-"""Stage `step`: what a training step takes, method by method, beside PyTorch and two floors.
+"""Stage `step`: time of a training step by method, compared with PyTorch and two lower bounds.
 
-A cell is a network, a batch size and a type. Its contenders are prepared in the order of their
-worth, as many as the time allows; those that are ready run in turn, round after round, in bursts of
-steps of which only the last is waited for, as in training. A cell that lacks contenders is kept,
-and measured again by the next session, which finds compiled programs in the cache.
+A cell is a network, a batch size and a type. Its contenders are prepared in order of importance, as
+many as the time allows. They run in turn, round after round, in bursts of steps that wait only for
+the last step, as in training. An incomplete cell is kept, and measured again by the next session,
+which finds compiled programs in the cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dfs_jax.types import Config, UserError
 
 BETA = 0.5
 METHODS = ("dfs", "dsn", "dfs_naive", "byot")
-# The contenders by worth: method, framework and, of PyTorch, the mode of torch.compile.
+# Contenders by importance: method, framework and, for PyTorch, the mode of torch.compile.
 BEST, SEARCHED = COMPILED
 ORDER = (
     ("dfs", OURS),
@@ -64,14 +64,14 @@ TINY: dict[str, dict[str, Any]] = {
 BATCHES, TINY_BATCHES = (500, 128), (8, 4)
 ROUNDS, BURST_S, MOST_IN_A_BURST = 9, 0.2, 50
 TRACED_STEPS = 8
-# First guesses on a card: compilation and its search for the fastest algorithms.
+# Initial guesses for a GPU: compilation, including its search for the fastest algorithms.
 _GUESS_S = {OURS: 60.0, BEST: 60.0, SEARCHED: 120.0}
 _MEASURING_S = 45.0
-_KEPT_BEFORE = (4, 7)  # contenders: DFS and DSN of both frameworks are ready, then BYOT's too
+_KEPT_BEFORE = (4, 7)  # numbers of contenders: DFS and DSN of both frameworks, then BYOT's too
 
 
 class StepCell(NamedTuple):
-    """What is measured together."""
+    """Contenders that are measured together."""
 
     network: str
     batch: int
@@ -79,7 +79,7 @@ class StepCell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the cell is called.
+        """Name of the cell.
 
         >>> StepCell("vgg7", 500, "bfloat16").name
         'vgg7/batch500/bfloat16'
@@ -91,10 +91,10 @@ class Contender(NamedTuple):
     """A prepared step.
 
     Attributes:
-      case: what it is of.
-      run: takes a number of steps and waits for the last.
+      case: case of the step.
+      run: function that takes a number of steps and waits for the last.
       compile_s, peak_mib: see `StepPrograms`.
-      floors: of ours; None of the peer's.
+      floors: lower bounds of our step; None for the peer's.
     """
 
     case: Case
@@ -105,7 +105,7 @@ class Contender(NamedTuple):
 
 
 def cells(rehearses: bool) -> list[StepCell]:
-    """Returns the cells, the most valuable first: large batches, bfloat16, the small network."""
+    """Returns the cells by importance: large batches, bfloat16, the small network first."""
     if rehearses:
         tiny = [StepCell(network, TINY_BATCHES[0], "bfloat16") for network in NETWORKS]
         return [*tiny, StepCell("vgg7", TINY_BATCHES[1], "float32")]
@@ -114,14 +114,14 @@ def cells(rehearses: bool) -> list[StepCell]:
 
 
 def run(session: Session) -> None:
-    """Measures the cells that are not known, as long as there is time."""
+    """Measures cells without a record, as long as time remains."""
     ceilings = _ceilings(session)
     expected = {kind: Expected(2.0 if session.rehearses else s) for kind, s in _GUESS_S.items()}
     for cell in cells(session.rehearses):
         unit = session.unit(cell.name)
         if session.known(unit) is not None:
             continue
-        # What is measured without a contender of each framework says little.
+        # Measurements are useful only with a contender of each framework.
         least = _reserve(session) + expected[OURS].seconds + expected[BEST].seconds
         if not session.clock.allows(least):
             say(f"{session.clock.left():.0f} s are left: too few for {cell.name}")
@@ -173,7 +173,7 @@ def _measure(
         if not session.clock.allows(_reserve(session) + expected[kind].seconds):
             complete = False
             continue
-        if number in _KEPT_BEFORE:  # what comes next may take longer than there is time
+        if number in _KEPT_BEFORE:  # the next contender may exceed the time limit
             keep(complete=False)
         say(f"preparing {case.method}, {case.framework} {case.layout}")
         flops = 2.0 * cell.batch * (counted[case.key]["macs"] or 0)
@@ -227,7 +227,7 @@ def _peer() -> TorchPeer | None:
 
 
 def _cases(cell: StepCell, rehearses: bool, peer: TorchPeer | None) -> list[Case]:
-    """Returns the contenders of a cell by worth."""
+    """Returns the contenders of a cell by importance."""
     fields = {
         "batch_size": cell.batch,
         "compute_dtype": cell.dtype,
@@ -238,7 +238,7 @@ def _cases(cell: StepCell, rehearses: bool, peer: TorchPeer | None) -> list[Case
     planned = plan_cases(config, dataset, METHODS, (BETA,), peer)
     place = {(c.method, OURS if c.framework == OURS else c.layout): c for c in planned}
     order = [key for key in ORDER if key in place]
-    if rehearses:  # on a CPU, to compile takes long: each method is tried once
+    if rehearses:  # compilation on a CPU takes long, so each method runs once
         kept = {("dfs", OURS), ("dfs", BEST)}
         if cell == cells(True)[0]:
             kept |= {(method, OURS) for method in METHODS}
@@ -264,7 +264,7 @@ def _prepare(
 
 
 def _burst(contender: Contender) -> int:
-    """Returns how many steps take about `BURST_S` seconds."""
+    """Returns the number of steps that take about `BURST_S` seconds."""
     (seconds,) = median_seconds([contender.run], 3)
     return int(min(max(BURST_S / seconds, 2), MOST_IN_A_BURST))
 
@@ -301,10 +301,10 @@ def _row(
 
 
 def _profile(session: Session, cell: StepCell, ours: Sequence[Contender]) -> dict[str, Any]:
-    """Traces some steps of our first contender and returns where their time went.
+    """Traces some steps of our first contender and returns a profile of their time.
 
-    The steps are dispatched one by one, as the timed ones are. Of large batches of bfloat16 the
-    trace itself is kept too.
+    Steps are dispatched one by one, like the timed ones. For large batches in bfloat16 the trace
+    itself is also kept.
     """
     directory = session.work / "traces" / cell.name.replace("/", "-")
     shutil.rmtree(directory, ignore_errors=True)
@@ -315,7 +315,7 @@ def _profile(session: Session, cell: StepCell, ours: Sequence[Contender]) -> dic
             contender.run(TRACED_STEPS)
         trace = find_trace(directory)
         profile = read_profile(trace)
-    except Exception as error:  # the times stand without it
+    except Exception as error:  # the times are valid without it
         say(f"no profile: {reason_of(error)}")
         return {"failed": reason_of(error)}
     _keep_trace(session, cell, trace)
@@ -329,7 +329,7 @@ def _keep_trace(session: Session, cell: StepCell, trace: Path) -> None:
 
 
 def ratios_to_peer(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns our step's time over the peer's fastest, for the methods that both have.
+    """Returns our step's time over the peer's fastest, for methods that both have.
 
     >>> rows = [{"method": "dfs", "framework": f, "step_ms": t} for f, t in
     ...         (("jax", 9.0), ("torch", 12.0), ("torch", 10.0))]
@@ -347,7 +347,7 @@ def ratios_to_peer(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def memory_mib(compiled: Any) -> float:
-    """Returns the MiB that a compiled program takes on the device."""
+    """Returns the memory of a compiled program on the device in MiB."""
     from dfs_jax.costs.compiled import memory
 
     return memory(compiled).total / 2**20

@@ -1,4 +1,4 @@
-"""Reads a profile of `jax.profiler.trace`: what a device's time went to, and when it was idle.
+"""Reads a profile of `jax.profiler.trace`: a device's time by kind of operation, and idle time.
 
 python -m benchmarks.gpu.trace FILE.trace.json.gz
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from dfs_jax import program
 from dfs_jax.types import UserError
 
-# The first pattern found in an event's names decides; kernels of libraries are known by theirs.
+# The first pattern found in an event's name decides; library kernels are recognised by name.
 KINDS = (
     ("copy between host and device", r"memcpy(h2d|d2h)|infeed|outfeed"),
     ("depthwise convolution", r"depthwise|grouped_direct"),
@@ -39,7 +39,7 @@ _OPERATIONS, _MODULES = "XLA Ops", "XLA Modules"
 
 
 class Span(NamedTuple):
-    """Something that ran: from when to when, in microseconds, and what it is called."""
+    """An event: start and end in microseconds, and name."""
 
     begin: float
     end: float
@@ -47,17 +47,17 @@ class Span(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """Where the time of a traced piece of work went.
+    """Distribution of the time of a traced program.
 
     Attributes:
-      span_ms: from the first operation's begin to the last one's end.
-      busy_ms: of it, while at least one operation ran.
-      idle: fraction of the span in which none ran.
+      span_ms: time from the start of the first operation to the end of the last.
+      busy_ms: part of the span in which at least one operation ran.
+      idle: fraction of the span in which no operation ran.
       idle_between_steps: fraction of the span between the last operation of one program and the
-        first of the next; None where the trace does not tell programs apart.
-      steps: number of programs that ran, None likewise.
+        first of the next; None if the trace does not distinguish programs.
+      steps: number of programs that ran; None likewise.
       kinds: fraction of all operations' time by kind, largest first.
-      longest: the ten operations that took most, with their fraction of it.
+      longest: the ten longest operations, with their fractions of the time.
     """
 
     span_ms: float
@@ -80,7 +80,7 @@ def read_profile(path: Path) -> Profile:
     except FileNotFoundError as error:
         raise UserError(f"there is no trace {path}: check the path") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no trace of jax.profiler: {error}") from error
+        raise UserError(f"{path} is not a trace of jax.profiler: {error}") from error
     operations, programs = _operations_and_programs(events)
     if not operations:
         raise UserError(f"no operation of a device is in {path}: trace while steps run")
@@ -122,10 +122,10 @@ def kind_of(names: str) -> str:
 
 
 def _operations_and_programs(events: Sequence[dict[str, Any]]) -> tuple[list[Span], list[Span]]:
-    """Returns what ran on the device, and the executions of whole programs.
+    """Returns the operations that ran on the device, and the executions of whole programs.
 
     A GPU's trace has a thread for each stream, a TPU's one for operations; a CPU's operations are
-    told by their arguments.
+    recognised by their arguments.
     """
     processes, threads = {}, {}
     for event in events:
@@ -173,7 +173,7 @@ def _span(event: dict[str, Any]) -> Span:
 
 
 def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Returns the intervals in which at least one ran, in order, none touching the next."""
+    """Returns the intervals in which at least one span ran, in order and disjoint."""
     joined: list[tuple[float, float]] = []
     for begin, end, _ in sorted(spans):
         if joined and begin <= joined[-1][1]:
@@ -184,10 +184,10 @@ def _union(spans: Iterable[Span]) -> list[tuple[float, float]]:
 
 
 def _between(operations: Sequence[Span], programs: Sequence[Span]) -> float:
-    """Returns the microseconds without an operation that lie between two programs.
+    """Returns the time without an operation between two programs, in microseconds.
 
-    A program is taken to end with its last operation and to begin with its first, since its own
-    span on the trace also covers what the host does.
+    A program extends from its first operation to its last, since its own span in the trace also
+    covers work of the host.
     """
     busy = _union(operations)
     total = 0.0
@@ -208,7 +208,7 @@ def _shares(items: Iterable[tuple[str, float]], most: int | None = None) -> dict
 
 
 def main(paths: Sequence[str]) -> int:
-    """Prints the profile of every trace named."""
+    """Prints the profile of every trace given."""
     try:
         if not paths:
             raise UserError("name at least one FILE.trace.json.gz")

@@ -1,8 +1,8 @@
-"""Stage `train`: the published settings on CIFAR-100, cell by cell, in the order of their worth.
+"""Stage `train`: the published settings on CIFAR-100, cell by cell in order of importance.
 
-Cells are those of the suite `paper` of `benchmarks.accuracy`, recorded as there. One that is still
-under way when the time is over is saved: in `work`, from where the same command goes on, and as
-pieces that travel (`benchmarks.gpu.transport`), from which another machine does.
+Cells are those of the suite `paper` of `benchmarks.accuracy`, recorded as there. A cell that is
+unfinished at the time limit is saved twice: in `work`, where the same command continues it, and as
+pieces (`benchmarks.gpu.transport`), from which another machine can continue.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from dfs_jax.types import Config, UserError
 DATA = "cifar100"
 SESSIONS = "sessions.json"
 TRAINED = "trained"
-# A cell that could not even be compiled is not begun.
+# Without enough time for compilation, a cell is not started.
 LEAST_S, LEAST_REHEARSED_S = 90.0, 5.0
 _REHEARSED_RESERVE_S = 30.0
 REHEARSED_EPOCHS = 2
@@ -52,22 +52,22 @@ REHEARSED = (
     ("cifar100_resnet18", "static_w32"),
     ("cifar100_msdnet", "pcgrad"),
 )
-# What a run may change and remain the same run. An epoch of 45,000 images in batches of 500 is one
+# Fields that a run may change when it continues. An epoch of 45,000 images in batches of 500 is one
 # dispatch.
 _ON_THE_CARD = {"log_every_steps": 90, "steps_per_dispatch": 90}
 
 
 def run(session: Session) -> int:
-    """Trains what is not finished, as long as there is time; returns 1 if a cell failed, else 0."""
+    """Trains unfinished cells, as long as time remains; returns 1 if a cell failed, else 0."""
     suite = create_suite(session.rehearses, flags.FLAGS.epochs)
     cells = choose(suite.cells, flags.FLAGS.cells, ())
     results = Results(session.output / "paper.json", session.work / "locks")
     datasets = PackedDatasets(session.data, rehearses=session.rehearses)
     runs = session.work / "runs"
-    datasets.of(cell_config(suite, cells[0]))  # a set that is missing is told of first
+    datasets.of(cell_config(suite, cells[0]))  # reports a missing set at the start
     carried = _continue_carried(session, suite, datasets, runs)
     left = _unfinished(session, suite, cells)
-    left.sort(key=lambda cell: cell.name != carried)  # what was begun comes first
+    left.sort(key=lambda cell: cell.name != carried)  # the unfinished run comes first
     say(f"{len(left)} of {len(cells)} cells are not finished")
     reserve = _REHEARSED_RESERVE_S if session.rehearses else SECONDS_TO_SAVE
     least = LEAST_REHEARSED_S if session.rehearses else LEAST_S
@@ -96,8 +96,8 @@ def create_suite(rehearses: bool, fraction: float) -> Suite:
     """Returns the cells of `paper` on CIFAR-100; other epochs than published are in their names.
 
     Args:
-      rehearses: tiny networks for two epochs.
-      fraction: of the published epochs.
+      rehearses: whether to use tiny networks and two epochs.
+      fraction: fraction of the published epochs.
 
     Raises:
       UserError: a fraction that is not above 0.
@@ -136,7 +136,7 @@ def _tiny(config_of: Callable[[Cell], Config]) -> Callable[[Cell], Config]:
                 "data.validation_examples": VALIDATION_REHEARSED,
             }
         )
-        if config.conflict_every_steps:  # 200 images are left
+        if config.conflict_every_steps:  # only 200 images remain
             config.conflict_every_steps = cell.epochs * 4
         return config
 
@@ -144,7 +144,7 @@ def _tiny(config_of: Callable[[Cell], Config]) -> Callable[[Cell], Config]:
 
 
 def _unfinished(session: Session, suite: Suite, cells: Sequence[Cell]) -> list[Cell]:
-    """Returns the cells that are finished neither here nor in what is known from before."""
+    """Returns the cells that are finished neither here nor in earlier results."""
     known = [session.output / "paper.json", DIRECTORY / "paper.json"]
     if session.carried is not None:
         known.append(session.carried / "paper.json")
@@ -158,7 +158,7 @@ def _unfinished(session: Session, suite: Suite, cells: Sequence[Cell]) -> list[C
 
 
 def _disposer(session: Session, results: Results) -> Callable[[Cell, Path], None]:
-    """Returns what is done with a finished run: its cards are noted, DFS networks are kept."""
+    """Returns a function for finished runs, which records their cards and keeps DFS networks."""
 
     def dispose(cell: Cell, run: Path) -> None:
         sessions = [*read_sessions(run), {"card": card()}]
@@ -176,7 +176,7 @@ def _disposer(session: Session, results: Results) -> Callable[[Cell, Path], None
 
 
 def read_sessions(run: Path) -> list[Record]:
-    """Returns what earlier sessions did on a run: card, step, whether its state was rounded."""
+    """Returns the earlier sessions of a run: card, step, and whether its state was rounded."""
     path = run / SESSIONS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
@@ -184,7 +184,7 @@ def read_sessions(run: Path) -> list[Record]:
 def _save_unfinished(
     session: Session, suite: Suite, cells: Sequence[Cell], datasets: PackedDatasets, runs: Path
 ) -> None:
-    """Writes the run that is under way as pieces that travel."""
+    """Writes the unfinished run as pieces."""
     for cell in cells:
         config = cell_config(suite, cell)
         known_as = config_hash(config)
@@ -228,7 +228,7 @@ def _restore(config: Config, run: Path, dataset: Dataset) -> tuple[Any, int, int
 def _continue_carried(
     session: Session, suite: Suite, datasets: PackedDatasets, runs: Path
 ) -> str | None:
-    """Unpacks the run that was brought along and returns its cell's name; None without one."""
+    """Unpacks the run from another machine and returns its cell's name; None without one."""
     found = None if session.carried is None else read_run(session.carried)
     if found is None:
         return None
@@ -252,5 +252,5 @@ def _continue_carried(
     checkpoints = Checkpoints(run)
     checkpoints.save(state, manifest["step"], score=None)
     checkpoints.close()
-    say(f"{cell.name} goes on after step {manifest['step']}")
+    say(f"{cell.name} continues after step {manifest['step']}")
     return cell.name

@@ -1,12 +1,12 @@
-"""An unfinished run in pieces that travel, and back again.
+"""Writes an unfinished run as pieces of limited size, and reads it again.
 
-    OUTPUT/run.json      the cell, its step, the run's small files, what the pieces hold
-    OUTPUT/run.1, ...    the state's numbers, byte by byte
+    OUTPUT/run.json      the cell, its step, the run's small files, the content of the pieces
+    OUTPUT/run.1, ...    the numbers of the state, byte by byte
 
-Of each float32 the bytes are stored apart: sign and exponent compress well, the rest hardly. Where
-the exact state is larger than what may travel, the last byte of every parameter and the last two
-of the optimizer's state are rounded away; such a run goes on from nearly, not exactly, where it
-was, and its record says so.
+The bytes of float32 numbers are stored separately: sign and exponent compress well, the others
+hardly. If the exact state exceeds the size limit, the last byte of every parameter and the last two
+of the optimizer's state are rounded away; such a run continues from an approximate state, which its
+record says.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def save_run(
     piece_mib: float,
     pieces_mib: float,
 ) -> dict[str, Any]:
-    """Writes the pieces of a run's state, the manifest last, and returns what it says.
+    """Writes the pieces of a run's state, then the manifest, which is returned.
 
     Args:
-      run: the run's directory, of which the small files travel too.
-      state: after the last step that was saved.
-      about: what the manifest says besides, such as the cell and the step.
+      run: directory of the run, whose small files are included.
+      state: state after the last saved step.
+      about: further content of the manifest, such as the cell and the step.
       output: destination.
-      piece_mib: size of a piece, at most.
-      pieces_mib: size of all pieces, at most.
+      piece_mib: largest size of a piece.
+      pieces_mib: largest size of all pieces.
 
     Raises:
       UserError: even the rounded state is larger.
@@ -80,7 +80,7 @@ def save_run(
 
 
 def read_run(directory: Path) -> tuple[dict[str, Any], bytes] | None:
-    """Returns the manifest and the pieces' content; None where no run was brought along.
+    """Returns the manifest and the pieces' content; None if there is no run.
 
     Raises:
       UserError: a piece is missing or damaged.
@@ -100,11 +100,11 @@ def read_run(directory: Path) -> tuple[dict[str, Any], bytes] | None:
 
 
 def restore_state(manifest: dict[str, Any], content: bytes, target: PyTree) -> PyTree:
-    """Returns the state that was saved, on the devices.
+    """Returns the saved state, on the devices.
 
     Args:
-      manifest, content: of `read_run`.
-      target: a pytree of `jax.ShapeDtypeStruct` with shardings, shaped as the state.
+      manifest, content: results of `read_run`.
+      target: pytree of `jax.ShapeDtypeStruct` with shardings, with the state's structure.
 
     Raises:
       UserError: the state is of another model or optimizer.
@@ -126,7 +126,7 @@ def restore_state(manifest: dict[str, Any], content: bytes, target: PyTree) -> P
 
 
 def remove_run(directory: Path) -> None:
-    """Removes the manifest, then the pieces, of a run that lies in a directory."""
+    """Removes the manifest, then the pieces, of a run from a directory."""
     (directory / MANIFEST).unlink(missing_ok=True)
     for path in directory.glob("run.[0-9]*"):
         path.unlink()
@@ -148,7 +148,7 @@ def _encode(state: PyTree, *, rounded: bool) -> tuple[list[dict[str, Any]], byte
 
 
 def _planes(array: np.ndarray, kept: int) -> Iterator[bytes]:
-    """Yields an array's bytes, compressed; of float32 its leading bytes, one plane after another.
+    """Yields an array's bytes, compressed; for float32, its leading bytes, one plane after another.
 
     >>> [zlib.decompress(plane).hex() for plane in _planes(np.float32([1.0, -2.0]), 2)]
     ['3fc0', '8000']

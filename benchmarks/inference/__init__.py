@@ -1,1 +1,1 @@
-"""Times early exit against the full network."""
+"""Times early exits against the full network."""

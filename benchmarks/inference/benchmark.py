@@ -1,26 +1,25 @@
-"""Measures what stopping early gains, for real.
+"""Measures the speed-up of early exits on this machine.
 
     python -m benchmarks.inference --workdir=DIR --output=FILE.json
 
-A row for each batch size and policy, in a list (`KEYS`):
+Rows for each batch size and policy, in a list (`KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
-    policy                 "full", "exit K", "nobody leaves", "2.5x" (so many times fewer
+    policy                 "full", "exit K", "no early exit", "2.5x" (that many times fewer
                            operations), "policy.json"
     accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
-    ideal_speedup          were all free but the stages, each at its measured time in a full batch,
+    ideal_speedup          if only the stages took time, each its measured time in a full batch,
                            against that of the whole network as one program
-    ideal_speedup_by_macs  were time proportional to operations
-    speedup                what was measured: of the stream, or of single calls where batch is 1;
-                           "full" runs before and after each other, see `benchmarks.inference.speed`
-    p50_ms, p99_ms         from a call with one batch to when an example's answer is known
+    ideal_speedup_by_macs  if time were proportional to operations
+    speedup                measured, of the stream, or of single calls if batch is 1; "full" runs
+                           before and after each other policy, see `benchmarks.inference.speed`
+    p50_ms, p99_ms         from a call with one batch until an example's answer is known
 
-The table that is printed also says how many images were answered in a second, how many decisions
-lay within 1e-6 of a threshold, where rounding decides, and where the whole network ran instead,
-being faster.
+The printed table also has the number of images per second, the number of decisions within 1e-6 of a
+threshold, where rounding decides, and whether the whole network ran instead because it is faster.
 
-Speeds are against "full": the whole network as one compiled program, with its last head alone.
-"exit K" is such a program up to exit K, for all examples.
+Speed-ups are relative to "full": the whole network as one compiled program, with only its last
+head. "exit K" is such a program up to exit K, for all examples.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ from dfs_jax.tables import aligned
 from dfs_jax.types import UserError
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-# One at a time: fewer examples and more rounds, so that contenders take turns more often than the
-# machine changes its pace.
+# One at a time: fewer examples and more rounds, so that contenders alternate faster than the speed
+# of the machine drifts.
 _ALONE, _TURNS_ALONE = 128, 5
 KEYS = (
     "batch",
@@ -66,14 +65,14 @@ Row = dict[str, Any]
 
 
 class Candidate(NamedTuple):
-    """What is measured: a policy, or the network up to one exit.
+    """A policy to measure, or the network up to one exit.
 
     Attributes:
-      name: of the row.
-      policy: when to stop; for the network up to exit K, that all leave there.
-      exit_index: of that exit, 0-based; None for a policy.
-      result: on the whole test split.
-      taken: the exits (0-based) of the examples that may be timed, `[n]`.
+      name: name of the row.
+      policy: early-exit policy; for the network up to exit K, all examples exit there.
+      exit_index: that exit, 0-based; None for a policy.
+      result: results on the whole test split.
+      taken: exits (0-based) of the examples that may be timed, `[n]`.
     """
 
     name: str
@@ -83,26 +82,26 @@ class Candidate(NamedTuple):
     taken: np.ndarray
 
     def shares(self, n: int) -> tuple[float, ...]:
-        """Returns which share of the first n examples each exit answers."""
+        """Returns the fraction of the first n examples that each exit answers."""
         counts = np.bincount(self.taken[:n], minlength=self.policy.num_exits)
         return tuple((counts / n).tolist())
 
 
 def main() -> None:
     """Runs the program."""
-    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    data_dir = flags.DEFINE_string("data_dir", None, "Directory of the data, if it has moved.")
     checkpoint = flags.DEFINE_string(
-        "checkpoint", None, "best, latest or a step; the one that the policy was fitted on."
+        "checkpoint", None, "best, latest or a step number; default: the policy's checkpoint."
     )
     own = flags.DEFINE_string(
-        "policy", None, "The policy's file, or none; policy.json in the workdir."
+        "policy", None, "Policy file, or none; default: policy.json in workdir."
     )
-    output = flags.DEFINE_string("output", None, "The JSON file; benchmark.json in the workdir.")
+    output = flags.DEFINE_string("output", None, "JSON file; default: benchmark.json in workdir.")
     batches = flags.DEFINE_multi_integer("batch", [1, 32, 256], "Batch sizes; may be repeated.")
-    examples = flags.DEFINE_integer("examples", 5120, "Of the test split, that are timed.")
-    rounds = flags.DEFINE_integer("rounds", 5, "Over which medians are taken.")
-    measure = flags.DEFINE_string("measure", "max_softmax", "The confidence of the policies.")
+    examples = flags.DEFINE_integer("examples", 5120, "Number of test examples to time.")
+    rounds = flags.DEFINE_integer("rounds", 5, "Number of rounds that medians are taken over.")
+    measure = flags.DEFINE_string("measure", "max_softmax", "Confidence measure of the policies.")
 
     def run() -> None:
         program.use_compilation_cache()
@@ -130,16 +129,15 @@ def main() -> None:
 def find_candidates(
     staged: StagedRun, own: Policy | None, measure: str, timed: int
 ) -> list[Candidate]:
-    """Returns the whole network, every exit, policies of ever fewer operations, and the run's own.
+    """Returns the whole network, every exit, policies of fewer operations, and the run's policy.
 
-    Policies are fitted on validation data, where those are at hand; what they give is told of the
-    test split.
+    Policies are fitted on validation data, if they are available; results are on the test split.
 
     Args:
-      staged: the run.
-      own: the run's policy, if it has one.
-      measure: the confidence of the others.
-      timed: how many test examples, the first ones, may be timed.
+      staged: checkpoint of the run.
+      own: policy of the run, if it has one.
+      measure: confidence measure of the other policies.
+      timed: number of test examples, from the first, that may be timed.
     """
     macs = _macs(staged)
     last = len(macs) - 1
@@ -154,7 +152,7 @@ def find_candidates(
 
     found = [candidate("full", last_exit_only(last + 1), last)]
     found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
-    found.append(candidate("nobody leaves", last_exit_only(last + 1)))
+    found.append(candidate("no early exit", last_exit_only(last + 1)))
     try:
         validation = staged.logits(staged.experiment.score_split)
     except UserError as error:
@@ -175,7 +173,7 @@ def benchmark(
     batch: int,
     rounds: int,
 ) -> list[Row]:
-    """Returns the rows of one batch size; the first candidate is what speeds are against.
+    """Returns the rows of one batch size, with speed-ups relative to the first candidate.
 
     Raises:
       UserError: fewer images than a batch.
@@ -205,13 +203,13 @@ def benchmark(
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """Returns the rows as JSON, with `KEYS` alone."""
+    """Returns the rows as JSON, with only the fields of `KEYS`."""
     kept = [{key: row[key] for key in KEYS} for row in rows]
     return json.dumps(kept, indent=2, allow_nan=False) + "\n"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the rows for a terminal, without a newline at the end."""
+    """Returns the rows as a table for a terminal, without a final newline."""
     titles = ("policy", "accuracy", "M MACs", "by MACs", "ideal", "real", "images/s", "p50 ms")
     lines = [
         (

@@ -1,6 +1,6 @@
-"""The picture of `benchmarks.inference.benchmark`: what stopping early gains, when answers come.
+"""Plot of `benchmarks.inference.benchmark`: speed-ups and latencies of early exits.
 
-Imported where it is drawn, since `figures` imports matplotlib.
+Import this module only where plots are drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756")
 
 @in_standard_style
 def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draws speed-ups, measured and ideal, and latencies against the operations saved.
+    """Plots speed-ups, measured and ideal, and latencies against the operations saved.
 
     Args:
-      rows: of `benchmarks.inference.benchmark.benchmark`, of any number of batch sizes.
-      path: of the PNG.
+      rows: rows of `benchmarks.inference.benchmark.benchmark`, for any batch sizes.
+      path: path of the PNG.
 
     Returns:
       The path.
@@ -42,7 +42,7 @@ def plot_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
             (row for row in some if not _is_fixed(row)),
             key=lambda row: row["ideal_speedup_by_macs"],
         )
-        # An exit that saves more than any policy would squeeze them all into a corner.
+        # An exit that saves more than any policy would squeeze them into a corner.
         fixed = [r for r in some if _is_fixed(r) and r["ideal_speedup_by_macs"] <= 1.05 * most]
         _draw_speeds(speeds, early, fixed, batch, color)
         _draw_latencies(latencies, early, batch, color)

@@ -1,1 +1,1 @@
-"""Times training steps: methods, batch sizes and frameworks side by side."""
+"""Times training steps of methods, batch sizes and frameworks."""

@@ -1,6 +1,6 @@
-"""The picture of `training_cost`: where a step's time goes, and images/s against beta.
+"""Plot of `training_cost`: time of a step by part, and images per second against beta.
 
-Imported where it is drawn, since `figures` imports matplotlib.
+Import this module only where plots are drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dfs_jax.reports.figures import Axes, in_standard_style, new_figure, save_fi
 
 _WIDTH_INCHES, _DOTS_PER_INCH = 14, 100
 _BAR_INCHES, _LEAST_INCHES, _FRAME_INCHES = 0.3, 2.7, 1.2
-_GAP = 0.5  # bars, between frameworks
+_GAP = 0.5  # between frameworks, in bars
 _PARTS = (("forward", "#4c78a8"), ("backward", "#f58518"), ("other", "#9aa5b1"))
 _COLORS = ("#4c78a8", "#b279a2", "#54a24b", "#e45756")
 _NAMES = {
@@ -28,13 +28,13 @@ _NAMES = {
 
 @in_standard_style
 def plot_training_cost(rows: Sequence[CostRow], path: Path) -> Path:
-    """Draws two panels for each batch size: step time by method, and images/s against beta.
+    """Plots two panels for each batch size: step time by method, and images/s against beta.
 
-    As in figures 4 and 5 (right) of Gong et al., ECCV 2024.
+    These correspond to figures 4 and 5 (right) of Gong et al., ECCV 2024.
 
     Args:
-      rows: of `benchmarks.training_step.training_cost.measure_training_cost`.
-      path: of the PNG.
+      rows: rows of `benchmarks.training_step.training_cost.measure_training_cost`.
+      path: path of the PNG.
 
     Returns:
       The path.
@@ -58,7 +58,7 @@ def plot_training_cost(rows: Sequence[CostRow], path: Path) -> Path:
 
 
 def _draw_times(axes: Axes, rows: Sequence[CostRow]) -> None:
-    """Draws a stacked bar for each row, the first row on top, frameworks apart."""
+    """Draws a stacked bar for each row, from the top, with a gap between frameworks."""
     places = _places(rows)
     starts = [0.0] * len(rows)
     for part, color in _PARTS:
@@ -84,20 +84,20 @@ def _draw_times(axes: Axes, rows: Sequence[CostRow]) -> None:
 
 
 def _places(rows: Sequence[CostRow]) -> list[float]:
-    """Returns where each bar goes: one below the other, a gap before another framework's."""
+    """Returns the position of each bar, from the top, with a gap between frameworks."""
     groups = list(dict.fromkeys(map(_runner, rows)))
     return [i + _GAP * groups.index(_runner(row)) for i, row in enumerate(rows)]
 
 
 def _end_of(part: str, row: CostRow) -> float:
-    """Returns where a part's bar ends; noise can make a part longer than all of the step."""
+    """Returns the end of a part's bar; noise can make a part longer than the whole step."""
     forward, step = min(row["forward_ms"], row["step_ms"]), row["step_ms"]
     both = min(max(forward, row["forward_ms"] + row["backward_ms"]), step)
     return {"forward": forward, "backward": both, "other": step}[part]
 
 
 def _draw_speeds(axes: Axes, rows: Sequence[CostRow]) -> None:
-    """Draws images/s of DFS against beta, with DSN's and BYOT's as levels."""
+    """Draws images/s of DFS against beta, with those of DSN and BYOT as horizontal lines."""
     for runner, color in zip(dict.fromkeys(map(_runner, rows)), _COLORS, strict=False):
         speeds = {method: [] for method in ("dfs", "dsn", "byot")}
         for row in rows:
@@ -124,7 +124,7 @@ def _label(row: CostRow) -> str:
 
 
 def _runner(row: CostRow) -> str:
-    """Returns what ran a row, in words."""
+    """Returns the framework of a row, with its layout, as text."""
     if row["framework"] == "jax":
         return "ours"
     return f"{row['framework']} {row['layout'].replace('_', ' ')}"

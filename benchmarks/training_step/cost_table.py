@@ -1,4 +1,4 @@
-"""The rows of `training_cost` as a table, with the ratios that they are measured for."""
+"""Table of the rows of `training_cost`, with ratios of times."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def cost_table(rows: Sequence[CostRow]) -> str:
     """Returns the rows of one batch size as an aligned table with its legend.
 
     Args:
-      rows: of `benchmarks.training_step.training_cost.measure_training_cost`.
+      rows: rows of `benchmarks.training_step.training_cost.measure_training_cost`.
     """
     table = aligned([_TITLES, *(_cells(row, rows) for row in rows)])
     return "\n".join([table, *_LEGEND, *_published_loops(rows)])
 
 
 def _published_loops(rows: Sequence[CostRow]) -> list[str]:
-    """Returns, of each method that looks ahead, its cost beside that of its published program."""
+    """Returns the costs of methods that look ahead, next to those of their published programs."""
     lines = []
     for row in rows:
         if row.get("published_loop") is not None:
@@ -38,7 +38,7 @@ def _published_loops(rows: Sequence[CostRow]) -> list[str]:
 
 
 def against_dsn(row: CostRow, rows: Sequence[CostRow]) -> float | None:
-    """Returns a row's images/s over those of DSN in the same framework and layout."""
+    """Returns a row's images/s divided by those of DSN in the same framework and layout."""
     for other in rows:
         if other["method"] == "dsn" and _place(other) == _place(row):
             return row["images_per_second"] / other["images_per_second"]
@@ -46,9 +46,9 @@ def against_dsn(row: CostRow, rows: Sequence[CostRow]) -> float | None:
 
 
 def against_peer(row: CostRow, rows: Sequence[CostRow]) -> float | None:
-    """Returns one of our rows' step time over a peer's for the same method, in its better layout.
+    """Returns our step time over the peer's for the same method, in its faster layout.
 
-    Every way to run DFS is compared with the peer's one.
+    All variants of DFS are compared with the peer's one.
     """
     steps = [other["step_ms"] for other in rows if _is_its_peer(other, row)]
     return row["step_ms"] / min(steps) if steps else None
@@ -91,13 +91,13 @@ def _text(value: float | None, form: str) -> str:
 
 
 _LEGEND = (
-    "Milliseconds a batch: forward: the losses in training mode; backward: what their gradient "
-    "adds; other: what",
-    "the rest of the step adds; data: making the next batch, beside the step and not in images/s.",
-    "/ dsn: images/s over DSN's in the same framework and layout. step / peer: step time over the "
-    "peer's for the",
-    "same method, in its better layout. compile: of the step, nothing cached. MiB: the compiled "
-    "step's arguments,",
-    "outputs and temporaries, as the compiler plans them. MACs of one image's step: as it runs, "
-    "and in theory.",
+    "Milliseconds per batch: forward: losses in training mode; backward: additional time of their "
+    "gradient; other:",
+    "rest of the step; data: time to make the next batch, not included in step and images/s.",
+    "/ dsn: images/s relative to DSN in the same framework and layout. step / peer: step time "
+    "relative to the",
+    "peer's for the same method, in its faster layout. compile: of the step, without cache. MiB: "
+    "arguments,",
+    "outputs and temporaries of the compiled step, as planned by the compiler. MACs per image: of "
+    "the step as it runs, and in theory.",
 )

@@ -1,4 +1,4 @@
-"""Measures the training steps of several methods, batch sizes and frameworks side by side."""
+"""Measures the training steps of several methods, batch sizes and frameworks."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ OURS, OUR_LAYOUT = "jax", "channels_last"
 DEFAULT_RATIOS = (0.3, 0.5, 0.7)
 DEFAULT_REPEATS = 9
 _MADE_UP_BATCHES = 4
-# Options of augmentations that a peer does without.
+# Options of augmentations, which a peer does not have.
 _AUGMENTATION_OPTIONS = ("crop_", "autoaugment_", "cutout_")
 
 
 class Variant(NamedTuple):
-    """Another way to run a method, for comparison.
+    """A variant of a method, for comparison.
 
     Attributes:
       method: name of the method.
-      model: options of the model, besides those of the config.
-      exits: way through the exits of rules that read the gradients of single exits.
-      plain_jit: compiled without this package's compiler options.
+      model: options of the model that differ from the config.
+      exits: way through the exits, for rules that read the gradients of single exits.
+      plain_jit: whether it is compiled without this package's compiler options.
     """
 
     method: str
@@ -56,11 +56,11 @@ class Variant(NamedTuple):
 
 _NAIVE = {"partitioned_backward": False}
 VARIANTS = {
-    # The fork as one writes it: the whole input gradient is computed, then cut.
+    # The usual way to write the fork: the whole input gradient is computed, then cut.
     "dfs_naive": Variant("dfs", _NAIVE),
-    # Flax's own layers alone under jax.jit.
+    # Flax's own layers under plain jax.jit.
     "dfs_flax": Variant("dfs", {**_NAIVE, "cpu_kernels": False}, plain_jit=True),
-    # Ways through the exits that a CPU does not take by itself.
+    # Ways through the exits that are not the default on a CPU.
     "pcgrad_vmap": Variant("pcgrad", exits="vmap"),
     "pcgrad_scan": Variant("pcgrad", exits="scan"),
 }
@@ -71,15 +71,15 @@ class Peer(Protocol):
     """Another framework that runs the same training steps.
 
     Attributes:
-      name: of the framework.
-      layouts: how images may lie in memory; each makes rows of its own.
+      name: name of the framework.
+      layouts: memory layouts of images; each has its own rows.
     """
 
     name: str
     layouts: Sequence[str]
 
     def compile_step(self, experiment: Experiment, layout: str) -> StepPrograms:
-        """Returns the parts of the experiment's step; raises UserError for what it cannot run."""
+        """Returns the parts of the experiment's step; raises UserError if it cannot run them."""
         ...
 
 
@@ -94,7 +94,7 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> tuple[str, float | None, str]:
-        """What its operations depend on."""
+        """Key of the operations, which cases with equal keys share."""
         return self.method, self.partition_ratio, self.framework
 
 
@@ -109,28 +109,28 @@ def measure_training_cost(
 ) -> list[CostRow]:
     """Compiles and times every method at every batch size, and prints a table for each size.
 
-    All rows of one batch size are timed in turn; images are noise of the shape of the config's set.
+    All rows of one batch size are timed in turn, on noise with the shape of the config's data set.
 
     Args:
-      config: of a run; DFS refers to foreign features as its fork says.
-      batch_sizes: images a step; None for the config's own.
+      config: configuration of a run; `fork.referencing` applies to DFS.
+      batch_sizes: numbers of images in a step; None for the config's batch size.
       methods: methods by the words that configs take ("dfs+pcgrad"), or names in `VARIANTS`; None
-        for `DEFAULT_METHODS`, as far as the model has their options.
-      partition_ratios: betas of DFS; variants of it are timed at the middle one.
-      peer: of `PEERS`, or one's own "package.module:attribute"; nothing is then augmented.
-      repeats: rounds that medians are taken of.
+        for those of `DEFAULT_METHODS` whose options the model has.
+      partition_ratios: betas of DFS; its variants are timed at the middle one.
+      peer: name in `PEERS`, or "package.module:attribute"; turns augmentation off.
+      repeats: number of rounds that medians are taken over.
 
     Returns:
-      One dict a row: `model`, `method`, `partition_ratio`, `batch`, `framework`, `layout`;
+      One dict per row: `model`, `method`, `partition_ratio`, `batch`, `framework`, `layout`;
       `forward_ms`, `backward_ms`, `other_ms`, `step_ms`, `data_ms` (see `StepTimes`);
       `images_per_second`, of the step alone; `compile_s`, `peak_mib` (see `StepPrograms`); `macs`
-      and `macs_theory`, multiply-adds for one image of the step as it runs, and of one without the
-      gradients of inputs that train nothing, None where single exits' gradients are computed;
-      `fork`, `loss`, names in the config; `published_loop`, how a published program that looks
-      ahead goes through its data, or None.
+      and `macs_theory`, multiply-adds for one image of the step as it runs, and of a step without
+      unnecessary input gradients, None if gradients of single exits are computed; `fork`, `loss`,
+      names in the config; `published_loop`, passes over the data of a published program that looks
+      ahead, or None.
 
     Raises:
-      UserError: an unknown name or a value out of range, told before anything is compiled.
+      UserError: an unknown name or a value out of range, before anything is compiled.
     """
     check_whole("repeats", repeats)
     if not partition_ratios:
@@ -146,7 +146,7 @@ def measure_training_cost(
         plan_cases(changed(config, {"batch_size": size}), dataset, methods, partition_ratios, rival)
         for size in batch_sizes
     ]
-    operations = count_operations(planned[0])  # of one image, whatever the batch
+    operations = count_operations(planned[0])  # of one image, independent of the batch size
     rows: list[CostRow] = []
     for cases in planned:
         measured = [
@@ -168,12 +168,12 @@ def plan_cases(
     """Builds the experiments of one batch size: our rows, then the peer's.
 
     Args:
-      config: of a run, its batch size the one that is measured.
-      dataset: of `noise_like`.
-      names: methods or names in `VARIANTS`; None for `DEFAULT_METHODS`, as far as the model has
-        their options.
+      config: configuration of a run with this batch size.
+      dataset: data set of `noise_like`.
+      names: methods or names in `VARIANTS`; None for those of `DEFAULT_METHODS` whose options the
+        model has.
       ratios: betas of DFS.
-      rival: of `create_peer`, or None.
+      rival: peer of `create_peer`, or None.
     """
     ours = []
     for name in names or DEFAULT_METHODS:
@@ -211,7 +211,7 @@ def _ratios_of(name: str, ratios: Sequence[float]) -> Sequence[float | None]:
 
 
 def _config_of(config: Config, name: str, ratio: float | None) -> Config:
-    """Returns the config of a method; options of a component stay where it is the same one."""
+    """Returns the config of a method; options of a component are kept if it stays the same."""
     variant, parts = _variant(name), _parts_of(name)
     parts = parts._replace(loss=parts.loss or "deep_supervision")
     fields: dict[str, Any] = {f"model.{key}": value for key, value in variant.model.items()}
@@ -224,7 +224,7 @@ def _config_of(config: Config, name: str, ratio: float | None) -> Config:
 
 
 def without_augmentation(config: Config) -> Config:
-    """Returns the config without what a peer does not do to images."""
+    """Returns the config without augmentation, which a peer does not have."""
     options = {f"data.{key}": None for key in config.data if key.startswith(_AUGMENTATION_OPTIONS)}
     return changed(config, {"data.augmentation": "none", **options})
 
@@ -238,7 +238,7 @@ def changed(config: Config, fields: dict[str, Any]) -> Config:
 
 
 def noise_like(config: Config, batch_size: int) -> Dataset:
-    """Returns a few batches of noise in the shape of the config's set."""
+    """Returns a few batches of noise with the shape of the config's data set."""
     num_classes, image_shape = image_set_shape(config.data)
     draw, count = np.random.default_rng(config.seed), _MADE_UP_BATCHES * batch_size
     images = draw.integers(0, 256, (count, *image_shape), np.uint8)
@@ -249,7 +249,7 @@ def noise_like(config: Config, batch_size: int) -> Dataset:
 
 
 def create_peer(name: str) -> Peer:
-    """Returns a peer of `PEERS`; raises UserError where it is not installed."""
+    """Returns a peer of `PEERS`; raises UserError if it is not installed."""
     try:
         return PEERS.create(name)
     except ModuleNotFoundError as error:
@@ -259,7 +259,7 @@ def create_peer(name: str) -> Peer:
 
 
 def count_operations(cases: Sequence[Case]) -> dict[tuple, dict[str, int | None]]:
-    """Returns the operations of every kind of case, by its key."""
+    """Returns the operations of every kind of case, by key."""
     counted = {}
     for case in cases:
         if case.key not in counted:
@@ -272,14 +272,14 @@ def _operations(case: Case) -> dict[str, int | None]:
         return {"macs": None, "macs_theory": None}
     model, dataset = case.experiment.model, case.experiment.dataset
     if case.framework != OURS:
-        model = model.clone(partitioned_backward=False)  # others differentiate the naive graph
+        model = model.clone(partitioned_backward=False)  # peers differentiate the naive graph
     parts = model, case.experiment.fork, case.experiment.loss, dataset.image_shape
     traced, theory = traced_step_cost(*parts), theoretical_step_cost(*parts)
     return {"macs": traced.total, "macs_theory": theory.total}
 
 
 def _measure(cases: Sequence[Case], rival: Peer | None, repeats: int) -> list[CostRow]:
-    """Measures one batch size. A peer's programs, which it may refuse to make, are made first."""
+    """Measures one batch size. The peer's programs are built first, since it may refuse them."""
     made: dict[int, StepPrograms] = {}
     for i, case in sorted(enumerate(cases), key=lambda item: item[1].framework == OURS):
         beta = "" if case.partition_ratio is None else f" {case.partition_ratio:g}"
@@ -315,7 +315,7 @@ def _row(case: Case, programs: StepPrograms, times: StepTimes) -> CostRow:
 def _headline(experiment: Experiment, rival: Peer | None, repeats: int) -> str:
     config, (height, width, _) = experiment.config, experiment.dataset.image_shape
     augmentation = config.data.augmentation or "none"
-    beside = "" if rival is None else f" (always so beside {rival.name})"
+    beside = "" if rival is None else f" (always with {rival.name})"
     return (
         f"{config.model.name} on {height}x{width} noise, batch {config.batch_size}, "
         f"{available_cores()} cores, medians of {repeats} rounds.\n"

@@ -1,7 +1,7 @@
-"""Times the parts of training steps side by side: every program in turn, round after round.
+"""Times the parts of training steps: every program in turn, round after round.
 
-What disturbs a machine then disturbs all programs alike, so that their ratios hold where their
-times do not. Any framework can stand in a row: what is timed are plain functions.
+Disturbances of the machine then affect all programs equally, so that ratios are more reliable than
+times. The programs are plain functions, of any framework.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _MIB = 2**20
 class StepPrograms(NamedTuple):
     """The parts of one training step as functions that return when the work is done.
 
-    `step` does all that `forward_backward` does and that all that `forward` does, each from a batch
-    of uint8 images that is on the device already. What they return is for whoever wants to look.
+    `step` includes the work of `forward_backward`, and that includes the work of `forward`; each
+    starts from a batch of uint8 images on the device. Results are returned for inspection only.
 
     Attributes:
       forward: normalises the images and computes the summed losses in training mode.
-      forward_backward: and their gradient, the exits' own ones combined where a method does so;
-        of a method that looks ahead, its trials and the optimizer's updates too.
-      step: and the optimizer's update and the sums of accuracies: the whole step. Takes a number of
-        steps (1 by default), and waits for the last one alone.
-      data: makes the next batch and puts it on the device.
-      compile_s: seconds to trace and compile the step, nothing of it kept from earlier; None for
-        frameworks that compile nothing.
-      peak_mib: memory of the compiled step: arguments, outputs and temporaries, donated buffers
-        counted once; None where the framework does not say.
+      forward_backward: also computes gradients, combined if the method combines those of exits; for
+        a method that looks ahead, it includes trial steps and the optimizer's updates.
+      step: also runs the optimizer's update and sums accuracies: the whole step. Takes a number of
+        steps (1 by default), and waits only for the last one.
+      data: makes the next batch and copies it to the device.
+      compile_s: seconds to trace and compile the step without any cache; None for frameworks that
+        do not compile.
+      peak_mib: memory of the compiled step: arguments, outputs and temporaries, with donated
+        buffers counted once; None if the framework does not report it.
     """
 
     forward: Program
@@ -63,14 +63,14 @@ class StepPrograms(NamedTuple):
 
 
 class StepTimes(NamedTuple):
-    """Milliseconds of the parts of one step.
+    """Times of the parts of one step in milliseconds.
 
     Attributes:
-      forward_ms: the losses.
-      backward_ms: what their gradient adds.
-      other_ms: what the rest of the step adds: optimizer, accuracies.
-      step_ms: the whole step.
-      data_ms: making a batch, beside the step.
+      forward_ms: time of the losses.
+      backward_ms: additional time of their gradient.
+      other_ms: additional time of the rest of the step: optimizer, accuracies.
+      step_ms: time of the whole step.
+      data_ms: time to make a batch, which is not part of the step.
     """
 
     forward_ms: float
@@ -84,8 +84,8 @@ def time_steps(rows: Sequence[StepPrograms], repeats: int) -> list[StepTimes]:
     """Times all parts of all rows in turn and returns the medians, as differences of parts.
 
     Args:
-      rows: the programs to compare.
-      repeats: rounds, in each of which every program runs once.
+      rows: programs to compare.
+      repeats: number of rounds, in each of which every program runs once.
 
     Example:
       >>> def wait():
@@ -104,7 +104,7 @@ def time_steps(rows: Sequence[StepPrograms], repeats: int) -> list[StepTimes]:
 
 
 def available_cores() -> int:
-    """Returns how many cores this process may use, which is what XLA takes."""
+    """Returns the number of cores that this process may use, which XLA also uses."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # systems without affinities
@@ -114,15 +114,15 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
     """Compiles the parts of an experiment's own training step and returns them, ready to run.
 
     Args:
-      experiment: whose step it is.
-      plain_jit: compile as `jax.jit` does by itself, without this package's options.
+      experiment: experiment of the step.
+      plain_jit: whether to compile like plain `jax.jit`, without this package's options.
     """
     batches = train_batches(experiment.dataset.train, experiment.sampler)
     images, labels = put_batch(next(batches), experiment.mesh)
     state = initial_state(experiment)
     step: Any = training_step(experiment)
     if plain_jit:
-        step = jax.jit(step.__wrapped__, donate_argnums=0)  # ours rewrites programs inside
+        step = jax.jit(step.__wrapped__, donate_argnums=0)  # `__wrapped__` avoids our rewriting
     how = {"mesh": experiment.mesh, "runs": experiment.model}
     jit = jax.jit if plain_jit else functools.partial(jit_for_mesh, **how)
     step, seconds = _compile_cold(step, state, images, labels)
@@ -132,7 +132,7 @@ def compile_step(experiment: Experiment, *, plain_jit: bool = False) -> StepProg
         .compile()
         for function in _loss_functions(experiment)
     )
-    kept = jax.tree.map(jnp.copy, state)  # for those that leave no next state
+    kept = jax.tree.map(jnp.copy, state)  # for programs that do not return the next state
 
     def make_batch() -> None:
         jax.block_until_ready(put_batch(next(batches), experiment.mesh))
@@ -151,10 +151,10 @@ class WholeStep(NamedTuple):
     """A compiled training step, ready to run.
 
     Attributes:
-      run: takes a number of steps (1 by default), waits for the last one alone, and returns the
+      run: takes a number of steps (1 by default), waits only for the last one, and returns the
         state after it.
-      compiled: the program.
-      compile_s: seconds to trace and compile it, less where it came from the cache.
+      compiled: compiled program.
+      compile_s: seconds to trace and compile it, less if it came from the cache.
     """
 
     run: Callable[..., TrainState]
@@ -163,9 +163,9 @@ class WholeStep(NamedTuple):
 
 
 def compile_whole_step(experiment: Experiment) -> WholeStep:
-    """Compiles an experiment's own training step, or takes it from the cache.
+    """Compiles an experiment's own training step, or loads it from the cache.
 
-    It takes one batch again and again.
+    All steps use the same batch.
     """
     images, labels = put_batch(
         next(train_batches(experiment.dataset.train, experiment.sampler)), experiment.mesh
@@ -180,7 +180,7 @@ def compile_whole_step(experiment: Experiment) -> WholeStep:
 def _stepping(
     step: Any, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> Callable[..., TrainState]:
-    running = [state]  # the step takes it over and leaves the next one
+    running = [state]  # donated to the step, and replaced by its result
 
     def run(steps: int = 1) -> TrainState:
         for _ in range(steps):
@@ -218,7 +218,7 @@ def _loss_functions(experiment: Experiment) -> tuple[Callable, Callable]:
 
 
 def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:
-    """Compiles as on a machine that never saw the program; returns it and the seconds taken."""
+    """Compiles as if the program were new to the machine; returns it and the time in seconds."""
     with _without_compilation_cache():
         begin = time.perf_counter()
         compiled = step.lower(*arguments).compile()
@@ -228,7 +228,7 @@ def _compile_cold(step: Any, *arguments: PyTree) -> tuple[Any, float]:
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     enabled = jax.config.values["jax_enable_compilation_cache"]
-    # Whether there is a cache is asked once and remembered, until it is reset.
+    # JAX decides once whether to use the cache, until it is reset.
     _enable_compilation_cache(False)
     try:
         yield

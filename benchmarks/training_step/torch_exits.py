@@ -1,4 +1,4 @@
-"""What the PyTorch networks share: the loop over exits, and forks by `torch.cat` and `detach`.
+"""Common parts of the PyTorch networks: the loop over exits, forks by `torch.cat` and `detach`.
 
 Tensors have the published names, so that `dfs_jax.interop` translates a network's state_dict.
 """
@@ -22,11 +22,11 @@ Conv1x1 = functools.partial(nn.Conv2d, kernel_size=1, bias=False)
 
 
 class TorchOutputs(NamedTuple):
-    """What a network returns, shallow exit first.
+    """Outputs of a network, shallow exit first.
 
     Attributes:
-      logits: one `[batch, classes]` an exit.
-      features: one `[batch, width]` an exit: adapted where it has an adaptation layer, else pooled.
+      logits: logits of each exit, `[batch, classes]`.
+      features: feature of each exit, `[batch, width]`: adapted if it has such a layer, else pooled.
     """
 
     logits: list[Tensor]
@@ -56,7 +56,7 @@ class Surgery:
 
 
 class TorchNetwork(nn.Module):
-    """Base of the networks: runs the exits one after the other; subclasses say what they are."""
+    """Base class of the networks, which runs the exits in order; subclasses define the parts."""
 
     def __init__(self, model: MultiExitModel, fork: Fork):
         super().__init__()
@@ -65,7 +65,7 @@ class TorchNetwork(nn.Module):
         self.adapts = model.adapt_features
 
     def block(self, i: int, carry: Any) -> Any:
-        """Runs block i on what the one before returned; block 0 on images."""
+        """Runs block i on the carry of the block before; block 0 on images."""
         raise NotImplementedError
 
     def head(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ class TorchNetwork(nn.Module):
         return x
 
     def add_adaptation_layers(self, widths: list[int]) -> None:
-        """Gives early exits a linear layer to the last one's width, where the loss asks for it."""
+        """Adds to early exits a linear layer to the last one's width, if the loss needs it."""
         if self.adapts:
             for i, width in enumerate(widths[:-1], start=1):
                 setattr(self, f"adaptation_layer{i}", nn.Linear(width, widths[-1]))

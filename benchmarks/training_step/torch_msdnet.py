@@ -29,7 +29,7 @@ class ConvNorm(nn.Module):
 
 
 class MSDNetFirstLayer(nn.Module):
-    """Makes the scales, each from the finer one."""
+    """Creates the scales, each from the finer one."""
 
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
@@ -47,7 +47,7 @@ class MSDNetFirstLayer(nn.Module):
 
 
 class MSDNetScale(nn.Module):
-    """One scale of a layer: appends what it makes of the finer scale and of this one."""
+    """One scale of a layer: appends features computed from the finer scale and from this one."""
 
     def __init__(self, growth: ScaleGrowth, finer_channels: int | None):
         super().__init__()
@@ -62,7 +62,7 @@ class MSDNetScale(nn.Module):
 
 
 class MSDNetLayer(nn.Module):
-    """Every kept scale grows."""
+    """Adds features to every kept scale."""
 
     def __init__(self, layer: Layer, channels: list[int]):
         super().__init__()
@@ -104,7 +104,7 @@ class MSDNetHead(nn.Module):
 
 
 class TorchMSDNet(TorchNetwork):
-    """See `dfs_jax.models.msdnet.MSDNet`; the stem is the small images'."""
+    """See `dfs_jax.models.msdnet.MSDNet`; only the stem for small images."""
 
     def __init__(self, model: MSDNet, fork: Fork):
         super().__init__(model, fork)

@@ -1,6 +1,6 @@
 """`--peer=torch` of `benchmarks.training_step.training_cost`: the same training step in PyTorch.
 
-Needs requirements-benchmarks.txt; torch is imported when the peer is made, not with this module.
+Needs requirements-benchmarks.txt; torch is imported when the peer is created.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dfs_jax.program import say
 from dfs_jax.training.experiment import Experiment
 from dfs_jax.types import UserError
 
-# Of `torch.compile`: CUDA graphs, without and with a search for the fastest kernels.
+# Modes of `torch.compile`: CUDA graphs, without and with a search for the fastest kernels.
 COMPILE_MODES = ("reduce-overhead", "max-autotune")
 EAGER = ("channels_first", "channels_last")
 COMPILED = tuple(f"channels_last {mode}" for mode in COMPILE_MODES)
@@ -27,16 +27,16 @@ _MIB = 2**20
 class TorchPeer:
     """PyTorch on the device that JAX runs on.
 
-    On a CPU eagerly, as it comes, on as many threads as JAX uses; on a GPU through `torch.compile`,
-    channels last, with TensorFloat-32 for float32 as JAX has it and cuDNN's search for algorithms.
-    SGD is the fused one everywhere.
+    On a CPU it runs eagerly, on as many threads as JAX uses; on a GPU through `torch.compile`,
+    channels last, with TensorFloat-32 for float32 as in JAX and cuDNN's search for algorithms.
+    SGD is PyTorch's fused one everywhere.
 
     Args:
-      compiles: whether steps are compiled; None: on a GPU.
+      compiles: whether steps are compiled; None for only on a GPU.
 
     Attributes:
-      name: of the framework.
-      layouts: how images and features may lie in memory, and the mode of `torch.compile`.
+      name: name of the framework.
+      layouts: memory layouts of images and features, with the mode of `torch.compile`.
 
     Raises:
       UserError: PyTorch is not installed, or lacks the device that JAX runs on.
@@ -64,7 +64,7 @@ class TorchPeer:
         """Returns the parts of the experiment's step; its network starts from our weights.
 
         Raises:
-          UserError: the experiment has a part that is not written in PyTorch here.
+          UserError: a part of the experiment has no counterpart here in PyTorch.
         """
         from benchmarks.training_step.torch_step import TorchStep
 
@@ -93,7 +93,7 @@ class TorchPeer:
 
 
 def release() -> None:
-    """Frees what compiled steps that nothing holds any more have left on the GPU."""
+    """Frees GPU memory of compiled steps that are no longer referenced."""
     import gc
 
     import torch
@@ -105,14 +105,14 @@ def release() -> None:
 
 
 def torch_counter(name: str) -> int:
-    """Returns how often PyTorch's compiler counted something in this process."""
-    from torch._dynamo.utils import counters  # as private as the only place where it is told
+    """Returns a counter of PyTorch's compiler in this process."""
+    from torch._dynamo.utils import counters  # private, and the only source
 
     return counters["inductor"][name]
 
 
 class _Runner:
-    """Runs functions that return before a GPU is done, and waits for it."""
+    """Runs functions that return before a GPU has finished, and waits for it."""
 
     def __init__(self, device: str):
         import torch
@@ -120,7 +120,7 @@ class _Runner:
         self._cuda = torch.cuda if device == "cuda" else None
 
     def once(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Returns the function, which waits."""
+        """Returns the function, which then waits."""
 
         def run() -> Any:
             found = function()
@@ -130,7 +130,7 @@ class _Runner:
         return run
 
     def times(self, function: Callable[[], Any]) -> Callable[..., None]:
-        """Returns what calls the function a number of times, and waits for the last one alone."""
+        """Returns a function that calls this one a number of times and waits for the last call."""
 
         def run(steps: int = 1) -> None:
             for _ in range(steps):
@@ -140,7 +140,7 @@ class _Runner:
         return run
 
     def warm_up(self, function: Callable[[], Any]) -> tuple[float, float | None]:
-        """Returns the seconds of the first calls, and the most MiB of the GPU taken meanwhile."""
+        """Returns the seconds of the first calls, and the peak of GPU memory in MiB."""
         if self._cuda is not None:
             self._cuda.synchronize()
             self._cuda.reset_peak_memory_stats()

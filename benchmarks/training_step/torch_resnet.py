@@ -61,7 +61,7 @@ class SeparableConv(nn.Module):
 
 
 class TorchResNet(TorchNetwork):
-    """See `dfs_jax.models.resnet.ResNet`; the stem is the small images'."""
+    """See `dfs_jax.models.resnet.ResNet`; only the stem for small images."""
 
     def __init__(self, model: ResNet, fork: Fork):
         super().__init__(model, fork)

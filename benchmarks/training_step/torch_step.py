@@ -43,17 +43,17 @@ _FORMATS = {
 class TorchStep:
     """An experiment's training step; see `benchmarks.training_step.step_timing.StepPrograms`.
 
-    With `compute_dtype=bfloat16` the passes run under PyTorch's autocast of bfloat16, which casts
+    With `compute_dtype=bfloat16` the passes run under PyTorch's autocast to bfloat16, which casts
     weights and features and keeps parameters, statistics and losses in float32.
 
     Args:
-      experiment: whose model, fork, loss, optimizer and data are used; nothing is augmented.
+      experiment: experiment of the step; its augmentation must be off.
       layout: "channels_first" or "channels_last".
       device: "cpu" or "cuda".
       compile_mode: mode of `torch.compile`; None runs eagerly.
 
     Raises:
-      UserError: the experiment has a part that is not written in PyTorch here.
+      UserError: a part of the experiment has no counterpart here in PyTorch.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TorchStep:
         self.make_batch()
 
     def make_batch(self) -> None:
-        """Takes the next images and labels."""
+        """Loads the next images and labels."""
         images, labels = next(self._batches)
         channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
         images = channels_first.contiguous(memory_format=self._format)
@@ -96,7 +96,7 @@ class TorchStep:
         self._labels = torch.from_numpy(labels).long().to(self._device)
 
     def forward(self) -> tuple[Tensor, TorchOutputs]:
-        """Returns the summed losses in training mode, and what the network answered."""
+        """Returns the summed losses in training mode, and the network's outputs."""
         if self._compiled:
             torch.compiler.cudagraph_mark_step_begin()
         return self._compute(self._images, self._labels)
@@ -107,14 +107,14 @@ class TorchStep:
             return self._loss(outputs, labels), outputs
 
     def forward_backward(self) -> tuple[Tensor, TorchOutputs]:
-        """Computes the gradients too."""
+        """Also computes the gradients."""
         self._optimizer.zero_grad(set_to_none=True)
         total, outputs = self.forward()
         total.backward()
         return total, outputs
 
     def step(self) -> None:
-        """Takes the whole step, and adds to the sums of losses and of correct answers."""
+        """Runs the whole step, and adds to the sums of losses and of correct answers."""
         total, outputs = self.forward_backward()
         self._optimizer.step()
         with torch.no_grad():
@@ -124,9 +124,9 @@ class TorchStep:
 
 
 def _compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-    """Returns a bound method, compiled as one graph for fixed shapes; as it is where mode is None.
+    """Returns a bound method, compiled as one graph for fixed shapes; unchanged if mode is None.
 
-    It gets a code object of its own: PyTorch keeps what it compiled by code object, and gives up
+    It gets its own code object: PyTorch caches compiled programs by code object, and gives up
     after a few instances that share one.
     """
     if mode is None:
@@ -138,10 +138,10 @@ def _compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., A
 
 
 def build_network(model: MultiExitModel, fork: Fork) -> TorchNetwork:
-    """Returns the PyTorch network of a model's family and sizes, forked as `fork` says.
+    """Returns the PyTorch network with a model's family and sizes, forked like `fork`.
 
     Raises:
-      UserError: no network here is like it.
+      UserError: there is no corresponding network here.
     """
     for family, network in _NETWORKS.items():
         if isinstance(model, family):
@@ -202,5 +202,5 @@ def _create_optimizer(config: Config, network: TorchNetwork) -> torch.optim.Opti
     for option in given:
         if option not in options:
             raise UserError(f"the torch peer has no optimizer.{option}: leave it unset")
-    # The fused form is the fastest that PyTorch has.
+    # The fused optimizer is PyTorch's fastest.
     return torch.optim.SGD(network.parameters(), rate, **options | given, fused=True)

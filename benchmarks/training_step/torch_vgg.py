@@ -51,7 +51,7 @@ class TorchVGG(TorchNetwork):
         blocks: list[nn.Module] = [nn.Sequential(stem, nn.ReLU(), nn.BatchNorm2d(widths[0]))]
         blocks += [VGGBlock(*pair) for pair in itertools.pairwise(widths)]
         self.feature_extractors = nn.ModuleList(blocks)
-        self.classifers = nn.ModuleList(  # spelt so where it was published
+        self.classifers = nn.ModuleList(  # spelt as published
             VGGHead(width, model.num_classes) for width in widths
         )
         self.add_adaptation_layers(widths)
@@ -67,7 +67,7 @@ class TorchVGG(TorchNetwork):
 
 
 def _cut_in_halves(module: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
-    """Renames weights as published: `_p` reads one half of the channels, `_s` the other."""
+    """Renames weights as published: `_p` for one half of the channels, `_s` for the other."""
     for name in [name for name in state_dict if name.endswith((".conv.weight", ".fc.weight"))]:
         weight, layer = state_dict.pop(name), name.removesuffix(".weight")
         cut = partition_channels(weight.shape[1], 0.5)

@@ -1,13 +1,13 @@
-"""What training costs, method by method: the paper's training-efficiency experiment.
+"""Measures the cost of training by method: the paper's training-efficiency experiment.
 
     python -m benchmarks.training_step --config=configs/cifar100_vgg7.py --batch_sizes=64,128
         [--methods=dsn,byot,dfs] [--partition_ratios=0.3,0.5,0.7] [--peer=torch] [--repeats=N]
         [--output=FILE.json]
 
-Times the config's own training step on noise in the shape of the data set, which need not be there:
-forward, backward, the rest of the step, making a batch; compilation, memory and operations beside.
-`--peer=torch` times the same networks in PyTorch in the same run. Prints a table for each batch
-size; `--output` names a JSON file for every number, with a picture beside it.
+Times the config's own training step on noise with the shape of the data set, which need not be
+present: forward, backward, the rest of the step, making a batch; also compilation, memory and
+operations. `--peer=torch` times the same networks in PyTorch in the same run. Prints a table for
+each batch size; `--output` names a JSON file for all numbers, with a plot next to it.
 
 Reference: Gong et al., "Deep Feature Surgery", ECCV 2024, figures 4 and 5 (right).
 """
@@ -38,13 +38,13 @@ from dfs_jax.types import UserError
 
 def main() -> None:
     """Runs the program."""
-    config = define_config_flag("A run's configuration file.")
-    batch_sizes = flags.DEFINE_list("batch_sizes", None, "Images a step; None: the config's own.")
-    methods = flags.DEFINE_list("methods", None, f"Methods, or of {', '.join(VARIANTS)}.")
+    config = define_config_flag("Configuration of the run.")
+    batch_sizes = flags.DEFINE_list("batch_sizes", None, "Batch sizes; default: the config's.")
+    methods = flags.DEFINE_list("methods", None, f"Methods, or any of {', '.join(VARIANTS)}.")
     ratios = flags.DEFINE_list("partition_ratios", list(map(str, DEFAULT_RATIOS)), "Betas of DFS.")
-    peer = flags.DEFINE_string("peer", None, f"To measure beside: {', '.join(PEERS.table)}.")
-    repeats = flags.DEFINE_integer("repeats", DEFAULT_REPEATS, "Rounds, of which medians count.")
-    output = flags.DEFINE_string("output", None, "The JSON file to write, with a PNG beside it.")
+    peer = flags.DEFINE_string("peer", None, f"Framework to compare: {', '.join(PEERS.table)}.")
+    repeats = flags.DEFINE_integer("repeats", DEFAULT_REPEATS, "Number of rounds for medians.")
+    output = flags.DEFINE_string("output", None, "JSON file to write, with a PNG next to it.")
     flags.mark_flag_as_required("config")
 
     def run() -> None:
@@ -65,20 +65,20 @@ def main() -> None:
 
 
 def check_output(output: str | Path) -> Path:
-    """Returns the path of a JSON file if it, and a picture beside it, can be written.
+    """Returns the path of a JSON file if it, and a plot next to it, can be written.
 
     Raises:
-      UserError: they cannot; better told before measuring than after.
+      UserError: they cannot be written, which is reported before measuring.
     """
     path = output_file(output, "output")
     if path.suffix != ".json":
-        raise UserError(f"output {path} must end in .json: the picture beside it ends in .png")
+        raise UserError(f"output {path} must end in .json: the plot next to it ends in .png")
     output_file(path.with_suffix(".png"), "output")
     return path
 
 
 def write_training_cost(rows: Sequence[CostRow], path: Path) -> None:
-    """Writes the rows as JSON to `path`, and the picture beside it."""
+    """Writes the rows as JSON to `path`, and the plot next to it."""
     from benchmarks.training_step.cost_plots import plot_training_cost
 
     content = json.dumps(rows, indent=2, allow_nan=False) + "\n"

@@ -1,1 +1,1 @@
-"""What a program costs: counted from its trace, or read from its compiled module."""
+"""Costs of a program, counted in its trace or read from its compiled module."""

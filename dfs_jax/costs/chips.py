@@ -1,4 +1,4 @@
-"""Named chips, and a guess of what a step takes on them: the roofline."""
+"""Specifications of chips, and a roofline estimate of a step's time on them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ GB, GIB = 10**9, 2**30
 
 
 class Chip(NamedTuple):
-    """What its maker says of a chip; bytes and operations a second.
+    """Specification of a chip by its maker, in bytes, and bytes and operations per second.
 
     Attributes:
-      bf16_flops: peak of dense matrix products of bfloat16.
-      float32_flops: the same of float32 at the precision that JAX has by default: one pass of
-        bfloat16 on a TPU, TensorFloat-32 on a GPU.
-      memory_bytes: of its own memory.
-      memory_bandwidth: to that memory.
-      link_bandwidth: to other chips, in one direction, all links together.
+      bf16_flops: peak of dense matrix products in bfloat16.
+      float32_flops: peak in float32 at JAX's default precision: one pass of bfloat16 on a TPU,
+        TensorFloat-32 on a GPU.
+      memory_bytes: size of its memory.
+      memory_bandwidth: bandwidth to its memory.
+      link_bandwidth: bandwidth to other chips, in one direction, over all links together.
     """
 
     bf16_flops: float
@@ -29,9 +29,9 @@ class Chip(NamedTuple):
     link_bandwidth: float
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; they give the links of both directions
-# together (v4, in an older form, 2,400 Gbit/s of one), halved here. GPUs: NVIDIA's data sheets of
-# the A100 80GB SXM and the H100 SXM, without sparsity; NVLink's both directions halved likewise.
+# TPUs: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; their link bandwidths count both
+# directions (v4, in an older form, 2,400 Gbit/s for one) and are halved here. GPUs: NVIDIA's data
+# sheets of the A100 80GB SXM and the H100 SXM, without sparsity; NVLink's are halved likewise.
 CHIPS = {
     "v4": Chip(275e12, 275e12, 32 * GIB, 1200 * GB, 300 * GB),
     "v5e": Chip(197e12, 197e12, 16 * GB, 819 * GB, 200 * GB),
@@ -43,12 +43,12 @@ CHIPS = {
 
 
 class Roofline(NamedTuple):
-    """The seconds that a chip needs for each part of a step, if nothing else held it up.
+    """Time in seconds that a chip needs for each part of a step, without any other limit.
 
     Attributes:
-      products_s: convolutions and matrix products, at the peak.
-      memory_s: what is read and written, at the full bandwidth; less where it stays on the chip.
-      links_s: what is sent to other chips, at the full bandwidth.
+      products_s: time of convolutions and matrix products at the peak.
+      memory_s: time of memory traffic at full bandwidth; less if data stay on the chip.
+      links_s: time of communication with other chips at full bandwidth.
     """
 
     products_s: float
@@ -57,12 +57,12 @@ class Roofline(NamedTuple):
 
     @property
     def step_s(self) -> float:
-        """The longest of them: all at once, perfectly overlapped."""
+        """Time of the step if all parts overlap perfectly: the longest of them."""
         return max(self)
 
     @property
     def bound_by(self) -> str:
-        """Which one that is: "products", "memory" or "links"."""
+        """Part that takes the longest: "products", "memory" or "links"."""
         longest = max(self._fields, key=lambda part: getattr(self, part))
         return longest.removesuffix("_s")
 
@@ -77,10 +77,10 @@ def roofline(
     """Returns the time for the work of one device, which is one chip.
 
     Args:
-      chip: of `CHIPS`, or one's own.
-      operations: of one device.
-      collectives: that it takes part in.
-      bf16: whether products are of bfloat16.
+      chip: chip of `CHIPS`, or your own.
+      operations: operations of one device.
+      collectives: collectives in which it takes part.
+      bf16: whether products are in bfloat16.
 
     Example: 197 TFLOPs of products, half a second of memory traffic, nothing sent.
       >>> roofline(CHIPS["v5e"], Operations(2e14, 4.095e11, 197 * 10**12), [])

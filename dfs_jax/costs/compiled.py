@@ -1,4 +1,4 @@
-"""What a compiled program costs one device: memory, operations, and what it exchanges."""
+"""Costs of a compiled program on one device: memory, operations, communication."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 
 from dfs_jax.costs.hlo import Array, Instruction, Module
 
-# Names of collectives in a module; those that begin and end apart have -start and -done behind.
+# Names of collectives in a module; asynchronous ones end in -start and -done.
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 ALL_TO_ALL, PERMUTE = "all-to-all", "collective-permute"
 COLLECTIVES = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, PERMUTE)
 
 
 class Memory(NamedTuple):
-    """Bytes of one device that the compiler plans for a program.
+    """Memory in bytes that the compiler plans for a program on one device.
 
     Attributes:
-      arguments: what goes in.
-      outputs: what comes out.
-      donated: outputs that lie where arguments did.
-      temporaries: what is needed in between.
+      arguments: size of the inputs.
+      outputs: size of the outputs.
+      donated: size of outputs that share memory with inputs.
+      temporaries: size of intermediate values.
     """
 
     arguments: int
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it; what is donated counts once."""
+        """Total; donated memory counts once."""
         return self.arguments + self.outputs - self.donated + self.temporaries
 
 
@@ -40,10 +40,10 @@ class Operations(NamedTuple):
     """Work of one device.
 
     Attributes:
-      flops: of everything, as XLA counts; loop bodies as often as they run.
-      bytes_accessed: read and written, as if nothing that a fusion returns stayed on the chip.
-      product_flops: of convolutions and matrix products alone, twice their multiply-adds, read from
-        the module.
+      flops: all operations, as counted by XLA; loop bodies count as often as they run.
+      bytes_accessed: bytes read and written, as if no output of a fusion stayed on the chip.
+      product_flops: operations of convolutions and matrix products, twice their multiply-adds, read
+        from the module.
     """
 
     flops: float
@@ -55,10 +55,10 @@ class Collective(NamedTuple):
     """All collectives of one kind among groups of one size.
 
     Attributes:
-      kind: of `COLLECTIVES`.
-      devices: in a group.
-      count: how many run.
-      bytes: of their arrays, a device's whole ones: what is reduced, or has been gathered.
+      kind: kind, one of `COLLECTIVES`.
+      devices: number of devices in a group.
+      count: number of collectives.
+      bytes: size of their whole arrays on a device: what is reduced, or has been gathered.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Collective(NamedTuple):
 
     @property
     def sent_bytes(self) -> float:
-        """What each device sends at least.
+        """Least number of bytes that each device sends.
 
         all-reduce           2 (n-1)/n bytes     all-gather, reduce-scatter, all-to-all   half
         collective-permute   all bytes
@@ -80,7 +80,7 @@ class Collective(NamedTuple):
 
 
 def memory(compiled: Any) -> Memory:
-    """Returns the memory that a `jax.stages.Compiled` takes."""
+    """Returns the memory of a `jax.stages.Compiled`."""
     sizes = compiled.memory_analysis()
     return Memory(
         arguments=sizes.argument_size_in_bytes,
@@ -96,8 +96,8 @@ def operations(compiled: Any, module: Module | None = None) -> Operations:
     XLA counts the body of a loop once; its figures are scaled as the products are.
 
     Args:
-      compiled: the program.
-      module: its text, where it has been read already.
+      compiled: compiled program.
+      module: its module, if its text has been read already.
     """
     counted, module = compiled.cost_analysis(), module or Module(compiled.as_text())
     once, always = 0, 0
@@ -110,11 +110,11 @@ def operations(compiled: Any, module: Module | None = None) -> Operations:
 
 
 def collectives(module: Module, num_devices: int) -> list[Collective]:
-    """Returns what the devices exchange, the most bytes first.
+    """Returns the collectives of a program, largest first.
 
     Args:
-      module: of one device's program.
-      num_devices: that run it.
+      module: module of one device's program.
+      num_devices: number of devices that run it.
     """
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for instruction, operands, times in module.executed():
@@ -132,13 +132,13 @@ def _whole_bytes(kind: str, instruction: Instruction, operands: Sequence[Array])
     read = sum(array.bytes for array in operands)
     if kind != ALL_GATHER:
         return read
-    # One that begins apart returns its operands, too.
+    # An asynchronous collective also returns its operands.
     written = sum(array.bytes for array in instruction.results)
     return written - read if instruction.opcode.endswith("-start") else written
 
 
 def _group_size(instruction: Instruction, num_devices: int) -> int:
-    """Returns how many devices take part; one where each goes on alone."""
+    """Returns the number of devices in a group; 1 if they do not communicate."""
     attributes = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes):
         moves = re.findall(r"(\d+),(\d+)", pairs[1])
@@ -149,14 +149,14 @@ def _group_size(instruction: Instruction, num_devices: int) -> int:
         return int(counted[1])
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        # An axis, or a part of it: 'axis_0':(1)2 are 2 of its devices.
+        # Part of an axis: 'axis_0':(1)2 has 2 of its devices.
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return num_devices
 
 
 def _multiply_adds(instruction: Instruction, operands: Sequence[Array]) -> int:
-    """Counts as `dfs_jax.tracing.traced.multiply_adds` does, but zeros of no dilation."""
+    """Counts like `dfs_jax.tracing.traced.multiply_adds`, except for zeros of a dilation."""
     if instruction.opcode == "dot":
         axes = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
         shape = operands[0].shape

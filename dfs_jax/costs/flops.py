@@ -1,8 +1,8 @@
-"""What each exit costs, counted from the traced program; nothing is executed.
+"""Counts the cost of each exit in the traced program, without executing anything.
 
-The model's blocks and heads are traced to jaxprs and the operations in them are counted by what
-they compute, not by the names of layers, so any backbone that keeps the model contract is counted
-alike. `python -m dfs_jax.reports.cost_report --config=FILE.py` prints a config's costs.
+The model's blocks and heads are traced to jaxprs, whose operations are counted by what they
+compute, not by the names of layers, so that any backbone with the model contract can be counted.
+`python -m dfs_jax.reports.cost_report --config=FILE.py` prints the costs of a config.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from dfs_jax.types import PyTree
 
 
 class ExitCost(NamedTuple):
-    """What the network costs up to and including one exit.
+    """Cost of the network up to and including one exit.
 
-    The heads passed on the way are included, but for `macs_without_earlier_heads`.
+    Earlier heads are included, except in `macs_without_earlier_heads`.
 
     Attributes:
       exit: 1-based label, shallow first.
-      params: trainable parameters.
-      macs: multiply-adds of one image; 1 MAC = 2 FLOPs.
-      literature_flops: what the literature on multi-exit networks calls FLOPs, one image.
+      params: number of trainable parameters.
+      macs: multiply-adds for one image; 1 MAC = 2 FLOPs.
+      literature_flops: FLOPs for one image as counted in the literature on multi-exit networks.
       macs_without_earlier_heads: multiply-adds of the trunk and this exit's head alone.
     """
 
@@ -48,13 +48,13 @@ class ExitCost(NamedTuple):
 
 
 class PartCount(NamedTuple):
-    """One number for every block and one for every head, shallow first."""
+    """A number for each block and each head, shallow first."""
 
     blocks: tuple[int, ...]
     heads: tuple[int, ...]
 
     def up_to_exit(self, i: int) -> int:
-        """Returns the sum over blocks and heads up to exit i (0-based), itself included."""
+        """Returns the sum over blocks and heads up to and including exit i (0-based)."""
         return sum(self.blocks[: i + 1]) + sum(self.heads[: i + 1])
 
     def without_earlier_heads(self, i: int) -> int:
@@ -63,27 +63,27 @@ class PartCount(NamedTuple):
 
 
 def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tuple[ExitCost, ...]:
-    """Counts what each exit costs on one image, in evaluation mode.
+    """Counts the cost of each exit for one image, in evaluation mode.
 
         multiply-adds      of convolutions and matrix products with weights or activations
         literature_flops   those, plus 1 per element of a linear's bias, 1 per element of a ReLU,
-                           and k x k per pooled output; a pool over all positions takes them all
+                           and k x k per pooled output; a pool over all positions counts them all
 
-    Biases of convolutions, normalisation, other non-linearities and additions are free. Whatever a
-    block computes counts, whether an exit needs it or not. Adaptation layers serve a loss in
-    training and are left out, whether or not the model has them.
+    Biases of convolutions, normalisation, other non-linearities and additions are free. Everything
+    that a block computes counts, even if an exit does not need it. Adaptation layers are used by a
+    loss in training only and do not count.
 
     Args:
-      model: a backbone, not bound to variables.
+      model: unbound backbone.
       image_shape: `(height, width, channels)`.
 
     Returns:
-      One `ExitCost` an exit, shallow first.
+      One `ExitCost` for each exit, shallow first.
 
     Raises:
       UserError: the model refuses images of this shape.
-      ValueError: the model has parameters outside its blocks and heads, or loops an unknown
-        number of times over what is to be counted.
+      ValueError: the model has parameters outside its blocks and heads, or counted operations in a
+        loop of unknown length.
 
     Reference: Huang et al., "Multi-Scale Dense Networks", ICLR 2018, for the literature's count.
 
@@ -109,7 +109,7 @@ def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tupl
 
 
 class _Parts:
-    """A model cut at the seams of its contract: abstract variables, a program for every part."""
+    """The parts of a model by its contract: abstract variables, and a traced program for each."""
 
     def __init__(self, model: MultiExitModel, image_shape: tuple[int, int, int]):
         # `clone` in every case: it also detaches the model from a parent.
@@ -163,13 +163,13 @@ def _size(tree: PyTree) -> int:
 def count_operations(program: ClosedJaxpr) -> int:
     """Counts the multiply-adds of a program that `jax.make_jaxpr` traced.
 
-    A scan counts as often as it runs, a conditional as its dearest branch; code that JAX keeps in
-    inner jaxprs (jit, remat, custom derivatives) counts where it is called. A product with a
-    constant (the matrices that resize an image, the kernel that cuts patches) is no layer of a
-    network and does not count: all the program's inputs are taken to vary.
+    A scan counts as often as it runs, a conditional as its most expensive branch; inner jaxprs
+    (jit, remat, custom derivatives) count where they are called. A product with a constant (a
+    matrix that resizes images, a kernel that cuts patches) is not a layer of a network and does not
+    count. All inputs of the program are taken as variable.
 
     Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
 
     Example:
       >>> program = jax.make_jaxpr(lambda a, b: jnp.tanh(a @ b))(jnp.ones((2, 3)), jnp.ones((3, 5)))
@@ -181,10 +181,10 @@ def count_operations(program: ClosedJaxpr) -> int:
 
 
 def count_by(program: TracedProgram, rules: Mapping[str, Rule]) -> int:
-    """Sums what the rules give for each operation, by its name, over all the times it runs.
+    """Sums the counts of all operations over all their runs, by the rules for their names.
 
     Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
     """
     return sum(
         over_all_runs(operation, rules[operation.name](operation, program))
@@ -194,10 +194,10 @@ def count_by(program: TracedProgram, rules: Mapping[str, Rule]) -> int:
 
 
 def over_all_runs(operation: Operation, counted: int) -> int:
-    """Returns what was counted for one run of an operation, as often as it runs.
+    """Returns the count of one run of an operation, multiplied by its number of runs.
 
     Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, holds counted operations.
+      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
     """
     if counted and operation.times is None:
         raise ValueError("operations inside a while loop cannot be counted: it has no fixed length")
@@ -205,14 +205,14 @@ def over_all_runs(operation: Operation, counted: int) -> int:
 
 
 def product(operation: Operation, program: TracedProgram) -> int:
-    """Counts a convolution or matrix product of two operands neither of which is a constant."""
+    """Counts a convolution or matrix product of two operands that are not constant."""
     if any(program.kind(v) == Kind.CONSTANT for v in operation.inputs):
         return 0
     return multiply_adds(operation)
 
 
 def linear_bias(operation: Operation, program: TracedProgram) -> int:
-    """Counts an addition of weights to what a matrix product with weights has just computed."""
+    """Counts the addition of weights to the result of a matrix product with weights."""
     for value, bias in (operation.inputs, operation.inputs[::-1]):
         linear = program.producer(program.before_reshaping(value))
         if linear is None or linear.name != "dot_general" or program.kind(bias) != Kind.WEIGHT:
@@ -233,7 +233,7 @@ def relu(operation: Operation, program: TracedProgram) -> int:
 
 
 def _is_statistic(value: Value, program: TracedProgram) -> bool:
-    """Whether it depends on the activations by sums over their channels alone."""
+    """Returns whether a value depends on activations only through sums over their channels."""
     if program.kind(value) < Kind.ACTIVATION:
         return True
     producer = program.producer(value)
@@ -245,20 +245,20 @@ def _is_statistic(value: Value, program: TracedProgram) -> bool:
 
 
 def window_pool(operation: Operation, program: TracedProgram) -> int:
-    """Counts a pool: its outputs times the positions of its window."""
+    """Counts a pool: the number of its outputs times the size of its window."""
     if program.kind(operation.inputs[0]) != Kind.ACTIVATION:
         return 0
     return operation.outputs[0].size * math.prod(operation.params["window_dimensions"])
 
 
 def global_pool(operation: Operation, program: TracedProgram) -> int:
-    """Counts a pool over whole axes between the batch and the channels: every element of them."""
+    """Counts a pool over all positions between the batch and the channels: all their elements."""
     pooled = operation.inputs[0]
     is_pool = not {0, len(pooled.shape) - 1} & set(operation.params["axes"])
     return pooled.size if is_pool and program.kind(pooled) == Kind.ACTIVATION else 0
 
 
-# What one operation counts, by the name of its primitive.
+# Counts of one operation, by the name of its primitive.
 Rule = Callable[[Operation, TracedProgram], int]
 MULTIPLY_ADDS: Mapping[str, Rule] = {"conv_general_dilated": product, "dot_general": product}
 LITERATURE_FLOPS: Mapping[str, Rule] = {

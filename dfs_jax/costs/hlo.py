@@ -1,4 +1,4 @@
-"""The text of a compiled module as instructions, each with how often it runs."""
+"""Parses the text of a compiled module into instructions and the number of times each runs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Array(NamedTuple):
-    """The type of an array: bits of an element, and its dimensions."""
+    """Type of an array: bits of an element, and dimensions."""
 
     bits: int
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes, without the padding of a layout."""
+        """Size in bytes, without the padding of a layout."""
         return -(-self.size * self.bits // 8)
 
 
@@ -40,11 +40,11 @@ class Instruction(NamedTuple):
     """One line of a module.
 
     Attributes:
-      name: unique in its computation.
-      opcode: such as "convolution" or "all-reduce".
-      results: its arrays; several where it returns a tuple.
+      name: name, unique in its computation.
+      opcode: opcode, such as "convolution" or "all-reduce".
+      results: types of its results; several if it returns a tuple.
       operands: names of instructions of the same computation.
-      attributes: what stands behind the operands, as text.
+      attributes: text after the operands.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Instruction(NamedTuple):
     attributes: str
 
     def attribute(self, name: str) -> str | None:
-        """Returns what stands behind `name=` up to a blank or a comma; None where it is not set."""
+        """Returns the text after `name=`, up to a blank or a comma; None if it is not set."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
         return None if found is None else found[1]
 
 
 class Module:
-    """A compiled module, read from its text.
+    """A compiled module, parsed from its text.
 
     Args:
-      text: of `compiled.as_text()`.
+      text: text of `compiled.as_text()`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,10 +88,10 @@ class Module:
         self._entry = entry
 
     def executed(self) -> Iterator[tuple[Instruction, list[Array], int]]:
-        """Yields every instruction with the arrays that it reads and how often it runs.
+        """Yields every instruction, the types of its operands, and the number of times it runs.
 
-        A loop's body runs as often as the compiler knows, once where it does not; of a conditional
-        all branches run.
+        A loop's body runs as often as the compiler knows, or once if it does not; all branches of a
+        conditional run.
         """
         yield from self._walk(self._entry, 1)
 
@@ -112,7 +112,7 @@ def _instruction(name: str, results: str, opcode: str, rest: str) -> Instruction
 
 
 def _closing(text: str) -> int:
-    """Returns where the parenthesis ends that was open when the text began."""
+    """Returns the index of the parenthesis that closes one opened before the text."""
     depth = 1
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -130,7 +130,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 @functools.cache
 def _bits(kind: str) -> int:
-    """Returns the bits of an element: the number in its type's name, such as "bf16" or "f8"."""
+    """Returns the number of bits of an element, from its type's name, such as "bf16" or "f8"."""
     return _BITS[kind] if kind in _BITS else int(re.sub(r"\D", "", kind))
 
 

@@ -1,4 +1,4 @@
-"""What one training step costs: as JAX differentiates it, and in theory."""
+"""Counts the operations of one training step, as JAX differentiates it and in theory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dfs_jax.tracing.live_elements import live_elements, live_share, values_with
 from dfs_jax.tracing.traced import Kind, Operation, TracedProgram, Value, multiply_adds_by_input
 from dfs_jax.types import PyTree
 
-_IMAGES = 2  # traced together: batch statistics need more than one value of each channel
+_IMAGES = 2  # traced together, since batch statistics need several values for each channel
 
 
 class StepCost(NamedTuple):
-    """Multiply-adds of one training step on one image, by what they compute.
+    """Multiply-adds of one training step for one image, by their results.
 
     Attributes:
-      forward: the outputs of convolutions and matrix products.
-      weight_gradients: the gradients of their weights.
-      input_gradients: the gradients of their inputs, of both where neither is a weight.
+      forward: multiply-adds of the outputs of convolutions and matrix products.
+      weight_gradients: multiply-adds of gradients of weights.
+      input_gradients: multiply-adds of gradients of inputs (of both if neither is a weight).
     """
 
     forward: int
@@ -36,23 +36,23 @@ class StepCost(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return sum(self)
 
 
 def traced_step_cost(
     model: MultiExitModel, fork: Fork, loss: Loss, image_shape: tuple[int, int, int]
 ) -> StepCost:
-    """Counts the step that JAX makes: a forward pass and the gradient of the summed losses.
+    """Counts a step as JAX runs it: a forward pass and the gradient of the summed losses.
 
     A product that depends on the loss's gradient is the gradient of a weight if no other product
-    depends on it, and that of an input otherwise. Both count as the forward product does: with the
-    padding, without the zeros that a stride puts between gradients.
+    depends on it, and that of an input otherwise. Both count like the forward product: with
+    padding, without the zeros that a stride inserts into gradients.
 
     Args:
-      model: a backbone, with the adaptation layers that the loss asks for.
-      fork: how features are split at the exits.
-      loss: of the exits.
+      model: backbone, with the adaptation layers that the loss needs.
+      fork: fork at each exit.
+      loss: loss of the exits.
       image_shape: `(height, width, channels)`.
 
     Raises:
@@ -68,7 +68,7 @@ def traced_step_cost(
     inputs = (*variables, _traced_images(image_shape), jax.ShapeDtypeStruct((), jnp.float32))
     program = _trace(step, inputs, (Kind.WEIGHT, Kind.WEIGHT, Kind.ACTIVATION, Kind.GRADIENT))
     forward = weight_gradients = input_gradients = 0
-    read: set[Value] = set()  # by products of gradients, later in the program
+    read: set[Value] = set()  # read by products of gradients later in the program
     for operation in reversed(program.operations):
         (output, *_), macs = operation.outputs, _product(operation, program)
         is_gradient = macs > 0 and program.kind(output) == Kind.GRADIENT
@@ -86,13 +86,13 @@ def traced_step_cost(
 def theoretical_step_cost(
     model: MultiExitModel, fork: Fork, loss: Loss, image_shape: tuple[int, int, int]
 ) -> StepCost:
-    """Counts a step that computes no gradient that trains nothing.
+    """Counts a step without unnecessary gradients.
 
         forward + weight gradients + the input gradients of channels that carry gradient
 
-    What lies behind a `stop_gradient`, where forks cut, needs no gradient, nor do the images. L
-    equal layers thus cost 3L-1 units in a plain network and 3L-1-(1-beta)(L-1) with Deep Feature
-    Surgery. `dfs_jax.tracing.live_elements` follows them element by element.
+    Values behind a `stop_gradient`, where forks cut, need no gradient, and neither do images. A
+    network of L equal layers thus costs 3L-1 units without, and 3L-1-(1-beta)(L-1) with Deep
+    Feature Surgery. `dfs_jax.tracing.live_elements` finds them element by element.
 
     Args and Raises as in `traced_step_cost`.
     """
@@ -115,7 +115,7 @@ def theoretical_step_cost(
 
 
 def _variables(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tuple[PyTree, PyTree]:
-    """Returns the shapes of the parameters and of the statistics."""
+    """Returns the shapes of the parameters and of the batch statistics."""
     found = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))
     return found["params"], found["batch_stats"]
 
@@ -143,7 +143,7 @@ def _loss_function(
 
 
 def _trace(function: Callable, inputs: Sequence[PyTree], kinds: Sequence[Kind]) -> TracedProgram:
-    """Traces a function, each of whose arguments is of one kind."""
+    """Traces a function, given the kind of each of its arguments."""
     leaves = [len(jax.tree.leaves(tree)) for tree in inputs]
     by_leaf = [kind for kind, n in zip(kinds, leaves, strict=True) for _ in range(n)]
     return TracedProgram(jax.make_jaxpr(function)(*inputs), by_leaf)
@@ -154,7 +154,7 @@ def _product(operation: Operation, program: TracedProgram) -> int:
 
 
 def _input_gradient(operation: Operation, macs: int) -> int:
-    """Counts an input's gradient as the forward product was."""
+    """Counts the gradient of an input like the forward product."""
     if operation.name != "conv_general_dilated":
         return macs
     return over_all_runs(operation, multiply_adds_by_input(operation))

@@ -1,4 +1,4 @@
-"""Augmentation on the device, inside jit: whole batches, one key, a draw for each example."""
+"""Augmentation of batches on the device, inside jit, with independent randomness by example."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def create_augmentation(
     cutout_fill: int | str | None = None,
     mean: Sequence[float] | None = None,
 ) -> Augmentation:
-    """Returns the augmentations called `names` as one function, to be called inside jit.
+    """Returns the augmentations in `names` as one function, for use inside jit.
 
     Args:
-      names: a comma list of `crop`, `flip`, `autoaugment`, `randaugment`, `cutout`, or of one's own
-        "package.module:attribute" (called without arguments, it returns an augmentation), in the
-        order in which they are applied; None, "" or "none" is the identity.
-      crop_padding: pixels that `crop` adds on every side, 4.
-      crop_fill: their level, 128.
+      names: comma-separated list of `crop`, `flip`, `autoaugment`, `randaugment`, `cutout`, or of
+        "package.module:attribute" (a callable without arguments that returns an augmentation), in
+        the order of application; None, "" or "none" is the identity.
+      crop_padding: number of pixels that `crop` adds on every side, 4.
+      crop_fill: level of that padding, 128.
       autoaugment_fill: level of pixels that `autoaugment` takes from outside of the image, 128.
       autoaugment_policy: "cifar10" or "imagenet", the set that it was found on; "cifar10".
-      randaugment_operations: how many `randaugment` applies, 2.
-      randaugment_magnitude: how strong they are, 0..30, 9.
+      randaugment_operations: number of operations that `randaugment` applies, 2.
+      randaugment_magnitude: strength of these operations, 0..30, 9.
       randaugment_fill: as `autoaugment_fill`.
       cutout_size: side of the square in pixels, 16.
-      cutout_fill: its level in 0..255, or "mean" for the set's mean colour (see `Cutout`); 0.
-      mean: the set's mean by channel, in units in which white is 1; used by "mean" alone.
+      cutout_fill: level of the square in 0..255, or "mean" for the mean colour (see `Cutout`); 0.
+      mean: mean of the set by channel, in units in which white is 1; used only for "mean".
 
     Raises:
-      UserError: an unknown name; an option of an augmentation that is not in the list; a value out
-        of range.
+      UserError: an unknown name, an option of an augmentation that is not in the list, or a value
+        out of range.
 
     Example:
       >>> augment = jax.jit(create_augmentation("crop,flip,cutout", cutout_size=3))
@@ -101,10 +101,10 @@ def _check_options_are_used(chosen: list[str], options: dict[str, dict]) -> None
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop:
-    """Pads every side, then cuts a window of the image's size out at random.
+    """Pads every side, then crops a random window of the image's size.
 
     Args:
-      padding: pixels; offsets are uniform in `[0, 2 * padding]` on both axes.
+      padding: number of pixels; offsets are uniform in `[0, 2 * padding]` on both axes.
       fill: level of the padding.
     """
 
@@ -141,17 +141,17 @@ class RandomFlip:
 
 @dataclasses.dataclass(frozen=True)
 class Cutout:
-    """Covers a square whose centre lies anywhere in the image; what lies outside is cut off.
+    """Covers a square whose centre is uniform in the image, clipped at the borders.
 
-    Published programs put it before normalising (with AutoAugment: black) or after (the original
-    one: 0 there, the mean colour). The first is the default here.
+    Published programs apply it before normalisation (black, with AutoAugment) or after it (0 there,
+    the mean colour, as in the original). The default here is the first.
 
     DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
     2017.
 
     Args:
       size: side of the square in pixels.
-      fill: its level, or one for each channel.
+      fill: level of the square, or one for each channel.
     """
 
     size: int = 16
@@ -171,21 +171,21 @@ class Cutout:
         return jnp.where(rows & columns, jnp.array(self.fill, jnp.uint8), images)
 
     def _covered(self, key: jax.Array, batch: int, length: int) -> jax.Array:
-        """Which of `length` pixels of each example the square covers on one axis."""
+        """Returns which of `length` pixels the square covers on one axis, for each example."""
         start = jax.random.randint(key, (batch, 1), 0, length) - self.size // 2
         position = jnp.arange(length)
         return (position >= start) & (position < start + self.size)
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Returns `(images / 255 - mean) / std` as float32 (as float64 where that is JAX's default).
+    """Returns `(images / 255 - mean) / std` as float32 (float64 if that is JAX's default).
 
     Args:
       images: uint8 `[..., channels]`.
-      mean: by channel, in units in which white is 1.
-      std: likewise.
+      mean: mean of each channel, in units in which white is 1.
+      std: standard deviation of each channel, in the same units.
     """
-    # One multiplication and one subtraction a value.
+    # One multiplication and one subtraction for each value.
     scale = 1 / (255 * jnp.asarray(std, float))
     shift = jnp.asarray(mean, float) / jnp.asarray(std, float)
     return images.astype(float) * scale - shift

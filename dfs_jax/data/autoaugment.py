@@ -1,4 +1,4 @@
-"""AutoAugment's policies and RandAugment, on the device and batched.
+"""AutoAugment's policies and RandAugment, batched on the device.
 
 Cubuk et al., "AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019, appendix.
 Cubuk et al., "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space",
@@ -18,7 +18,7 @@ from dfs_jax.data.augmentation import check_level
 from dfs_jax.data.image_operations import Operation, apply_operations, encode_operation
 from dfs_jax.types import UserError, check_whole
 
-# One line a sub-policy: two times (operation, probability, magnitude in 0..9).
+# One sub-policy on each line: two triples (operation, probability, magnitude in 0..9).
 CIFAR10_POLICY = (
     (("invert", 0.1, 7), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
@@ -77,7 +77,7 @@ IMAGENET_POLICY = (
 
 POLICIES = {"cifar10": CIFAR10_POLICY, "imagenet": IMAGENET_POLICY}
 
-# What RandAugment draws from; None leaves the image as it is.
+# Operations of RandAugment; None leaves the image unchanged.
 RANDAUGMENT_OPERATIONS = (
     None,
     "shear_x",
@@ -106,17 +106,17 @@ def operation_value(
 ) -> float:
     """Returns an operation's parameter at a magnitude, in the units of `encode_operation`.
 
-    The ranges are those of the PyTorch program that most published CIFAR runs use; like the
-    policy's own authors, and unlike one of that program's two versions, rotations go both ways.
+    The ranges are those of the PyTorch program that most published CIFAR runs use. As in the
+    authors' own policy, and unlike in one of that program's two versions, rotations go both ways.
     Shears take the nearest pixel (that program: bicubic).
 
     Args:
-      name: of the operation.
-      magnitude: in 0..`strongest`.
+      name: name of the operation.
+      magnitude: magnitude in 0..`strongest`.
       sign: -1 or 1, the direction of operations that have one.
-      height: of the images; the longest translation is 150/331 of it.
-      width: likewise.
-      strongest: the largest magnitude, 9 in AutoAugment and 30 in RandAugment.
+      height: height of the images; the longest translation is 150/331 of it.
+      width: width of the images, likewise.
+      strongest: largest magnitude, 9 in AutoAugment and 30 in RandAugment.
 
     >>> operation_value("rotate", 9, -1, 32, 32), operation_value("posterize", 7, 1, 32, 32)
     (-30.0, 5.0)
@@ -140,11 +140,11 @@ def operation_value(
 
 @dataclasses.dataclass(frozen=True)
 class AutoAugment:
-    """Each image goes through one of 25 sub-policies: two operations, each by chance.
+    """Applies one of 25 random sub-policies to each image: two operations with probabilities.
 
     Args:
       fill: level of pixels that come from outside of the image.
-      policy: found on "cifar10" or on "imagenet".
+      policy: policy found on "cifar10" or on "imagenet".
 
     Raises:
       UserError: a level outside 0..255, or an unknown policy.
@@ -182,11 +182,11 @@ class AutoAugment:
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """Each image goes through some operations drawn from 14, all at one magnitude.
+    """Applies random operations out of 14 to each image, all at one magnitude.
 
     Args:
-      operations: how many, one after another.
-      magnitude: how strong they are, a whole number in 0..30. Operations with a direction take
+      operations: number of operations, applied one after another.
+      magnitude: strength of the operations, an integer in 0..30. Operations with a direction take
         either; posterize keeps 8 bits at 0 and 4 at 30.
       fill: level of pixels that come from outside of the image.
 
@@ -218,7 +218,7 @@ class RandAugment:
 
 
 def _apply_rows(images: jax.Array, table: Operation, rows: jax.Array, fill: int) -> jax.Array:
-    """Applies rows of a table, `[batch, stages]`, to each image."""
+    """Applies to each image the rows `[batch, stages]` of a table of operations."""
     chosen = Operation(*(jnp.asarray(column)[rows] for column in table))
     stages = [Operation(*(column[:, k] for column in chosen)) for k in range(rows.shape[1])]
     return apply_operations(images, *stages, fill=fill)
@@ -227,7 +227,7 @@ def _apply_rows(images: jax.Array, table: Operation, rows: jax.Array, fill: int)
 def _operation_table(
     named: Sequence[tuple[str | None, int]], strongest: int, height: int, width: int
 ) -> Operation:
-    """Rows `[operation, sign]`, flat, of operations and their magnitudes."""
+    """Returns a flat table of rows `[operation, sign]`, given operations and magnitudes."""
 
     def encoded(name: str | None, magnitude: int, sign: int) -> Operation:
         if name is None:

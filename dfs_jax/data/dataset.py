@@ -1,4 +1,4 @@
-"""What an image classification set is: splits in memory or on disk, class names, statistics."""
+"""Image classification sets: splits in memory or on disk, class names, statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dfs_jax.types import UserError
 
 
 class Split(NamedTuple):
-    """Some examples of a set.
+    """Examples of a set in memory.
 
     Attributes:
       images: uint8 `[n, height, width, 3]`.
@@ -27,7 +27,7 @@ class Split(NamedTuple):
         return Split(self.images[indices], self.labels[indices])
 
     def part(self, indices: np.ndarray) -> Split:
-        """Returns `take(indices)`: what is in memory is read already."""
+        """Returns `take(indices)`, since the images are already in memory."""
         return self.take(indices)
 
     @property
@@ -42,7 +42,7 @@ class Split(NamedTuple):
 
 
 class SplitOnDisk(Protocol):
-    """Some examples of a set that is read while it is used; see `StreamedSplit`."""
+    """Examples of a set that are read when they are used; see `StreamedSplit`."""
 
     @property
     def num_examples(self) -> int: ...
@@ -67,11 +67,11 @@ AnySplit: TypeAlias = Split | SplitOnDisk
 
 
 class ImageFile(NamedTuple):
-    """One example's file.
+    """File of one example.
 
     Attributes:
-      path: relative to the set's directory, `SPLIT/CLASS/...` with forward slashes.
-      size: in bytes.
+      path: path relative to the set's directory, `SPLIT/CLASS/...` with forward slashes.
+      size: size in bytes.
     """
 
     path: str
@@ -79,17 +79,17 @@ class ImageFile(NamedTuple):
 
     @property
     def class_name(self) -> str:
-        """The directory of its class."""
+        """Directory of its class."""
         return self.path.split("/")[1]
 
 
 class Origin(NamedTuple):
-    """What tells a set from a changed one, without reading its images.
+    """Record that identifies a version of a set without reading its images.
 
     Attributes:
-      files: for each split that lies in files, its files in the order of its examples.
+      files: for each split that is stored as files, its files in the order of its examples.
       version: version of a prepared TFDS set.
-      left_out: files that are no readable images and belong to no split.
+      left_out: files that are not readable images and belong to no split.
     """
 
     files: Mapping[str, tuple[ImageFile, ...]] = {}
@@ -101,13 +101,13 @@ NO_ORIGIN = Origin()
 
 
 class RawDataset(NamedTuple):
-    """What a source returns: the set as it was published, before anything is held out.
+    """Result of a source: the set as published, before any examples are held out.
 
     Attributes:
-      train: the training examples.
-      test: the examples that are reported on once; None where some of train are to be held out.
-      class_names: one for each class.
-      validation: the set's own validation part, or None.
+      train: training examples.
+      test: test examples; None if some of train are to be held out for the test.
+      class_names: name of each class.
+      validation: the set's own validation split, or None.
       origin: files of `train`, `test` and `validation`, or the version.
     """
 
@@ -123,13 +123,13 @@ class Dataset:
     """An image classification set, ready for training.
 
     Attributes:
-      name: what it was asked for by.
-      train: the examples to train on.
-      validation: the examples that every choice is made on; None where nothing is held out.
-      test: the examples that are reported on once.
-      class_names: one for each class.
-      mean: by channel, in units in which white is 1.
-      std: likewise.
+      name: name passed to `load_dataset`.
+      train: training examples.
+      validation: examples for all choices (checkpoint, thresholds); None if none are held out.
+      test: examples for final reports.
+      class_names: name of each class.
+      mean: mean of each channel, in units in which white is 1.
+      std: standard deviation of each channel, in the same units.
       origin: files of each split, or the version.
     """
 
@@ -153,14 +153,14 @@ class Dataset:
 
 
 def check_raw_dataset(name: str, raw: Any) -> RawDataset:
-    """Returns `raw` with labels as int32, after checking what a source may have got wrong.
+    """Returns `raw` with labels as int32, after checking the result of a source.
 
     Args:
-      name: for messages.
-      raw: a `RawDataset`, or a plain tuple of its fields with plain pairs as splits.
+      name: name of the set, for messages.
+      raw: `RawDataset`, or a plain tuple of its fields with plain pairs as splits.
 
     Raises:
-      UserError: wrong fields, dtypes, shapes, counts or labels.
+      UserError: wrong fields, dtypes, shapes, lengths or labels.
     """
     try:
         train, test, class_names, *rest = raw

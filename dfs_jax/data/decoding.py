@@ -1,11 +1,11 @@
-"""One image from a file or encoded bytes to uint8 RGB, whatever Pillow reads.
+"""Decodes one image, from a file or encoded bytes, to uint8 RGB, in any format that Pillow reads.
 
-orientation     the rotation that a camera noted (EXIF) is applied
+orientation     rotated as the camera's EXIF tag says
 transparency    composited on white
 16 bits         scaled to 8: round(v * 255 / 65535)
-floats          0..1 scaled to 0..255; 0..255 as they are
+floats          0..1 scaled to 0..255; 0..255 unchanged
 CMYK, palettes, grey, black and white     converted to RGB
-animations      the first frame
+animations      first frame
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 Encoded = bytes | Path | np.ndarray
 
-# Endings by which folders are searched; what a file is, its content says.
+# File name extensions searched for in folders; the format is read from the content.
 SUFFIXES = frozenset(
     f".{ending}"
     for ending in (
@@ -28,9 +28,9 @@ SUFFIXES = frozenset(
         *("ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico", "jp2", "j2k", "qoi", "avif", "avifs"),
     )
 )
-BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 _RUN_CODE = ("EPS", "PS")  # formats whose readers start other programs
-_MOST_PIXELS = 178_956_970  # a gigabyte as RGBA with a margin; Pillow's own limit
+_MOST_PIXELS = 178_956_970  # under a gigabyte as RGBA; Pillow's own limit
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG", "PNG"),
@@ -45,22 +45,22 @@ _SIGNATURES = (
 )
 _BOXES = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"avif": "AVIF"}
 
-# Images up to the limit above are wanted, so that a warning at half of it only disturbs.
+# Images up to the limit above are accepted, so Pillow's warning at half of it is turned off.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be decoded; the message says what the file is instead."""
+    """Raised for an image that cannot be decoded; the message names the kind of the file."""
 
 
 def decode_image(encoded: Encoded) -> Image.Image:
-    """Returns an image as RGB with 8 bits a channel.
+    """Returns an image as RGB with 8 bits per channel.
 
     Args:
-      encoded: path of a file, its content, or a uint8 array `[height, width, 1 or 3]`.
+      encoded: path of a file, content of a file, or uint8 array `[height, width, 1 or 3]`.
 
     Raises:
-      UnreadableImage: the file is missing, damaged, no image or too large.
+      UnreadableImage: the file is missing, damaged, not an image, or too large.
     """
     if isinstance(encoded, np.ndarray):
         return Image.fromarray(encoded[..., 0] if encoded.shape[-1] == 1 else encoded).convert(
@@ -75,13 +75,13 @@ def decode_image(encoded: Encoded) -> Image.Image:
             return _as_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
         raise
-    # Decoders of damaged files raise exceptions of every kind.
+    # Decoders raise exceptions of all kinds for damaged files.
     except Exception as error:
         raise UnreadableImage(_reason(encoded, error)) from error
 
 
 def kind_of(content: bytes) -> str:
-    """Names the kind of a file by its first bytes.
+    """Returns the kind of a file, by its first bytes.
 
     >>> kind_of(b"GIF89a..."), kind_of(b"<!DOCTYPE html>"), kind_of(b"")
     ('GIF', 'HTML', 'empty')
@@ -108,7 +108,7 @@ def kind_of(content: bytes) -> str:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Returns the formats that Pillow reads by itself."""
+    """Returns the formats that Pillow reads without other programs."""
     Image.init()
     return tuple(sorted(set(Image.OPEN) - set(_RUN_CODE)))
 

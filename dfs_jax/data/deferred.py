@@ -1,4 +1,4 @@
-"""Splits that are read when they are first used: what is known of them before needs no images."""
+"""Splits that are read on first use; their number of examples and image shape are known before."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dfs_jax.types import UserError
 
 
 class DeferredSplit:
-    """Some examples of a set; stands where a `Split` would, and reads it on first use.
+    """A recorded split with the interface of `Split`, read on first use.
 
     Args:
-      num_examples: how many examples there were when the split was recorded.
+      num_examples: number of examples when the split was recorded.
       image_shape: `(height, width, channels)`.
-      read: returns the examples.
+      read: function that returns the examples.
 
     Example:
       >>> empty = Split(np.zeros((2, 5, 7, 3), np.uint8), np.zeros(2, np.int32))
@@ -35,17 +35,17 @@ class DeferredSplit:
 
     @functools.cached_property
     def split(self) -> AnySplit:
-        """The examples; reads them where nobody has."""
+        """The examples, read on first use."""
         return self._read()
 
     @property
     def images(self) -> np.ndarray:
-        """The images of a split in memory, see `Split`."""
+        """Images of a split in memory, see `Split`."""
         return self._in_memory.images
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels of a split in memory, see `Split`."""
+        """Labels of a split in memory, see `Split`."""
         return self._in_memory.labels
 
     @property
@@ -67,11 +67,11 @@ class DeferredSplit:
     def train_batches(
         self, sampler: Any, start_step: int, stop_step: int | None, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields what `dfs_jax.data.pipeline.train_batches` yields for the examples."""
+        """Yields the same as `dfs_jax.data.pipeline.train_batches` for the examples."""
         return train_batches(self.split, sampler, start_step, stop_step=stop_step, rows=rows)
 
     def eval_batches(
         self, batch_size: int, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields what `dfs_jax.data.pipeline.eval_batches` yields for the examples."""
+        """Yields the same as `dfs_jax.data.pipeline.eval_batches` for the examples."""
         return eval_batches(self.split, batch_size, rows)

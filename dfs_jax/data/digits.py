@@ -1,4 +1,4 @@
-"""scikit-learn's embedded handwritten digits: a real set that needs no download."""
+"""scikit-learn's handwritten digits: a real data set that needs no download."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def load_digits(image_size: int = 32) -> RawDataset:
     """Returns 1,197 training, 300 validation and 300 test images of 10 classes.
 
     The 1,797 images of 8x8 pixels and 17 levels (Alpaydin and Kaynak, UCI, 1998) are scaled to
-    `image_size`, with three equal channels. The split is always the same one, and holds 30 images
-    of each class in validation and in test.
+    `image_size`, with three equal channels. The split is fixed, with 30 images of each class in
+    validation and in test.
 
     Args:
       image_size: side in pixels.
     """
-    # Here, so that other sets do not pay for scikit-learn's import.
+    # Imported here because scikit-learn is slow to import.
     from sklearn import datasets
 
     grey, labels = datasets.load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""A set of one's own: one directory for each class, read into memory or streamed."""
+"""Image folders with one directory for each class, read into memory or streamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dfs_jax.paths import local_path, shown
 from dfs_jax.types import UserError
 
 _VALIDATION_NAMES = ("validation", "val")
-# Files that systems leave in directories of images.
+# Files that operating systems add to directories of images.
 _LEFT_BY_SYSTEMS = frozenset({"thumbs.db", "desktop.ini"})
 _MOST_NAMED = 5
 _REMEDY = "replace or remove them, or leave up to N of them out with data.max_corrupt=N"
@@ -36,15 +36,15 @@ def load_folder(
 
     Splits: `train`; `test`; `validation` or `val`. Without `test`, the validation directory is the
     test set, as in ImageNet; without both there is no test set, and `data.test_examples` holds one
-    out. Classes are numbered in the sorted order of the directories of `train`. Images in
-    directories within a class belong to it. Names that start with a dot are passed over; files of
-    other endings too, but they are counted in a warning.
+    out. Classes are numbered in the sorted order of the directories of `train`. Images in nested
+    directories belong to the class above. Names that start with a dot are ignored; files with other
+    extensions are ignored with a warning that counts them.
 
     Args:
-      data_dir: directory that holds `train`.
-      image_size: side in pixels that images are scaled to; needed where sizes vary.
+      data_dir: directory that contains `train`.
+      image_size: side in pixels that images are scaled to; required if sizes vary.
       max_corrupt: number of unreadable images that may be left out; None for 0.
-      streaming: how images are cut where they stay on disk; None reads them into memory.
+      streaming: how images are cropped if they stay on disk; None reads them into memory.
 
     Raises:
       UserError: a directory that is missing or empty; fewer than two classes; classes of `test`
@@ -54,7 +54,7 @@ def load_folder(
         raise UserError("data set 'folder' needs data_dir, which holds train/CLASS and test/CLASS")
     root = local_path(data_dir, "data_dir")
     if not root.is_dir():
-        raise UserError(f"data_dir {data_dir!r} does not exist or is no directory")
+        raise UserError(f"data_dir {data_dir!r} does not exist or is not a directory")
     directories = _split_directories(root)
     class_names = _classes(directories["train"])
     if len(class_names) < 2:
@@ -109,10 +109,10 @@ def read_files(
     image_size: int | None,
     streaming: Streaming | None = None,
 ) -> AnySplit:
-    """Returns files below `root` as a split; a file's label is its class's place in `class_names`.
+    """Returns files below `root` as a split, labelled by their class's index in `class_names`.
 
     Raises:
-      UserError: a file that is missing or is not an image; sizes that vary without `image_size`.
+      UserError: a file is missing or not an image, or sizes vary without `image_size`.
     """
     if streaming is not None:
         return _streams(root, {"files": files}, class_names, streaming)["files"]
@@ -123,7 +123,7 @@ def read_files(
 
 
 def exceeds_memory(data_dir: str | None, image_size: int) -> bool:
-    """Returns whether the images of a folder, scaled, would not fit into memory."""
+    """Returns whether the scaled images of a folder would not fit into memory."""
     if data_dir is None:
         return False
     paths = walk_files(local_path(data_dir, "data_dir"))
@@ -132,12 +132,12 @@ def exceeds_memory(data_dir: str | None, image_size: int) -> bool:
 
 
 class FolderRecords:
-    """The encoded files of a split, as `StreamedSplit` reads them.
+    """Encoded files of a split, as `StreamedSplit` reads them.
 
     Args:
-      root: directory that the paths are relative to.
+      root: directory that paths are relative to.
       files: files of the split.
-      labels: their labels.
+      labels: label of each file.
     """
 
     def __init__(self, root: Path, files: Sequence[ImageFile], labels: Sequence[int]):
@@ -151,11 +151,11 @@ class FolderRecords:
         return len(self._paths)
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
-        """Returns the content and the label of each file; no bytes where it cannot be opened."""
+        """Returns the content and label of each file; no bytes if it cannot be opened."""
         return [(self._content(i), self._labels[i]) for i in positions]
 
     def describe(self, position: int) -> str:
-        """Returns a file's path, and what it is."""
+        """Returns a file's path and kind."""
         return f"{self._paths[position]} ({kind_of(self._content(position)[:4096])})"
 
     def _content(self, position: int) -> bytes:
@@ -171,7 +171,7 @@ def _streams(
     class_names: Sequence[str],
     streaming: Streaming,
 ) -> dict[str, AnySplit]:
-    """Returns splits of one set of records, so that examples can move between them."""
+    """Returns splits of one set of records, so that examples can move between splits."""
     whole = [file for some in files.values() for file in some]
     records = FolderRecords(root, whole, _labels(whole, class_names))
     splits: dict[str, AnySplit] = {}
@@ -189,9 +189,9 @@ def _read(
     image_size: int | None,
     unreadable: Unreadable,
 ) -> tuple[Split, tuple[ImageFile, ...]]:
-    """Returns the images that can be read as a split, and their files."""
+    """Returns the readable images as a split, and their files."""
     paths = [root / file.path for file in files]
-    # Named by path: every message about an image then says which file it is.
+    # Names are paths, so that every message about an image contains its file.
     describe = [shown(path) for path in paths].__getitem__
     pixels, kept = decode_readable(paths, len(paths), image_size, describe, unreadable)
     labels = np.array(_labels(files, class_names), np.int32)[kept]
@@ -228,7 +228,7 @@ def _classes(directory: Path) -> tuple[str, ...]:
 
 
 def _files_of(directory: Path, split: str, class_names: tuple[str, ...]) -> tuple[ImageFile, ...]:
-    """Returns the files of a split, in the order of the classes; warns of what is left out."""
+    """Returns the files of a split in the order of the classes; warns of ignored files."""
     found = _classes(directory)
     strange = sorted(set(found) - set(class_names))
     if strange:
@@ -253,13 +253,13 @@ def _files_of(directory: Path, split: str, class_names: tuple[str, ...]) -> tupl
 def _image_file(directory: Path, path: Path) -> ImageFile:
     try:
         size = path.stat().st_size
-    except OSError:  # a link to nothing, which is told of when it is read
+    except OSError:  # a broken link, reported when it is read
         size = 0
     return ImageFile(path.relative_to(directory.parent).as_posix(), size)
 
 
 class _ClassFiles(NamedTuple):
-    """Files below the directory of a class: images, those of them in nested directories, others."""
+    """Files below a class's directory: images, images in nested directories, and other files."""
 
     images: list[Path]
     nested: list[Path]
@@ -277,7 +277,7 @@ def _class_files(directory: Path) -> _ClassFiles:
 
 
 def walk_files(directory: Path) -> Iterator[Path]:
-    """Yields the files below a directory but hidden ones; a loop of links is followed once.
+    """Yields the files below a directory except hidden ones; follows a loop of links once.
 
     Raises:
       UserError: a directory cannot be listed.

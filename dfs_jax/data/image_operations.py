@@ -1,7 +1,7 @@
-"""Pillow's image operations on a whole batch, each example with an operation of its own.
+"""Pillow's image operations on a whole batch, with a different operation for each example.
 
-Nothing branches by example: every image is warped by an affine map (most by the identity), and then
-takes one of the recoloured versions of itself.
+There is no branching by example: every image is transformed by an affine map (often the identity),
+and one of its recoloured versions is then selected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPERATIONS = (*WARPS, *RECOLOURINGS)
 
 _LEVELS = 256
 _HIGHEST = 255
-# Pillow's nearest affine transform counts in 1/65536 pixel.
+# Pillow's nearest-neighbour affine transform counts in 1/65536 pixel.
 _FIXED_BITS = 16
 _IDENTITY_MAP = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -52,12 +52,12 @@ def encode_operation(name: str | None, value: float, height: int, width: int) ->
     """Returns one operation as a row of numbers, computed in double precision on the host.
 
     Args:
-      name: one of `OPERATIONS`; None leaves the image as it is.
+      name: one of `OPERATIONS`; None leaves the image unchanged.
       value: shear: slope; translate: pixels, positive moves the image left or up; rotate: degrees
-        counter-clockwise; color, sharpness, brightness, contrast: factor, 1 leaves the image as it
-        is; posterize: bits kept; solarize: threshold in levels; not used by the others.
-      height: of the images, in pixels.
-      width: likewise.
+        counter-clockwise; color, sharpness, brightness, contrast: factor, 1 leaves the image
+        unchanged; posterize: bits kept; solarize: threshold in levels; unused by the others.
+      height: height of the images, in pixels.
+      width: width of the images, in pixels.
     """
     affine = _affine_map(name, value, height, width) if name in WARPS else _IDENTITY_MAP
     kind = 1 + RECOLOURINGS.index(name) if name in RECOLOURINGS else 0
@@ -69,17 +69,17 @@ def encode_operation(name: str | None, value: float, height: int, width: int) ->
 
 
 def apply_operations(images: jax.Array, *stages: Operation, fill: int) -> jax.Array:
-    """Applies to each image its own operation of every stage; each within one level of Pillow's.
+    """Applies one operation of every stage to each image, within one level of Pillow's result.
 
     Args:
       images: uint8 `[batch, height, width, 3]`.
-      *stages: one operation for each example, one stage after the other.
+      *stages: operations of each stage in order, one for each example.
       fill: level of pixels that a geometric operation takes from outside of the image.
 
     Returns:
-      uint8, the shape of `images`.
+      Images of the same shape and type.
     """
-    # Planes, [batch, channels, height, width]: what is done to many pixels then lies side by side.
+    # Planes, [batch, channels, height, width], keep the pixels that are processed alike adjacent.
     planes = jnp.moveaxis(images, -1, 1)
     for operations in stages:
         planes = _recolour(planes, operations)
@@ -103,8 +103,8 @@ def _recolour(planes: jax.Array, operations: Operation) -> jax.Array:
         "posterize": pixels & (256 - jnp.exp2(8 - value).astype(jnp.int32)),
         "solarize": jnp.where(pixels < value, pixels, 255 - pixels),
         "autocontrast": _autocontrast(pixels),
-        # The condition also keeps XLA from fusing the look-up with all the rest, which costs a CPU
-        # its vector instructions there.
+        # The condition also keeps XLA from fusing the look-up with the rest, which would prevent
+        # vectorisation on a CPU.
         "equalize": jax.lax.cond(is_equalize.any(), _equalize, lambda same: same, pixels),
     }
     choices = [pixels, *(results[name] for name in RECOLOURINGS)]
@@ -114,7 +114,7 @@ def _recolour(planes: jax.Array, operations: Operation) -> jax.Array:
 
 
 def _affine_map(name: str, value: float, height: int, width: int) -> tuple[float, ...]:
-    """(a, b, c, d, e, f): output (x, y) takes input (a x + b y + c, d x + e y + f)."""
+    """Returns (a, b, c, d, e, f): output (x, y) takes input (a x + b y + c, d x + e y + f)."""
     if name == "rotate":
         angle = -math.radians(value % 360)
         cos, sin = math.cos(angle), math.sin(angle)
@@ -131,7 +131,7 @@ def _affine_map(name: str, value: float, height: int, width: int) -> tuple[float
 def _fixed_point(
     a: float, b: float, c: float, d: float, e: float, f: float
 ) -> tuple[int, int, int, int, int, int]:
-    """The same map between pixel indices, whose centres lie at half-integers."""
+    """Returns the same map between pixel indices, whose centres lie at half-integers."""
     moved = (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)
     a, b, c, d, e, f = (math.floor(v * 2**_FIXED_BITS + 0.5) for v in moved)
     return a, b, c, d, e, f
@@ -153,12 +153,12 @@ def _warp_nearest(planes: jax.Array, affine: jax.Array | np.ndarray, fill: int) 
         return jnp.where(inside[:, None], taken.reshape(planes.shape), jnp.uint8(fill))
 
     identity = jnp.array(_fixed_point(*_IDENTITY_MAP), jnp.int32)
-    # Like the other condition, this one also ends a fusion: its operand is computed once.
+    # Like the condition above, this one ends a fusion, so that its operand is computed once.
     return jax.lax.cond((affine != identity).any(), warp, lambda same: same, planes)
 
 
 def _grey(pixels: jax.Array) -> jax.Array:
-    """Luma (ITU-R 601), `[batch, 1, height, width]`, in Pillow's integer arithmetic."""
+    """Returns luma (ITU-R 601), `[batch, 1, height, width]`, in Pillow's integer arithmetic."""
     red, green, blue = jnp.moveaxis(pixels, 1, 0)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)[:, None]
 
@@ -169,14 +169,14 @@ def _rounded_mean(grey: jax.Array) -> jax.Array:
 
 
 def _blend(degenerate: jax.Array, pixels: jax.Array, factor: jax.Array) -> jax.Array:
-    """From the degenerate image through the image and beyond; fractions are cut off."""
+    """Interpolates or extrapolates from the degenerate image to the image; truncates fractions."""
     start = degenerate.astype(jnp.float32)
     value = start + factor * (pixels.astype(jnp.float32) - start)
     return jnp.clip(value, 0, _HIGHEST).astype(jnp.int32)
 
 
 def _smooth(pixels: jax.Array) -> jax.Array:
-    """3x3 mean in which the centre counts five times; the border is left as it is."""
+    """Returns the 3x3 mean with weight five at the centre; the border is unchanged."""
     height, width = pixels.shape[2:]
     padded = jnp.pad(pixels, ((0, 0), (0, 0), (1, 1), (1, 1)))
     rows = padded[:, :, :height] + padded[:, :, 1 : height + 1] + padded[:, :, 2:]
@@ -187,21 +187,21 @@ def _smooth(pixels: jax.Array) -> jax.Array:
 
 
 def _autocontrast(pixels: jax.Array) -> jax.Array:
-    """Stretches each channel to the whole range; one that has a single level is kept."""
+    """Stretches each channel to the full range, except channels with a single level."""
     low, high = pixels.min((2, 3), keepdims=True), pixels.max((2, 3), keepdims=True)
     stretched = _floor_divide((pixels - low) * _HIGHEST, jnp.maximum(high - low, 1))
     return jnp.where(high > low, stretched, pixels)
 
 
 def _equalize(pixels: jax.Array) -> jax.Array:
-    """Makes each channel's cumulative histogram straight, with Pillow's integer step."""
+    """Makes each channel's cumulative histogram linear, with Pillow's integer step."""
     batch, channels, height, width = pixels.shape
     levels = jnp.arange(_LEVELS)
     counts = _histogram(pixels)
     highest = jnp.where(counts > 0, levels, 0).max(-1, keepdims=True)
     at_highest = jnp.take_along_axis(counts, highest, axis=-1)
     step = (height * width - at_highest) // _HIGHEST
-    # A cumulative sum as a product; whole numbers below 2^24 are exact in float32.
+    # The cumulative sum is a product; integers below 2^24 are exact in float32.
     lower = jnp.triu(jnp.ones((_LEVELS, _LEVELS), jnp.float32), 1)
     precision = jax.lax.Precision.HIGHEST
     below = jnp.matmul(counts.astype(jnp.float32), lower, precision=precision).astype(jnp.int32)
@@ -212,7 +212,7 @@ def _equalize(pixels: jax.Array) -> jax.Array:
 
 
 def _histogram(pixels: jax.Array) -> jax.Array:
-    """How many pixels have each level, int32 `[batch, channels, 256]`."""
+    """Returns the number of pixels of each level, int32 `[batch, channels, 256]`."""
     channels = pixels.shape[1]
     # One flat scatter-add: 40 times as fast on a CPU as comparing with every level.
     row = jnp.arange(channels)[:, None, None]
@@ -222,15 +222,15 @@ def _histogram(pixels: jax.Array) -> jax.Array:
         counts = counts.at[(row * _LEVELS + pixels).ravel()].add(1, mode="promise_in_bounds")
         return counts.reshape(channels, _LEVELS)
 
-    # Image by image: devices that share a batch would add up the counts of all of it.
+    # Image by image, because devices that share a batch would otherwise sum all of its counts.
     return jax.vmap(of_image)(pixels)
 
 
 def _floor_divide(numerator: jax.Array, denominator: jax.Array | int) -> jax.Array:
-    """Integer division through float32, which CPUs do many at a time.
+    """Returns the integer quotient, computed in float32, which CPUs vectorise.
 
-    Exact here: numerators lie below 2^24 and quotients below 2^10, so that a quotient that is not
-    whole is further from the next whole number than float32's rounding.
+    It is exact here: numerators lie below 2^24 and quotients below 2^10, so that a quotient that is
+    not an integer is further from the next integer than float32's rounding error.
     """
     quotient = numerator.astype(jnp.float32) / jnp.asarray(denominator, jnp.float32)
     return jnp.floor(quotient).astype(jnp.int32)

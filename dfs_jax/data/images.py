@@ -1,4 +1,4 @@
-"""Many files or encoded images to one uint8 array."""
+"""Decodes many files or encoded images into one uint8 array."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dfs_jax.data.decoding import Encoded, UnreadableImage, decode_image
 from dfs_jax.types import UserError
 
 _CHUNK = 256
-# Below this many bytes an image, Python's own work dominates and threads only wait for each other.
+# Below this many bytes per image, Python's own work dominates and threads only wait.
 _SMALL_IMAGE_BYTES = 8192
-# Memory that a set may take; larger ones are streamed.
+# Largest size of a set in memory; larger sets are streamed.
 MAX_BYTES = 16 * 2**30
-MOST_NAMED = 20  # unreadable images in one message
-_MOST_SIZES = 5  # sizes in one message
+MOST_NAMED = 20  # unreadable images named in one message
+_MOST_SIZES = 5  # sizes named in one message
 
 _log = logging.getLogger(__name__)
 
 
 class Unreadable:
-    """Collects the images of a set that cannot be read, so that one message names them all.
+    """Collects the unreadable images of a set, so that one message names them all.
 
     Args:
       allowed: number of images that may be left out.
-      remedy: what the message tells the user to do.
+      remedy: advice at the end of the message.
     """
 
     def __init__(self, allowed: int = 0, remedy: str = "replace or remove them"):
@@ -38,11 +38,11 @@ class Unreadable:
         self._found: list[str] = []
 
     def add(self, name: str, reason: str) -> None:
-        """Notes an image by its name, and what it is instead."""
+        """Records an image's name and the reason why it cannot be read."""
         self._found.append(f"{name} ({reason})")
 
     def check(self) -> None:
-        """Raises UserError for more images than are allowed; warns of those left out."""
+        """Raises UserError if there are more than `allowed`; otherwise warns of those left out."""
         if not self._found:
             return
         count, named = len(self._found), "; ".join(self._found[:MOST_NAMED])
@@ -60,22 +60,22 @@ def decode_images(
     image_size: int | None,
     describe: Callable[[int], str],
 ) -> np.ndarray:
-    """Returns the images as one array; grey ones get three equal channels.
+    """Returns the images as one array; grey images get three equal channels.
 
     Args:
       encoded: contents of image files, or their paths, or uint8 arrays
-        `[height, width, 1 or 3]`; read as they are needed.
+        `[height, width, 1 or 3]`; read lazily.
       count: number of images.
-      image_size: side in pixels; the shorter side is scaled to it (antialiased), then the centre is
-        cut out. None keeps images as they are, which must then have one size.
-      describe: returns the name of the image at a position, for messages.
+      image_size: side in pixels; the shorter side is scaled to it (antialiased), followed by a
+        centre crop. None keeps images unchanged, which must then have one size.
+      describe: function that names the image at a position, for messages.
 
     Returns:
       uint8 `[count, height, width, 3]`.
 
     Raises:
-      UserError: images that cannot be read, all of them named; sizes that vary although no
-        `image_size` is given; too much data.
+      UserError: images that cannot be read (all are named), sizes that vary without an
+        `image_size`, or too much data.
     """
     unreadable = Unreadable()
     images, _ = decode_readable(encoded, count, image_size, describe, unreadable)
@@ -90,7 +90,7 @@ def decode_readable(
     describe: Callable[[int], str],
     unreadable: Unreadable,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images that can be read, and their positions; the others go to `unreadable`.
+    """Returns the readable images and their positions; adds the others to `unreadable`.
 
     Arguments and errors are those of `decode_images`.
     """
@@ -127,7 +127,7 @@ def _decode_all(
 
     with ThreadPoolExecutor() as pool:
         items = iter(encoded)
-        # By chunks, so that the pool never runs far ahead of what has been stored.
+        # In chunks, so that the pool does not run far ahead of the stored images.
         while chunk := list(itertools.islice(items, _CHUNK)):
             run = map if _is_small(chunk[0]) else pool.map
             yield from run(decode, chunk)
@@ -157,7 +157,7 @@ def _resize_and_centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def memory_needed(count: int, height: int, width: int) -> int:
-    """Returns the bytes that so many images take in memory.
+    """Returns the size of a number of images in memory, in bytes.
 
     >>> memory_needed(2, 5, 7)
     210

@@ -1,4 +1,4 @@
-"""One photograph from encoded bytes to a square of pixels: decoded, cut, scaled; on the host."""
+"""Decodes, crops and scales one photograph to a square of pixels, on the host."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from dfs_jax.data.decoding import UnreadableImage, decode_image
 
-# Width over height of a random cut, and how often one is drawn before the centre is taken.
+# Range of width over height of a random crop, and the number of tries before a centre crop.
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
-# Markers of JPEG frames; C4, C8 and CC among them mean something else.
+# Markers of JPEG frames; C4, C8 and CC in this range have another meaning.
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
@@ -27,10 +27,10 @@ class Box(NamedTuple):
 
 
 def decode_photograph(encoded: bytes) -> np.ndarray | None:
-    """Returns uint8 `[height, width, 3]`, red first; None where the bytes are no whole image.
+    """Returns uint8 `[height, width, 3]` in RGB order; None if the bytes are not a whole image.
 
     JPEG files of one or three channels are decoded by OpenCV, twice as fast as by Pillow; all
-    others as `decode_image` decodes them. Both apply the orientation that a camera noted.
+    others by `decode_image`. Both apply the EXIF orientation.
 
     Args:
       encoded: content of an image file.
@@ -63,8 +63,8 @@ def _is_plain_jpeg(encoded: bytes) -> bool:
 def cut_out(image: np.ndarray, box: Box, size: int) -> np.ndarray:
     """Returns `box` of an image scaled to `[size, size, 3]`.
 
-    A result of at most half the size averages the pixels under each of its own, so that it does not
-    alias; others interpolate linearly between the nearest two by two, which is twice as fast.
+    Reduction to half the size or less averages the pixels of each output pixel, which avoids
+    aliasing; otherwise bilinear interpolation is used, which is twice as fast.
     """
     cv2 = _opencv()
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
@@ -79,7 +79,7 @@ def mirrored(image: np.ndarray) -> np.ndarray:
 
 
 def centre_box(height: int, width: int, fraction: float = 1.0) -> Box:
-    """Returns the square in the middle whose side is `fraction` of the shorter side.
+    """Returns the centred square whose side is `fraction` of the shorter side.
 
     >>> centre_box(100, 60, 0.5)
     Box(top=35, left=15, height=30, width=30)
@@ -91,11 +91,11 @@ def centre_box(height: int, width: int, fraction: float = 1.0) -> Box:
 def random_box(
     generator: np.random.Generator, height: int, width: int, area: tuple[float, float]
 ) -> Box:
-    """Returns a rectangle of random area, shape and place (Inception's random resized crop).
+    """Returns a rectangle of random area, shape and position (Inception's random resized crop).
 
-    The area is uniform in `area`, a share of the image; the logarithm of width over height is
-    uniform between those of 3/4 and 4/3. A rectangle that does not fit is drawn again, ten times;
-    then it is the largest one in the middle whose shape is allowed.
+    The area is uniform in `area`, a fraction of the image; the logarithm of width over height is
+    uniform between those of 3/4 and 4/3. A rectangle that does not fit is drawn again, up to ten
+    times; then the largest centred rectangle of an allowed shape is used.
 
     Szegedy et al., "Going Deeper with Convolutions", CVPR 2015.
 
@@ -118,7 +118,7 @@ def random_box(
 
 @functools.cache
 def _opencv() -> Any:
-    """OpenCV, imported when the first photograph is decoded; parallel work is by photograph."""
+    """Returns OpenCV, imported on first use; single-threaded, as photographs run in parallel."""
     import cv2
 
     cv2.setNumThreads(1)

@@ -1,4 +1,4 @@
-"""From splits to batches: a sampler without state, and evaluation in order."""
+"""Batches from splits: a stateless training sampler, and evaluation in order."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dfs_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class TrainSampler:
-    """Says which examples a step trains on; a function of the step alone, so resuming is exact.
+    """Maps a training step to its examples; a function of the step alone, so resuming is exact.
 
-    Epoch e goes through a permutation drawn from (seed, e). The `num_examples % batch_size`
-    examples at its end are left out, other ones every epoch.
+    Epoch e follows a permutation seeded by (seed, e). The last `num_examples % batch_size` examples
+    of the permutation are omitted, different ones in every epoch.
 
     Args:
-      num_examples: size of the training set.
-      batch_size: examples a step.
-      seed: of the order.
+      num_examples: number of training examples.
+      batch_size: number of examples in a batch.
+      seed: random seed of the permutations.
 
     Raises:
-      UserError: a batch of fewer than one or more than all examples.
+      UserError: a batch of fewer than one or of more than all examples.
 
     Example:
       >>> sampler = TrainSampler(num_examples=7, batch_size=3, seed=0)
@@ -56,13 +56,13 @@ class TrainSampler:
         return step // self.steps_per_epoch
 
     def indices(self, step: int) -> np.ndarray:
-        """Returns the examples of one step, `[batch_size]`."""
+        """Returns the indices of the examples of one step, `[batch_size]`."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.num_examples, self.seed, epoch)
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
-# Two, for programs that look at the last step of one epoch and the first of the next in turn.
+# Two, for programs that alternate between the last step of an epoch and the first of the next.
 @functools.lru_cache(maxsize=2)
 def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     entropy = np.random.SeedSequence((seed, epoch))
@@ -82,12 +82,12 @@ def train_batches(
     """Yields `(images, labels)` for `start_step`, `start_step + 1`, ... up to `stop_step`.
 
     Args:
-      split: the examples to train on.
-      sampler: made for that many examples.
-      start_step: 0-based.
-      stop_step: the first one that is not taken; None: there is no end.
-      rows: which rows of every batch are read, `[rows]`, where other processes read the others;
-        None for all.
+      split: training examples.
+      sampler: sampler for the same number of examples.
+      start_step: first step, 0-based.
+      stop_step: step to stop before; None for no end.
+      rows: rows of every batch to read, `[rows]`, if other processes read the others; None for
+        all.
 
     Yields:
       uint8 `[rows, height, width, 3]` and int32 `[rows]`.
@@ -112,10 +112,10 @@ def eval_batches(
     """Yields `(images, labels, mask)` in order, every example once, all batches of one shape.
 
     Args:
-      split: the examples.
-      batch_size: examples a batch; the last one is filled up with zeros that the mask leaves out,
-        as it does a streamed image that cannot be read.
-      rows: which rows of every batch are read, `[rows]`, as in `train_batches`; None for all.
+      split: examples to evaluate.
+      batch_size: number of examples in a batch; the last batch is padded with zeros. The mask is
+        False for padding and for streamed images that cannot be read.
+      rows: rows of every batch to read, `[rows]`, as in `train_batches`; None for all.
 
     Yields:
       uint8 `[rows, height, width, 3]`, int32 `[rows]`, bool `[rows]`.

@@ -1,4 +1,4 @@
-"""Downloads a TFDS set and converts it to array_record, once: the only step that needs TensorFlow.
+"""Downloads a TFDS set and converts it to array_record, the only step that needs TensorFlow.
 
 python -m dfs_jax.data.prepare cifar100 --data_dir=DIR
 """
@@ -33,15 +33,15 @@ _IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
 def prepare(name: str, data_dir: str | None = None) -> Path:
-    """Returns the directory of a set in array_record format, downloaded or converted if need be.
+    """Returns the directory of a set in array_record format; downloads or converts it if needed.
 
     Args:
-      name: a TFDS name, `NAME[/CONFIG][:VERSION]`.
-      data_dir: the directory for all sets, made where it is absent; None is TFDS's default.
+      name: TFDS name, `NAME[/CONFIG][:VERSION]`.
+      data_dir: directory of all sets, created if missing; None for TFDS's default.
 
     Raises:
-      UserError: no TensorFlow, no such set, no network, archives that are to be fetched by hand, or
-        a download or conversion that fails.
+      UserError: no TensorFlow, no such set, no network, archives that must be downloaded by hand,
+        or a download or conversion that fails.
     """
     check_registered(name)
     root = output_directory(tfds_data_dir(data_dir), "data_dir")
@@ -81,7 +81,7 @@ def _download(name: str, root: Path) -> Path:
         _check_manual_archives(name, downloads / "manual", builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
     else:
         _check_reachable(name, builder.url_infos or {}, downloads)
-    # Never TFDS's ready-made copies: they are tfrecord files.
+    # TFDS's ready-made copies are tfrecord files, so they are not used.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         builder.download_and_prepare(download_dir=str(downloads), download_config=config)
@@ -95,7 +95,7 @@ def _download(name: str, root: Path) -> Path:
 
 
 def _convert(directory: Path) -> None:
-    """Writes array_record files beside a set's tfrecord files (TFDS's own way needs Beam)."""
+    """Writes array_record files next to a set's tfrecord files (TFDS's converter needs Beam)."""
     import tensorflow as tf  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -105,7 +105,7 @@ def _convert(directory: Path) -> None:
         for record in tf.data.TFRecordDataset(str(source)).as_numpy_iterator():
             writer.write(record)
         writer.close()
-    # Last, so that a conversion that broke off is not taken for a finished one.
+    # Last, so that an interrupted conversion is not mistaken for a finished one.
     info_file = directory / INFO_FILE
     info = json.loads(info_file.read_text())
     info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", []), "array_record"]
@@ -117,7 +117,7 @@ def _is_imagenet(name: str) -> bool:
 
 
 def _imagenet_by_hand(root: Path) -> str:
-    """What nobody can do for the user."""
+    """Returns the manual step: registration and the archives to download."""
     archives = " (138 GB) and ".join(_IMAGENET_ARCHIVES)
     return f"register at image-net.org, put {archives} (6 GB) into {root / 'downloads' / 'manual'}"
 
@@ -137,7 +137,7 @@ def _check_manual_archives(name: str, manual: Path, instructions: str) -> None:
 
 
 def _check_reachable(name: str, urls: Iterable[str], downloads: Path) -> None:
-    """TFDS tries again for minutes where there is no network: asks once before it starts."""
+    """Raises UserError if a server cannot be reached; TFDS itself would retry for minutes."""
     missing = [url for url in urls if url not in _downloaded(downloads)]
     if not missing:
         return
@@ -145,7 +145,7 @@ def _check_reachable(name: str, urls: Iterable[str], downloads: Path) -> None:
     try:
         urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
     except urllib.error.HTTPError:
-        # The server answers; what it refuses is the download's own business.
+        # The server answers; if it refuses, the download reports that.
         return
     except OSError as error:
         raise UserError(
@@ -156,7 +156,7 @@ def _check_reachable(name: str, urls: Iterable[str], downloads: Path) -> None:
 
 
 def _downloaded(downloads: Path) -> set[str]:
-    """The addresses that TFDS has noted beside its finished downloads."""
+    """Returns the addresses that TFDS has recorded next to its finished downloads."""
     return {
         url for note in downloads.glob("*.INFO") for url in json.loads(note.read_text())["urls"]
     }

@@ -1,4 +1,4 @@
-"""A data set put back into the order and the parts that a run knows it by."""
+"""Restores the class order and the splits that a run recorded for a data set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dfs_jax.types import UserError
 
 
 def relabelled(split: AnySplit, labels: Sequence[int]) -> AnySplit:
-    """Returns the same examples with label `labels[i]` where it was i.
+    """Returns the same examples with label `labels[i]` in place of i.
 
     Args:
-      split: some examples, in memory or streamed.
-      labels: the new label of each class, `[classes]`.
+      split: examples, in memory or streamed.
+      labels: new label of each class, `[classes]`.
 
     Example:
       >>> two = Split(np.zeros((2, 5, 7, 3), np.uint8), np.array([0, 1], np.int32))
@@ -38,7 +38,7 @@ def relabelled(split: AnySplit, labels: Sequence[int]) -> AnySplit:
 
 @dataclasses.dataclass(frozen=True)
 class RelabelledRecords:
-    """The records of another, with label `labels[i]` where it was i."""
+    """Records with label `labels[i]` in place of i."""
 
     records: Records
     labels: Sequence[int]
@@ -51,7 +51,7 @@ class RelabelledRecords:
         return len(self.records)
 
     def describe(self, position: int) -> str:
-        """Returns what a message calls a record."""
+        """Returns the name of a record for messages."""
         return self.records.describe(position)
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
@@ -60,16 +60,16 @@ class RelabelledRecords:
 
 
 def regrouped(dataset: Dataset, part_of: Callable[[str, ImageFile], str]) -> Dataset:
-    """Returns the data set with every file in the part that `part_of` names for it.
+    """Returns the data set with every file in the split that `part_of` names for it.
 
-    Parts that lose or gain a file are sorted by path; the others stay as they are.
+    Splits that lose or gain a file are sorted by path; the others are unchanged.
 
     Args:
-      dataset: one that lies in files.
-      part_of: maps `(part, file)` to `"train"`, `"validation"` or `"test"`.
+      dataset: data set that is stored as files.
+      part_of: function from `(split, file)` to `"train"`, `"validation"` or `"test"`.
 
     Raises:
-      UserError: a file is to move between parts that are streamed from different directories.
+      UserError: a file moves between splits that are streamed from different directories.
     """
     now = {
         (part, i): part_of(part, file)
@@ -91,7 +91,7 @@ def regrouped(dataset: Dataset, part_of: Callable[[str, ImageFile], str]) -> Dat
 
 
 def _gathered(dataset: Dataset, places: Sequence[tuple[str, int]]) -> AnySplit | None:
-    """Returns the examples at `(part, position)`, in this order; None for no examples."""
+    """Returns the examples at `(split, position)`, in this order; None for no examples."""
     if not places:
         return None
     parts = sorted({part for part, _ in places})
@@ -100,7 +100,7 @@ def _gathered(dataset: Dataset, places: Sequence[tuple[str, int]]) -> AnySplit |
         rows = {part: np.array([i for p, i in places if p == part]) for part in parts}
         images = np.concatenate([splits[p].images[rows[p]] for p in parts])
         labels = np.concatenate([splits[p].labels[rows[p]] for p in parts])
-        # From part by part to the order that was asked for.
+        # From the order of the splits to the requested order.
         order = np.argsort(np.argsort([parts.index(p) for p, _ in places], kind="stable"))
         return Split(images[order], labels[order])
     first = splits[parts[0]]

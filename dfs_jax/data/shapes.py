@@ -1,4 +1,4 @@
-"""What well-known sets look like, for those who ask without having the data."""
+"""Shapes and sizes of well-known data sets, for use without the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class DatasetShape(NamedTuple):
-    """How many classes there are, and one image's `(height, width, channels)`."""
+    """Number of classes, and `(height, width, channels)` of an image."""
 
     num_classes: int
     image_shape: tuple[int, int, int]
@@ -18,10 +18,10 @@ class DatasetShape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AbsentSplit:
-    """Some examples that are not there: stands where a `Split` would, as far as nobody reads it.
+    """A split without images, with the size and image shape of a `Split`; reading it raises.
 
     Attributes:
-      num_examples: how many there would be.
+      num_examples: number of examples.
       image_shape: `(height, width, channels)`.
     """
 
@@ -29,7 +29,7 @@ class AbsentSplit:
     image_shape: tuple[int, int, int]
 
     def part(self, indices: np.ndarray) -> AbsentSplit:
-        """Returns as many absent examples as there are indices."""
+        """Returns an absent split with as many examples as there are indices."""
         return dataclasses.replace(self, num_examples=len(indices))
 
     def _refuse(self, *_args: Any, **_options: Any) -> NoReturn:
@@ -44,7 +44,7 @@ _KNOWN_SHAPES = {
     "digits": DatasetShape(10, (32, 32, 3)),
     "imagenet2012": DatasetShape(1000, (224, 224, 3)),
 }
-# Training and test examples, as published.
+# Numbers of training and test examples, as published.
 _KNOWN_SIZES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
@@ -56,7 +56,7 @@ def known_shape(name: str, image_size: int | None = None) -> DatasetShape | None
     """Returns the shape of a well-known set, at its usual image size; None for other sets.
 
     Args:
-      name: as in `load_dataset`, also with a version (`cifar10:3.0.2`).
+      name: name as in `load_dataset`, optionally with a version (`cifar10:3.0.2`).
       image_size: side in pixels that images are scaled to.
 
     >>> known_shape("cifar100").num_classes, known_shape("imagenet2012", 160).image_shape
@@ -71,9 +71,9 @@ def known_shape(name: str, image_size: int | None = None) -> DatasetShape | None
 def known_splits(
     name: str, image_size: int | None = None
 ) -> tuple[AbsentSplit, AbsentSplit] | None:
-    """Returns the training and test examples of a well-known set that has to be downloaded.
+    """Returns the training and test splits of a well-known set that must be downloaded.
 
-    None for other sets. Arguments as in `known_shape`.
+    Returns None for other sets. Arguments as in `known_shape`.
 
     >>> known_splits("cifar100")[0]
     AbsentSplit(num_examples=50000, image_shape=(32, 32, 3))

@@ -1,4 +1,4 @@
-"""From a name to a data set: find it, hold a validation part out, get its statistics."""
+"""Loads a data set by name, holds out a validation split, and computes its statistics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DATASETS = Registry(
 # "package.module:attribute"; in a TFDS name a colon is followed by a version's digits.
 _USERS_OWN = re.compile(r"[\w.]+:[^\W\d][\w.]*")
 _VALIDATION_EXAMPLES = {"cifar10": 5000, "cifar100": 5000, "imagenet2012": 50_000}
-# Of a set on disk, enough to know its mean and deviation to a hundredth.
+# For a set on disk: enough to estimate mean and standard deviation to a hundredth.
 _STATISTICS_EXAMPLES = 1024
 
 
@@ -55,30 +55,30 @@ def load_dataset(
     test_examples: int | float | None = None,
     max_corrupt: int | None = None,
 ) -> Dataset:
-    """Reads an image classification set into memory, or makes it ready to be streamed from disk.
+    """Reads an image classification set into memory, or prepares it for streaming from disk.
 
     Args:
       name: `digits`, `folder`, a TFDS name (`cifar10`, `cifar100`, `name/config`, `name:1.2.3`),
-        or one's own `package.module:attribute`, a function that returns a `RawDataset` and is given
-        `data_dir` and `image_size` where they are set.
-      data_dir: where the set lies; for TFDS names the directory above them, None being TFDS's own.
-      validation_examples: how many training examples are held out. None: the set's own validation
-        part where it has one, else 5,000 for CIFAR, 50,000 for ImageNet and a tenth of the others.
-        0: none, all of them
-        are trained on. Any other number: held out of train and validation together.
-      split_seed: which examples are held out, by a permutation that nothing else depends on.
-      image_size: side in pixels that images are scaled to; needed where their sizes vary.
-      statistics: the name of a set whose mean and standard deviation are used in place of this
-        set's own (published CIFAR-100 runs took those of `cifar10`). Own ones come from a table, or
-        from the examples trained on (1,024 of them where the set is streamed).
-      streaming: how the images of a TFDS set or a folder are cut as they are read; None reads all
-        into memory.
-      test_examples: for a set without test images, those of train that are held out for the test: a
-        number, or a fraction below 1; drawn by `split_seed`.
+        or `package.module:attribute`, a function of your own that returns a `RawDataset` and
+        receives `data_dir` and `image_size` if they are set.
+      data_dir: directory of the set; for TFDS names its parent directory, None for TFDS's default.
+      validation_examples: number of training examples to hold out. None: the set's own validation
+        split if it has one, otherwise 5,000 for CIFAR, 50,000 for ImageNet and a tenth of others.
+        0: no validation split, all are used for training. Any other number is held out of train
+        and validation together.
+      split_seed: random seed of the held-out examples, independent of all others.
+      image_size: side in pixels that images are scaled to; required if their sizes vary.
+      statistics: name of a set whose mean and standard deviation replace this set's own (published
+        CIFAR-100 runs used those of `cifar10`). A set's own come from a table or from its training
+        examples (1,024 of them if it is streamed).
+      streaming: how the images of a TFDS set or a folder are cropped as they are read; None reads
+        all into memory.
+      test_examples: for a set without test images, the number of training examples to hold out for
+        the test, or a fraction below 1; drawn with `split_seed`.
       max_corrupt: number of unreadable images of a folder in memory that may be left out.
 
     Raises:
-      UserError: no such set, option or statistics; fewer examples than are to be held out.
+      UserError: no such set, option or statistics, or too few examples to hold out.
 
     Example:
       >>> digits = load_dataset("digits")
@@ -99,9 +99,9 @@ def describe_dataset(
     image_size: int | None = None,
     statistics: str | None = None,
 ) -> Dataset | None:
-    """Returns a well-known set as it is published, without its images; None for other sets.
+    """Returns a well-known set as published, without its images; None for other sets.
 
-    Everything but reading examples goes as with the set itself. Arguments and errors as in
+    Everything except reading examples works as with the set itself. Arguments and errors as in
     `load_dataset`.
 
     Example:
@@ -125,12 +125,12 @@ def dataset_from_raw(
     split_seed: int = 0,
     statistics: str | None = None,
 ) -> Dataset:
-    """Returns the set that `load_dataset` makes of `name`, from examples that were read elsewhere.
+    """Returns the data set that `load_dataset` would make from these examples.
 
     Args:
-      name: of the set, on which the defaults of what is held out and of statistics depend.
-      raw: its examples.
-      validation_examples: as in `load_dataset`, as all that follow; errors likewise.
+      name: name of the set, which determines defaults for held-out examples and statistics.
+      raw: examples of the set.
+      validation_examples: as in `load_dataset`, like all arguments that follow, and the errors.
     """
     chosen = _statistics_of(name, statistics)
     return _divided(name, check_raw_dataset(name, raw), validation_examples, split_seed, chosen)
@@ -152,7 +152,7 @@ def _divided(
 
 
 def _divided_origin(raw: RawDataset, validation_examples: int | None, split_seed: int) -> Origin:
-    """Returns the files of each part, divided as `hold_out` divides the examples."""
+    """Returns the files of each split, divided as `hold_out` divides the examples."""
     if validation_examples is None or "train" not in raw.origin.files:
         return raw.origin
     files = dict(raw.origin.files)
@@ -165,17 +165,17 @@ def _divided_origin(raw: RawDataset, validation_examples: int | None, split_seed
 
 
 def _statistics_of(name: str, asked: str | None) -> ChannelStatistics | None:
-    """Returns the statistics asked for, or the set's own where a table has them."""
+    """Returns the statistics asked for, or the set's own if a table has them."""
     return NAMED_STATISTICS.get(_known_as(name)) if asked is None else named_statistics(asked)
 
 
 def _known_as(name: str) -> str:
-    """Returns a set's name without the version that a TFDS name may have."""
+    """Returns a set's name without the version of a TFDS name."""
     return name if _USERS_OWN.fullmatch(name) else name.partition(":")[0]
 
 
 def is_tfds_name(name: str) -> bool:
-    """Returns whether a set is TFDS's: neither registered here nor one's own."""
+    """Returns whether a name is TFDS's: neither registered here nor `package.module:attribute`."""
     return name not in DATASETS.table and _USERS_OWN.fullmatch(name) is None
 
 
@@ -205,7 +205,7 @@ def _read(
             )
         raw = DATASETS.create(name, **options)
         return raw if streaming is not None else check_raw_dataset(name, raw)
-    # Here, because TFDS takes two seconds to import.
+    # Imported here because TFDS takes two seconds to import.
     from dfs_jax.data.tfds_source import load_tfds
 
     raw = load_tfds(name, data_dir=data_dir, image_size=image_size, streaming=streaming)
@@ -251,7 +251,7 @@ def hold_out_test(
             f"data.test_examples must be a fraction below 1 or a whole number below {count}, the "
             f"number of images, got {test_examples}"
         )
-    # Another order than that of the validation examples, which are held out of the rest.
+    # Another permutation than that of the validation examples, which are drawn from the rest.
     kept, held_out = held_out_indices(count, int(wanted), split_seed, stream=1)
     files = dict(raw.origin.files)
     if "train" in files:
@@ -271,16 +271,16 @@ def _at(files: Sequence[ImageFile], indices: np.ndarray) -> tuple[ImageFile, ...
 def hold_out(
     raw: RawDataset, validation_examples: int | None, split_seed: int
 ) -> tuple[AnySplit, AnySplit | None]:
-    """Returns what is trained on, and the validation part or None.
+    """Returns the training examples, and the validation split or None.
 
     Args:
       raw: the set as published.
-      validation_examples: None keeps the set's own validation part; otherwise that many examples of
-        train and validation together, drawn without replacement.
-      split_seed: of that draw.
+      validation_examples: None keeps the set's own validation split; a number draws that many
+        examples of train and validation together, without replacement.
+      split_seed: random seed of the held-out examples.
 
     Raises:
-      UserError: a negative number, or one that leaves nothing to train on.
+      UserError: a negative number, or one that leaves no training examples.
     """
     if validation_examples is None:
         return raw.train, raw.validation
@@ -299,7 +299,7 @@ def hold_out(
 def held_out_indices(
     count: int, held_out: int, split_seed: int, *, stream: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which of `count` examples are kept and which are held out, both ascending.
+    """Returns the indices of the kept and the held-out ones of `count` examples, both ascending.
 
     Permutations of one seed and different streams are independent.
 
@@ -309,7 +309,7 @@ def held_out_indices(
     entropy = (split_seed, stream) if stream else split_seed
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
     order = generator.permutation(count)
-    # Sorted, so that reading them later goes through memory in order.
+    # Sorted, so that they are read from memory in order.
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
@@ -317,7 +317,7 @@ def _join(first: AnySplit, second: AnySplit) -> AnySplit:
     if (
         isinstance(first, StreamedSplit)
         and isinstance(second, StreamedSplit)
-        and first.records is second.records  # a folder's
+        and first.records is second.records  # of a folder
     ):
         indices = np.concatenate([first.indices, second.indices])
         return StreamedSplit(first.records, first.streaming, indices)

@@ -1,4 +1,4 @@
-"""The mean and standard deviation that images are normalised with."""
+"""Mean and standard deviation for the normalisation of images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dfs_jax.types import UserError
 
 
 class ChannelStatistics(NamedTuple):
-    """By channel (red, green, blue), in units in which white is 1."""
+    """Statistics by channel (red, green, blue), in units in which white is 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# Of each set's training images; ImageNet's are the ones that everybody uses.
+# From each set's training images; ImageNet's are the values in common use.
 NAMED_STATISTICS = {
     "cifar10": ChannelStatistics((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)),
     "cifar100": ChannelStatistics((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
@@ -30,7 +30,7 @@ def named_statistics(name: str) -> ChannelStatistics:
     """Returns the statistics of a well-known set.
 
     Raises:
-      UserError: they are not in the table.
+      UserError: the set is not in the table.
     """
     if name not in NAMED_STATISTICS:
         known = ", ".join(sorted(NAMED_STATISTICS))
@@ -42,7 +42,7 @@ def named_statistics(name: str) -> ChannelStatistics:
 
 
 def channel_statistics(images: np.ndarray) -> ChannelStatistics:
-    """Returns mean and standard deviation over examples and positions, exactly.
+    """Returns the exact mean and standard deviation over examples and positions.
 
     Args:
       images: uint8 `[n, height, width, channels]`.
@@ -54,7 +54,7 @@ def channel_statistics(images: np.ndarray) -> ChannelStatistics:
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)
-    # A histogram a chunk: sums of integers are exact, and no float copy of the images is made.
+    # A histogram for each chunk: integer sums are exact, and no float copy of the images is needed.
     for start in range(0, len(images), _CHUNK):
         chunk = images[start : start + _CHUNK]
         for channel in range(channels):

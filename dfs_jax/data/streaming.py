@@ -1,7 +1,7 @@
-"""Sets that do not fit into memory: batches decoded while training runs, a function of the step.
+"""Streams sets that do not fit into memory: batches are decoded during training.
 
-What a step trains on depends on nothing but the seed, the step and the set: neither on the number
-of workers or processes, nor on where a run was interrupted.
+A step's batch depends only on the seed, the step and the set: neither on the number of workers or
+processes, nor on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dfs_jax.types import UserError
 if TYPE_CHECKING:
     from dfs_jax.data.pipeline import TrainSampler
 
-# What is drawn while an image is cut; all else is drawn on the device.
+# Augmentations that the crop includes; all others run on the device.
 RANDOM_CUT, FLIP = "random_resized_crop", "flip"
-# Batches that a worker has ready before they are asked for.
+# Number of batches that a worker prepares in advance.
 _READY_BATCHES = 2
 _MANY_STEPS = 2**40
 
@@ -37,36 +37,36 @@ _log = logging.getLogger(__name__)
 
 
 class Records(Protocol):
-    """Encoded images with labels, in a fixed order; it is pickled to reach worker processes."""
+    """Encoded images with labels, in a fixed order; can be pickled for worker processes."""
 
     @property
     def name(self) -> str:
-        """What messages call them."""
+        """Name of the records, for messages."""
         ...
 
     def __len__(self) -> int: ...
 
     def describe(self, position: int) -> str:
-        """Returns what a message calls one of them."""
+        """Returns the name of one record, for messages."""
         ...
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
-        """Returns the encoded image and the label at each position; no bytes: cannot be read."""
+        """Returns the encoded image and label at each position; no bytes if it cannot be read."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Streaming:
-    """How a streamed set's images are cut, and by whom.
+    """How the images of a streamed set are cropped, and by which workers.
 
     Args:
-      image_size: side in pixels of what a network is given.
-      augmentations: of training images, from `random_resized_crop` and `flip`.
-      crop_area: least and largest share of the image that a random crop covers.
-      centre_fraction: side of the square that is cut out of the middle elsewhere, as a fraction of
-        the shorter side; 0.875 is the usual 224 out of 256.
-      num_workers: processes that read and decode; 0: threads of this process.
-      max_corrupt: different images that may turn out unreadable before the run is stopped.
+      image_size: side of the network's input in pixels.
+      augmentations: augmentations of training images, from `random_resized_crop` and `flip`.
+      crop_area: smallest and largest fraction of the image that a random crop covers.
+      centre_fraction: side of the centre crop, used without a random crop, as a fraction of the
+        shorter side; 0.875 is the usual 224 out of 256.
+      num_workers: number of processes that read and decode; 0 for threads of this process.
+      max_corrupt: largest number of distinct unreadable images before the run is stopped.
 
     Raises:
       UserError: a value out of its range.
@@ -93,13 +93,13 @@ class Streaming:
 
 
 class _Batch(NamedTuple):
-    """What a worker hands over.
+    """Batch that a worker returns.
 
     Attributes:
       images: uint8 `[batch, size, size, 3]`.
       labels: int32 `[batch]`.
-      is_whole: bool `[batch]`; False where the image could not be read.
-      corrupt: int64 `[any]`, the records that could not be read.
+      is_whole: bool `[batch]`; False if the image could not be read.
+      corrupt: int64 `[any]`, indices of the records that could not be read.
     """
 
     images: np.ndarray
@@ -109,12 +109,12 @@ class _Batch(NamedTuple):
 
 
 class StreamedSplit:
-    """Some examples of a set that stays on disk; stands where a `Split` in memory would.
+    """A split that stays on disk, with the interface of a `Split` in memory.
 
     Args:
-      records: the whole published split.
-      streaming: how its images are cut.
-      indices: the records that belong to this split, `[n]`; None for all.
+      records: records of the whole published split.
+      streaming: how its images are cropped.
+      indices: indices of the records that belong to this split, `[n]`; None for all.
     """
 
     def __init__(self, records: Records, streaming: Streaming, indices: np.ndarray | None = None):
@@ -132,11 +132,11 @@ class StreamedSplit:
         return self.streaming.image_size, self.streaming.image_size, 3
 
     def part(self, indices: np.ndarray) -> StreamedSplit:
-        """Returns the examples at `indices`, in that order; nothing is read."""
+        """Returns the examples at `indices`, in that order, without reading them."""
         return StreamedSplit(self.records, self.streaming, self.indices[indices])
 
     def take(self, indices: np.ndarray) -> Split:
-        """Reads the examples at `indices` into memory, their centres, without what is corrupt."""
+        """Reads the centre crops of the examples at `indices` into memory, without corrupt ones."""
         size = min(256, max(1, len(indices)))
         parts = list(self.part(indices).eval_batches(size, np.arange(size)))
         images, labels = (
@@ -148,10 +148,10 @@ class StreamedSplit:
     def train_batches(
         self, sampler: TrainSampler, start_step: int, stop_step: int | None, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields what `train_batches` of the pipeline does; `rows` of each batch.
+        """Yields the same as `train_batches` of the pipeline; `rows` of each batch.
 
-        An image that cannot be read is replaced in its place by the next readable one of the split,
-        as that one is cut in this epoch.
+        An image that cannot be read is replaced by the next readable one of the split, cropped as
+        that one is in this epoch.
         """
         read = _TrainReader(self.records, self.streaming, self.indices, sampler, rows)
         stop = _MANY_STEPS if stop_step is None else stop_step
@@ -161,7 +161,7 @@ class StreamedSplit:
     def eval_batches(
         self, batch_size: int, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields what `eval_batches` of the pipeline does; corrupt images are masked too."""
+        """Yields the same as `eval_batches` of the pipeline; corrupt images are masked too."""
         read = _EvalReader(self.records, self.streaming, self.indices, batch_size, rows)
         for batch in self._stream(read, 0, -(-self.num_examples // batch_size)):
             yield batch.images, batch.labels, batch.is_whole
@@ -176,7 +176,7 @@ class StreamedSplit:
             batches.close()
 
     def _note_corrupt(self, corrupt: np.ndarray) -> None:
-        """Counts and names images that could not be read; stops at too many."""
+        """Counts and logs images that could not be read; raises if there are too many."""
         for record in sorted(set(corrupt.tolist()) - self._corrupt):
             self._corrupt.add(record)
             _log.warning(
@@ -196,7 +196,7 @@ class StreamedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
-    """From a step to this process's rows of its batch."""
+    """Reads this process's rows of a step's batch."""
 
     records: Records
     streaming: Streaming
@@ -222,7 +222,7 @@ class _TrainReader:
         )
 
     def _replacement(self, place: int, epoch: int) -> tuple[tuple[np.ndarray, int], list[int]]:
-        """The next readable example, and the records that were found corrupt on the way."""
+        """Returns the next readable example, and the corrupt records found before it."""
         passed: list[int] = []
         for distance in range(1, self.streaming.max_corrupt + 2):
             other = (place + distance) % len(self.indices)
@@ -230,13 +230,13 @@ class _TrainReader:
             if item is not None:
                 return item, passed
             passed.append(self.indices[other])
-        # Too many by now: whoever takes this batch stops.
+        # There are now too many corrupt images, so this batch will stop the run.
         return (np.zeros((*[self.streaming.image_size] * 2, 3), np.uint8), 0), passed
 
     def _read(
         self, places: Sequence[int] | np.ndarray, epoch: int
     ) -> list[tuple[np.ndarray, int] | None]:
-        """The examples at places of the split, as this epoch cuts them; None where unreadable."""
+        """Returns examples of the split, cropped as in this epoch; None if unreadable."""
         indices = self.indices[places].tolist()
         found: list[tuple[np.ndarray, int] | None] = []
         for index, (encoded, label) in zip(indices, self.records.read(indices), strict=True):
@@ -245,7 +245,7 @@ class _TrainReader:
         return found
 
     def _augment(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """One draw for each (seed, epoch, example)."""
+        """Augments an image with randomness that depends on (seed, epoch, example)."""
         how = self.streaming
         entropy = np.random.SeedSequence((self.sampler.seed, epoch, index))
         generator = np.random.Generator(np.random.Philox(entropy))
@@ -261,7 +261,7 @@ class _TrainReader:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalReader:
-    """From a batch's number to the examples in order, centres cut out; padded and masked."""
+    """Reads the batch of a given number in order: centre crops, padded and masked."""
 
     records: Records
     streaming: Streaming
@@ -279,7 +279,7 @@ class _EvalReader:
         )
         places = number * self.batch_size + self.rows
         indices = self.indices[places[places < len(self.indices)]].tolist()
-        # A last batch may leave a process nothing.
+        # The last batch may have no rows for this process.
         found = self.records.read(indices) if indices else []
         for slot, (encoded, label) in enumerate(found):
             image = decode_photograph(encoded)
@@ -299,11 +299,11 @@ def _batches_in_order(
     """Yields `read(start)`, `read(start + 1)`, ... in order, from threads or worker processes."""
     import grain
 
-    # In a process of its own a worker needs no further threads; one process fills its cores.
+    # A worker process needs no further threads; a single process uses all cores.
     threads = 1 if num_workers else os.cpu_count() or 1
     ahead = _READY_BATCHES if num_workers else threads + _READY_BATCHES
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    # A whole batch is one element: workers take turns by batch, and their number changes nothing.
+    # One element is a whole batch: workers alternate by batch, whatever their number.
     map_dataset: Any = grain.MapDataset  # its type is a metaclass's, which pyright misreads
     numbers = map_dataset.range(start, stop)
     batches = numbers.map(_AsTuple(read)).to_iter_dataset(reading)
@@ -316,7 +316,7 @@ def _batches_in_order(
 
 @dataclasses.dataclass(frozen=True)
 class _AsTuple:
-    """A plain tuple of the arrays, which reach another process through shared memory."""
+    """A batch as a plain tuple of arrays, which workers send through shared memory."""
 
     read: Callable[[int], _Batch]
 
@@ -325,7 +325,7 @@ class _AsTuple:
 
 
 def _let_grain_read_its_flags() -> None:
-    """Grain's workers read absl's flags, which nobody has parsed in a program without absl."""
+    """Marks absl's flags as parsed, since Grain's workers read them in programs without absl."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -1,1 +1,1 @@
-"""What an exit says of its examples: predictions, confidences, and how exits share them."""
+"""Quantities computed from exits' logits: predictions, confidence, exit distribution."""

@@ -1,4 +1,4 @@
-"""How many examples each exit answers."""
+"""Distribution of examples over the exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses a block boundary: `create_fork(name, **options)` builds any of them by name."""
+"""Forks, which define what crosses a block boundary; `create_fork` builds them by name."""
 
 from __future__ import annotations
 

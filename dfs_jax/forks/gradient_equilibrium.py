@@ -1,4 +1,4 @@
-"""Gradient equilibrium: features as they are, gradients scaled so that they do not pile up."""
+"""Gradient equilibrium: features are unchanged, gradients are scaled to limit their sum."""
 
 from __future__ import annotations
 

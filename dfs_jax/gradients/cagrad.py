@@ -1,4 +1,4 @@
-"""CAGrad: near the mean gradient, the direction that helps the worst-off exit most."""
+"""CAGrad: the direction near the mean gradient that maximises the smallest gain of an exit."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class CAGrad(GramCombiner):
           = g_0 + c ||g_0|| / ||g_w|| g_w,   g_w = sum_i w_i g_i
         w = argmin over the simplex of   <g_w, g_0> + c ||g_0|| ||g_w||
 
-    Exits whose gradient is zero are left out of the mean and of the minimum. The dual is solved by
+    Exits whose gradient is zero are omitted from the mean and the minimum. The dual is solved by
     pairwise Frank-Wolfe steps with exact line search.
 
     Args:
       radius: c in [0, 1); 0 is the plain sum (scaled).
-      scaling: what d is multiplied by, for L exits: "sum" L / (1 + c), so that equal gradients give
+      scaling: factor of d, for L exits: "sum" L / (1 + c), so that equal gradients give
         their sum; "released" L / (1 + c^2), as in the published training code; "paper" 1.
 
     Raises:
@@ -37,7 +37,7 @@ class CAGrad(GramCombiner):
 
     Reference: Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
 
-    Example: of (1, 0) and (0, 1), neither is worse off.
+    Example: (1, 0) and (0, 1) have equal gains.
       >>> grads = {"block1": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
       >>> CAGrad().update(grads, (), None, key=jax.random.key(0))[0]["block1"].round(5)
       Array([1., 1.], dtype=float32)

@@ -60,10 +60,10 @@ class Combiner(GradientRule):
 
 
 class GramCombiner(Combiner):
-    """Base of the combiners that weigh whole gradients by means of their inner products.
+    """Base of the combiners that weight whole gradients by their inner products.
 
-    A subclass defines `weights`. An exit whose gradient is zero, because nothing of the trunk
-    learns from it, appears orthogonal to all others: its weight does not matter, and means are
+    A subclass defines `weights`. An exit whose gradient is zero, because it trains nothing of
+    the trunk, appears orthogonal to all others: its weight does not matter, and means are
     taken over the other exits (`count_gradients`).
     """
 

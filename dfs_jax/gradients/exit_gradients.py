@@ -207,7 +207,7 @@ def _vmap(stages: Sequence[_Stage], of_carries: Sequence[PyTree], couples: bool)
 
 
 def _unroll(stages: Sequence[_Stage], of_carries: Sequence[PyTree], couples: bool) -> list[PyTree]:
-    """Returns the same, one exit after another: each starts when the one before is done."""
+    """Returns the same, one exit after another; each starts when the one before has finished."""
     exits = len(stages)
     rows: list[list[PyTree]] = [[] for _ in stages]
     for e in range(exits):

@@ -41,7 +41,7 @@ def gram_matrix(per_exit_grads: PyTree) -> jax.Array:
 
 
 def combine(per_exit_grads: PyTree, weights: jax.Array) -> PyTree:
-    """Returns the exits' gradients, each times its weight, added up: `sum_i w_i g_i`.
+    """Returns the exits' gradients, weighted and summed: `sum_i w_i g_i`.
 
     Args:
       per_exit_grads: arrays `[k, ...]` of the last k exits, see the top of this module.

@@ -1,10 +1,10 @@
 """Tools of the rules that look one step ahead.
 
-    trial = params - update of weighted gradients        a step, for the trial alone
-    d/d weights of the losses at the trial               what the weights learn from
+    trial = params - update of weighted gradients        a step, only for the trial
+    d/d weights of the losses at the trial               the gradient of the weights
 
-Such a rule keeps what it learns in its state, which is part of the run's: it is saved, resumed and
-laid out on devices with it.
+The weights are part of the rule's state, and so of the run's: they are saved, resumed and sharded
+with it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def look_ahead(
 
     Args:
       trial: differentiable step `weights -> trained`.
-      weights: weights that the trial is made of.
+      weights: weights of the gradients in the trial.
       gradients: `trained -> BatchGradients` of the losses after the trial.
 
     Returns:

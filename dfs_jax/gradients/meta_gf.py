@@ -85,12 +85,12 @@ class MetaGF(GradientRule):
       normalisation: function e: "softmax" (e is exp), as in the paper and in the program for VGG,
         or "sigmoid", as in the program for ResNet and MSDNet.
       scaling: factor c: "sum", the number of exits that reach the tensor, with which equal weights
-        add gradients up, or "mean", 1. None is "mean" with a window, as published, else "sum".
+        give the sum, or "mean", 1. None is "mean" with a window, as published, else "sum".
       window: number of steps that each exit is trained for in a round; the published program uses
         an epoch. None fuses gradients at every step.
       auxiliary: weight of the other exits' losses while an exit is trained, only with a window;
         None is 0.1. The published program also has a factor for each exit.
-      memory: weight of the logits at the beginning of a round in those that begin the next one,
+      memory: weight of the logits from the start of a round in those at the start of the next one,
         only with a window; None is 0.9, published for ResNet and MSDNet (0.1 for VGG).
 
     Raises:
@@ -101,7 +101,7 @@ class MetaGF(GradientRule):
     schedules continue: its momentum takes in the gradients at the moved parameters, but its updates
     are discarded.
 
-    Example: with equal weights, gradients are added up.
+    Example: equal weights give the sum of the gradients.
       >>> grads = TrunkAndHeads({"block1": jnp.array([[1.0, 2.0], [10.0, 20.0]])}, {})
       >>> MetaGF().fused(grads, {"block1": jnp.zeros(2)})
       {'block1': Array([11., 22.], dtype=float32)}
@@ -292,7 +292,7 @@ def _record(
     is_end: jax.Array,
     exits: int,
 ) -> TrunkAndHeads:
-    """Records how far the exit whose turn ends has moved the parameters that it reaches."""
+    """Records how far the training of an exit has moved the parameters that it reaches."""
     trunk, heads = split_trunk_and_heads(jax.tree.map(jnp.subtract, params, start))
 
     def by_exit(rows: jax.Array, change: jax.Array) -> jax.Array:

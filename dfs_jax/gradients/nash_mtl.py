@@ -1,4 +1,4 @@
-"""Nash-MTL: the exits bargain over the direction, each for the logarithm of its own gain."""
+"""Nash-MTL: the direction of the Nash bargaining solution between the exits."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class NashMTL(GramCombiner):
     bargain exists (some weighted mean of the gradients is zero), a small ridge bounds the weights.
 
     alpha minimises 1/2 alpha' G alpha - sum_i log alpha_i, which is convex and self-concordant:
-    damped Newton steps cannot fail to reach it. (The published code nears it by a sequence of
-    convex problems.)
+    damped Newton steps always converge. (The published code approaches it by a sequence of convex
+    problems.)
 
     Args:
-      max_norm: the largest length of the combined gradient, 1 in the published code; None for any.
+      max_norm: largest norm of the combined gradient, 1 in the published code; None for no limit.
 
     Raises:
       ValueError: a length that is not above 0.
 
     Reference: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022.
 
-    Example: orthogonal gradients come to the same length.
+    Example: orthogonal gradients get the same length.
       >>> grads = {"block1": jnp.array([[4.0, 0.0], [0.0, 3.0]])}
       >>> combined, _ = NashMTL().update(grads, (), None, key=jax.random.key(0))
       >>> (combined["block1"] / combined["block1"][0]).round(3)
@@ -75,7 +75,7 @@ def bargain(cosines: jax.Array) -> jax.Array:
     matrix = cosines + RIDGE * identity
 
     def step(_: jax.Array, alpha: jax.Array) -> jax.Array:
-        """One Newton step for log-like coordinates alpha (1 + t), shortened far from the end."""
+        """One Newton step for log-like coordinates alpha (1 + t), damped far from the solution."""
         scaled = alpha[:, None] * matrix * alpha
         hessian = scaled + identity
         gradient = scaled.sum(axis=1) - 1

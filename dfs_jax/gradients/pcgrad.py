@@ -1,4 +1,4 @@
-"""PCGrad: each exit's gradient gives up what points against another exit's."""
+"""PCGrad: removes from each exit's gradient its components against those of other exits."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SCALINGS = ("sum", "mean")
 
 @dataclasses.dataclass(frozen=True)
 class PCGrad(GramCombiner):
-    """Projects conflicting gradients onto each other's normal planes, then adds them up.
+    """Projects conflicting gradients onto each other's normal planes, then sums them.
 
-        for each exit i, for the other exits j in an order drawn for i:
+        for each exit i, for the other exits j in random order:
             p_i <- p_i - min(0, <p_i, g_j>) / ||g_j||^2 g_j          beginning with p_i = g_i
         combined = sum_i p_i
 
     The g_j are the gradients before any projection.
 
     Args:
-      scaling: "sum" as in the paper and its code, or "mean" as in its well-known copy for PyTorch.
+      scaling: "sum" as in the paper and its code, or "mean" as in its common PyTorch version.
 
     Raises:
       ValueError: an unknown scaling.
@@ -61,7 +61,7 @@ class PCGrad(GramCombiner):
 
 
 def _project(unit: jax.Array, order: jax.Array, cosines: jax.Array) -> jax.Array:
-    """Returns a gradient after its projections, one after the other; its own changes nothing."""
+    """Returns a gradient after successive projections; the one for itself has no effect."""
 
     def step(k: jax.Array, p: jax.Array) -> jax.Array:
         j = order[k]

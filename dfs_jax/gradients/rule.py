@@ -1,4 +1,4 @@
-"""What a gradient rule is: it turns the exits' gradients into one update of the network.
+"""Interface of gradient rules, which turn the exits' gradients into one update of the network.
 
 The plain sum, the combiners of the trunk's gradients and the methods that look one step ahead are
 all rules. A rule is given the parts of a training step and returns the step, so that none of them
@@ -52,7 +52,7 @@ class StepParts(NamedTuple):
       num_exits: number of exits.
       differentiate: `(params, batch_stats, batch, loss) -> ((total, (logits, batch_stats)), grads)`
         of a loss summed over the exits, as `jax.value_and_grad` returns it.
-      differentiate_exits: the same of single exits; `grads` are `TrunkAndHeads`, the trunk's by
+      differentiate_exits: the same for single exits; `grads` are `TrunkAndHeads`, the trunk's by
         exit.
       update: `(trained, grads) -> (trained, updates)`, the optimizer's update of the parameters;
         `batch_stats` stay as they are.

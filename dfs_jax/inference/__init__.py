@@ -1,4 +1,4 @@
-"""What a trained network's exits say, when to stop, and inference that really stops there."""
+"""Early-exit inference: policies that choose the exit, and predictors that stop there."""
 
 from dfs_jax.inference.anytime import AnytimePredictor
 from dfs_jax.inference.exported import load_exported

@@ -237,7 +237,7 @@ def _problem(image: Any, example: jax.ShapeDtypeStruct) -> str | None:
         image = np.asarray(image)
         return _wrong_kind(image.shape, image.dtype, example)
     except (ValueError, TypeError) as error:
-        return f"it is no array ({error})"
+        return f"it is not an array ({error})"
 
 
 def _wrong_kind(

@@ -1,14 +1,14 @@
-"""Anytime prediction: an answer after every exit, as it comes, for whoever may have to stop.
+"""Anytime prediction: an answer after every exit, so that computation can stop at any time.
 
     ensemble None       the exit's own probabilities p_k
     ensemble "mean"     the mean of p_1 ... p_k
     ensemble "product"  proportional to the geometric mean of p_1 ... p_k
 
-With `monotone=True` an example keeps its answer until a later one is surer (has a larger largest
-probability), so that its confidence never falls as time goes on.
+With `monotone=True` an example keeps its answer until a later one is more confident (has a larger
+largest probability), so that its confidence never falls from exit to exit.
 
 Reference: Jazbec et al., "Towards Anytime Classification in Early-Exit Architectures by Enforcing
-Conditional Monotonicity", NeurIPS 2023 (product of experts; keeping the surest answer).
+Conditional Monotonicity", NeurIPS 2023 (product of experts; keeping the most confident answer).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ENSEMBLES = (None, "mean", "product")
 
 
 class AnytimeAnswer(NamedTuple):
-    """What is known after an exit.
+    """Answer after an exit.
 
     Attributes:
       exit_index: the exit, 0-based.
-      probabilities: `[n, classes]` float32.
-      predicted: `[n]`, the class of the largest probability.
+      probabilities: class probabilities, `[n, classes]` float32.
+      predicted: class of the largest probability, `[n]`.
     """
 
     exit_index: int
@@ -44,18 +44,18 @@ class AnytimeAnswer(NamedTuple):
 
 
 class AnytimePredictor:
-    """Yields answers exit by exit; nothing beyond the exit that is asked for is computed.
+    """Yields answers exit by exit; stages beyond the last answer taken are not computed.
 
     Args:
       stages: functions `(carry) -> (carry, logits)`, shallow first.
-      temperatures: one for each exit; None for 1.
+      temperatures: temperature of each exit; None for 1.
       ensemble: None, "mean" or "product".
-      monotone: whether an example keeps the surest answer it has had.
+      monotone: whether an example keeps its most confident answer so far.
 
     Raises:
-      UserError: an unknown ensemble, or another count of temperatures than of stages.
+      UserError: an unknown ensemble, or a number of temperatures other than that of the stages.
 
-    Example: the second of two stages contradicts the first, less surely.
+    Example: the second of two stages contradicts the first with less confidence.
       >>> stages = [lambda x: (x, x), lambda x: (x, -x / 2)]
       >>> x = np.array([[2.0, 0.0]], np.float32)
       >>> [a.predicted.tolist() for a in AnytimePredictor(stages)(x)]
@@ -90,10 +90,10 @@ class AnytimePredictor:
         ]
 
     def __call__(self, images: Any) -> Iterator[AnytimeAnswer]:
-        """Yields an `AnytimeAnswer` an exit, shallow first; stop asking to stop computing.
+        """Yields an `AnytimeAnswer` for each exit, shallow first; stop iterating to stop computing.
 
         Args:
-          images: `[n, height, width, channels]`.
+          images: images `[n, height, width, channels]`.
         """
         carry: PyTree = images
         for k, run in enumerate(self._run):

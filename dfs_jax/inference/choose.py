@@ -1,12 +1,12 @@
-"""Chooses when a run's network stops, and writes the policy beside it.
+"""Fits a run's early-exit policy to a target and writes it to the run's directory.
 
     python -m dfs_jax.inference.choose --workdir=DIR --speedup=2.5
 
-One of `--p` (the literature's budgeted batch), `--speedup` or `--mmacs` (mean operations),
-`--latency_ms` (mean, one image at a time, on this machine), `--throughput` (images a second in full
-batches, on this machine), or `--epsilon` with `--delta` (a guarantee). Thresholds and temperatures
-are fitted on validation data; for a guarantee a part of it is kept apart for the tests. The test
-split is only reported.
+Targets: `--p` (budgeted batch classification), `--speedup` or `--mmacs` (mean operations),
+`--latency_ms` (mean for single images on this machine), `--throughput` (images per second in full
+batches on this machine), or `--epsilon` with `--delta` (a guarantee). Thresholds and temperatures
+are fitted on validation data; a guarantee sets part of it aside for calibration. The test split is
+only reported.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ TARGETS = ("p", "speedup", "mmacs", "latency_ms", "throughput", "epsilon")
 
 def main() -> None:
     """Runs the program."""
-    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
-    checkpoint = flags.DEFINE_string("checkpoint", "best", "best, latest or a step's number.")
-    output = flags.DEFINE_string("output", None, "The policy's file; policy.json in the workdir.")
-    batch_size = flags.DEFINE_integer("batch_size", 256, "Of a full batch, for --throughput.")
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    data_dir = flags.DEFINE_string("data_dir", None, "Directory of the data, if it has moved.")
+    checkpoint = flags.DEFINE_string("checkpoint", "best", "best, latest or a step number.")
+    output = flags.DEFINE_string("output", None, "Policy file; default: policy.json in workdir.")
+    batch_size = flags.DEFINE_integer("batch_size", 256, "Full batch size, for --throughput.")
     for name in TARGETS:
-        flags.DEFINE_float(name, None, f"The target, {name}; see the module's first lines.")
-    flags.DEFINE_float("delta", 0.1, "The chance of a guarantee that does not hold.")
-    flags.DEFINE_float("calibration_share", 0.5, "Of the validation data, for a guarantee.")
-    flags.DEFINE_integer("seed", 0, "Of the draw of the calibration data.")
+        flags.DEFINE_float(name, None, f"Target {name}; see the description of the program.")
+    flags.DEFINE_float("delta", 0.1, "Probability that the guarantee fails.")
+    flags.DEFINE_float("calibration_share", 0.5, "Fraction of validation data for calibration.")
+    flags.DEFINE_integer("seed", 0, "Random seed of the calibration split.")
     flags.DEFINE_string("risk", "error", "error, or disagreement with the last exit.")
     flags.DEFINE_string("measure", "max_softmax", "max_softmax, entropy, margin or patience.")
-    flags.DEFINE_bool("temperatures", True, "Fit the exits' temperatures first.")
+    flags.DEFINE_bool("temperatures", True, "Fit the temperatures of the exits first.")
     accept = flags.DEFINE_bool(
-        "accept_data_changes", False, "Choose on the run's held-out images though others changed."
+        "accept_data_changes", False, "Use the run's validation images even if other files changed."
     )
 
     def run() -> None:
@@ -83,10 +83,10 @@ def main() -> None:
 def choose_policy(
     staged: StagedRun, target: str, value: float, *, batch_size: int = 256, **options: Any
 ) -> FittedPolicy:
-    """Returns the policy of a run for one of `TARGETS`; `options` are those of `fit_policy`.
+    """Returns the policy of a run for one of `TARGETS`; `options` are passed to `fit_policy`.
 
     Raises:
-      UserError: see `fit_policy`; a value that is not above 0 and finite, or a speed-up below 1.
+      UserError: as in `fit_policy`; a value that is not above 0 and finite; a speed-up below 1.
     """
     if not 0 < value < math.inf:
         raise UserError(f"--{target} must be above 0 and finite, got {value:g}")
@@ -110,14 +110,14 @@ def choose_policy(
 
 
 def describe(staged: StagedRun, fitted: FittedPolicy) -> str:
-    """Says what the policy gives on the test split, and on how much evidence a guarantee rests."""
+    """Describes the policy's results on the test split and the evidence for a guarantee."""
     macs = _macs(staged)
     test = outcome(fitted.policy, *staged.logits("test"), macs)
     shares = " ".join(f"{100 * share:.1f}" for share in test.exit_shares)
     lines = [
         f"test split: accuracy {100 * test.accuracy:.2f} %, {test.cost / 1e6:.3f} M MACs of "
         f"{macs[-1] / 1e6:.3f} M ({macs[-1] / test.cost:.2f} times fewer), "
-        f"{100 * test.disagreement:.2f} % answered otherwise than by the last exit",
+        f"{100 * test.disagreement:.2f} % answered differently from the last exit",
         f"answered by exits 1 to {len(macs)}: {shares} %",
     ]
     return "\n".join([*lines, *([fitted.certificate.describe()] if fitted.certificate else [])])
@@ -126,7 +126,7 @@ def describe(staged: StagedRun, fitted: FittedPolicy) -> str:
 def _costs_and_target(
     staged: StagedRun, target: str, value: float, batch_size: int
 ) -> tuple[tuple[float, ...], dict[str, float]]:
-    """Returns what exits cost in the target's own unit, and what `fit_policy` is asked for."""
+    """Returns the exits' costs in the unit of the target, and the target for `fit_policy`."""
     macs = _macs(staged)
     if target in ("p", "epsilon"):
         return macs, {target: value}

@@ -2,11 +2,10 @@
 
     python -m dfs_jax.inference.classify DIR IMAGE_OR_DIRECTORY...
 
-Prints a line for each image: its class, the exit that answered (1 is the shallowest), its
-confidence, and how long that took. Directories are searched with those below them; of their images
-the last line counts the answers by class. An image that cannot be read is told in its line; the
-others are answered.
-Images of another size are scaled as for training: the shorter side, then the centre is cut out.
+Prints the class of each image, the exit that answered (1 is the shallowest), its confidence and the
+latency. Directories are searched recursively, and a last line counts their images by class. An
+image that cannot be read is reported on its line; the others are classified.
+Images of another size are scaled as in training: the shorter side, then a centre crop.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ _UNREADABLE_STATUS = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; returns 0, 1 where an image could not be read, 2 where nothing could."""
+    """Runs the program; returns 0, or 1 if an image could not be read, or 2 if nothing could."""
     parser = argparse.ArgumentParser(
         prog="python -m dfs_jax.inference.classify",
         description="Classifies image files with an exported network.",
     )
-    parser.add_argument("directory", help="what dfs_jax.inference.export wrote")
+    parser.add_argument("directory", help="directory written by dfs_jax.inference.export")
     parser.add_argument("images", nargs="+", metavar="image", help="image file or directory")
     given = parser.parse_args(arguments)
     return guarded(lambda: classify_all(given.directory, given.images))
 
 
 def classify_all(directory: str, images: Sequence[str]) -> int:
-    """Prints a line for each image, and counts those of directories; returns the program's status.
+    """Prints a line for each image and the counts of directories; returns the exit status.
 
     Args:
-      directory: exported network.
-      images: image files, and directories that hold some.
+      directory: directory of the exported network.
+      images: image files, and directories of image files.
 
     Raises:
       UserError: there is no exported network in `directory`, or a directory without images.
@@ -72,7 +71,7 @@ def classify_all(directory: str, images: Sequence[str]) -> int:
 
 
 def _image_files(path: str) -> list[str | Path]:
-    """Returns an image file itself, or the image files of a directory and of those below it.
+    """Returns an image file itself, or the image files of a directory, searched recursively.
 
     Raises:
       UserError: a directory without images.
@@ -92,10 +91,10 @@ def _image_files(path: str) -> list[str | Path]:
 def classify(
     network: ExportedNetwork, predictor: EarlyExitPredictor, path: str | Path
 ) -> tuple[str, str]:
-    """Returns the class of an image file, and what the network says of it in a line.
+    """Returns the class of an image file, and the line that reports it.
 
     Raises:
-      UserError: the file cannot be read as an image, or the network has no answer to it.
+      UserError: the file cannot be read as an image, or the network has no answer for it.
     """
     name = shown(path)
     images = decode_images([local_path(path, "image")], 1, network.image_size, lambda _: name)

@@ -1,10 +1,10 @@
-"""Writes a run's network as files that run without this package's training code.
+"""Exports a run's network to files that need none of this package's training code.
 
     python -m dfs_jax.inference.export --workdir=DIR --output=DIR2
 
-DIR2 then holds each stage as StableHLO (any batch size; CPU, CUDA, TPU), the weights, the policy,
-labels and preprocessing: see `dfs_jax.inference.exported`. The checkpoint is the one that the
-policy was fitted on, the best where there is no policy. No data is read.
+DIR2 receives each stage as StableHLO (any batch size; CPU, CUDA, TPU), the weights, the policy,
+labels and preprocessing: see `dfs_jax.inference.exported`. The default checkpoint is the one that
+the policy was fitted on, or the best if there is no policy. No data is read.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dfs_jax.paths import input_directory, output_directory
 
 def main() -> None:
     """Runs the program."""
-    workdir = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-    output = flags.DEFINE_string("output", None, "The directory to write.", required=True)
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    output = flags.DEFINE_string("output", None, "Directory to write.", required=True)
     checkpoint = flags.DEFINE_string(
-        "checkpoint", None, "best, latest or a step; the one that the policy was fitted on."
+        "checkpoint", None, "best, latest or a step number; default: the policy's checkpoint."
     )
     policy = flags.DEFINE_string(
-        "policy", None, "The policy's file, or none; policy.json in the workdir."
+        "policy", None, "Policy file, or none; default: policy.json in workdir."
     )
-    data_dir = flags.DEFINE_string("data_dir", None, "Where the data lies now, if it has moved.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Directory of the data, if it has moved.")
 
     def run() -> None:
         program.use_compilation_cache()
@@ -54,20 +54,20 @@ def export_run(
     policy: str | Path | None = None,
     data_dir: str | None = None,
 ) -> tuple[Path, ...]:
-    """Exports a checkpoint of a run; returns the files.
+    """Exports a checkpoint of a run and returns the files.
 
     Args:
-      workdir: the run's directory.
-      output: the directory to write.
-      checkpoint: "best", "latest" or a step's number; None for the one that the policy was fitted
-        on, and the best without a policy.
-      policy: the policy's file; None for the one in `workdir`. Where there is none, and for "none",
-        the last exit answers alone.
-      data_dir: where the data lies now, if it has moved.
+      workdir: directory of the run.
+      output: directory to write.
+      checkpoint: "best", "latest" or a step number; None for the one that the policy was fitted
+        on, or the best without a policy.
+      policy: policy file; None for `policy.json` in `workdir`. Without one, or with "none", only
+        the last exit answers.
+      data_dir: directory of the data, if it has moved.
 
     Raises:
-      UserError: no run, no such checkpoint, a policy that cannot be read or was fitted on another
-        network, step or data.
+      UserError: no run, no such checkpoint, or a policy that cannot be read or was fitted on
+        another network, step or data.
     """
     staged, chosen = load_with_policy(
         workdir, policy=policy, checkpoint=checkpoint, data_dir=data_dir

@@ -1,12 +1,12 @@
-"""A network in files: each stage as StableHLO, the weights, the policy, labels and preprocessing.
+"""An exported network: each stage as StableHLO, the weights, the policy, labels and preprocessing.
 
-    model.json           what follows, and a checksum of every other file
+    model.json           labels, preprocessing, origin, and a checksum of every other file
     stage1.stablehlo ... `jax.export`, any batch size, for CPU, CUDA and TPU
-    weights.safetensors  under the model's own names, `params/block1/conv/kernel`
+    weights.safetensors  weights by the model's own names, `params/block1/conv/kernel`
     policy.json          see `dfs_jax.inference.policy`
 
 Loading needs jax, numpy and safetensors: no flax, no data sets, none of the training code. A stage
-maps `(weights, carry)` to `(carry, logits)`: weights by name, a carry as a tuple of its arrays.
+maps `(weights, carry)` to `(carry, logits)`: weights by name, the carry as a tuple of its arrays.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 class ExportedNetwork(NamedTuple):
-    """What `load_exported` returns.
+    """An exported network, as returned by `load_exported`.
 
     Attributes:
       stages: functions `(carry) -> (carry, logits)`, shallow first; the first takes images.
-      example: one image's shape and type.
-      policy: when to stop.
-      labels: the names of the classes, in order.
+      example: shape and type of one image.
+      policy: early-exit policy.
+      labels: names of the classes, in order.
       image_size: side in pixels to which images of other sizes are to be scaled (shorter side, then
-        the centre is cut out); None where images are taken as they are.
-      manifest: all that `model.json` holds.
+        centre crop); None if images are used as they are.
+      manifest: content of `model.json`.
     """
 
     stages: tuple[Stage, ...]
@@ -59,7 +59,7 @@ class ExportedNetwork(NamedTuple):
     manifest: Mapping[str, Any]
 
     def predictor(self, policy: Policy | None = None, **options: Any) -> EarlyExitPredictor:
-        """Returns the predictor; `policy` replaces its own, `options` are the predictor's."""
+        """Returns a predictor; `policy` replaces the exported one."""
         return EarlyExitPredictor(self.stages, self.example, policy or self.policy, **options)
 
 
@@ -75,21 +75,21 @@ def export_network(
     """Writes stages whose weights are leaves (`jax.tree_util.Partial`), as `model_stages` makes.
 
     Args:
-      directory: where to; made if missing. Files of an earlier export are replaced, the manifest
-        last, so that what a broken-off export leaves behind is noticed.
-      stages: shallow first.
-      example: one image's shape and type.
-      labels: the names of the classes.
-      policy: when to stop; None for the last exit alone.
-      about: more for the manifest, plain data: where the network comes from, how images are
-        prepared.
+      directory: directory to write, created if missing. The manifest is written last, so that an
+        interrupted export over an earlier one is detected.
+      stages: stages, shallow first.
+      example: shape and type of one image.
+      labels: names of the classes.
+      policy: early-exit policy; None for the last exit alone.
+      about: further content of the manifest, as plain data: where the network comes from, how
+        images are prepared.
 
     Returns:
       The files, the manifest last.
 
     Raises:
-      UserError: stages that do not fit together, another count of labels than of classes, a policy
-        of another network, a file that cannot be written.
+      UserError: stages that do not fit together, a number of labels other than that of the classes,
+        a policy of another network, or a file that cannot be written.
     """
     directory = output_directory(directory, "directory")
     classes = check_stages(stages, example)
@@ -120,10 +120,10 @@ def export_network(
 
 
 def load_exported(directory: str | Path) -> ExportedNetwork:
-    """Reads what `export_network` wrote (`python -m dfs_jax.inference.export`).
+    """Reads a network written by `export_network` (`python -m dfs_jax.inference.export`).
 
     Raises:
-      UserError: a file is missing or damaged, or of a version that this program does not know.
+      UserError: a file is missing or damaged, or has a version that this program does not know.
 
     Example (not run):
       network = load_exported("exported")
@@ -171,7 +171,7 @@ def _export_stages(
 
 
 def _flat(stage: Stage, structure: Any) -> Callable[..., Any]:
-    """Returns the stage as a function of named weights and of a tuple of arrays, to the same."""
+    """Returns the stage as a function of named weights and a flat carry, with a flat carry out."""
     leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
     names, whole = [weight_name(path) for path, _ in leaves], jax.tree.structure(stage)
 
@@ -215,7 +215,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_read(path))
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise UserError(f'{path}: its "version" is {version!r}, this program reads {VERSION}')

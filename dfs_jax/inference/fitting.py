@@ -1,4 +1,4 @@
-"""From recorded logits to a policy: temperatures, thresholds and, if asked for, a guarantee."""
+"""Fits a policy to recorded logits: temperatures, thresholds and, on request, a guarantee."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from dfs_jax.inference.thresholds import (
 from dfs_jax.types import UserError
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
-WIDEST_INTERVAL = 0.1  # of a risk, a fraction; 380 examples or more are never too few
+WIDEST_INTERVAL = 0.1  # of a risk, as a fraction; 380 examples or more always suffice
 
 
 class FittedPolicy(NamedTuple):
-    """A policy, and what it gave on the data it was fitted on.
+    """A policy and its results on the data it was fitted on.
 
     Attributes:
-      policy: what to save; its `fitted_on` has all of this as plain data.
+      policy: the policy; its `fitted_on` holds all results as plain data.
       point: risk, mean cost and exits on the fitting data.
-      certificate: the outcome of the tests, where a guarantee was asked for.
+      certificate: outcome of the tests, if a guarantee was requested.
     """
 
     policy: Policy
@@ -43,7 +43,7 @@ class FittedPolicy(NamedTuple):
 
 
 class PolicyOutcome(NamedTuple):
-    """What a policy gives on a set of examples, fractions and the unit of the costs."""
+    """Results of a policy on a set of examples: fractions, and a mean cost in the costs' unit."""
 
     accuracy: float
     disagreement: float
@@ -69,23 +69,23 @@ def fit_policy(
     """Fits a policy to one target: `p`, `at_most` or `epsilon`.
 
     Args:
-      logits: `[exits, n, classes]`, of examples that the network was not trained on.
-      labels: `[n]`.
-      costs: of the network up to and including each exit.
-      p: the literature's budgeted batch (see `dfs_jax.inference.budgeted`).
-      at_most: the mean cost that is allowed, in the unit of the costs.
-      epsilon: the risk that is allowed, a fraction; the cheapest policy is sought that can be shown
-        to keep it, on a part of the examples that nothing else is fitted on.
-      delta: the chance that this goes wrong.
-      risk: "error", or "disagreement" with the last exit.
-      measure: the name of the confidence.
-      scale_temperatures: whether the exits' temperatures are fitted first; else they are 1.
-      calibration_share: the share of the examples kept for the tests, with epsilon.
-      seed: of the draw of those examples.
+      logits: logits `[exits, n, classes]` of examples that the network was not trained on.
+      labels: integer labels, `[n]`.
+      costs: cost of the network up to and including each exit.
+      p: parameter of budgeted batch classification (see `dfs_jax.inference.budgeted`).
+      at_most: largest mean cost, in the unit of the costs.
+      epsilon: bound on the risk, a fraction. The result is the cheapest policy that is shown to
+        satisfy it on calibration examples that nothing else is fitted on.
+      delta: probability that the guarantee fails.
+      risk: kind of risk, "error" or "disagreement" with the last exit.
+      measure: name of the measure of confidence.
+      scale_temperatures: whether the temperatures are fitted first; otherwise they are 1.
+      calibration_share: fraction of the examples used for calibration, with epsilon.
+      seed: random seed of the calibration split.
 
     Raises:
-      UserError: not one target, logits that are not finite, a value out of range, a target that
-        cannot be met, or no policy that qualifies.
+      UserError: no target or several, logits that are not finite, a value out of range, a target
+        that cannot be met, or no policy that qualifies.
     """
     if sum(target is not None for target in (p, at_most, epsilon)) != 1:
         raise UserError("name one target: p, at_most or epsilon")
@@ -159,9 +159,9 @@ def risk_interval(risk: float, n: int) -> tuple[float, float]:
 
 
 def few_examples_warning(policy: Policy) -> str | None:
-    """Returns a sentence if a policy was fitted on too few examples to be relied on, else None.
+    """Returns a warning if a policy was fitted on too few examples to be reliable, else None.
 
-    They are too few where the 95 % interval of the risk is wider than 10 percentage points.
+    There are too few if the 95 % interval of the risk is wider than 10 percentage points.
     """
     low, high = policy.fitted_on["fitted_risk_interval"]
     if high - low <= WIDEST_INTERVAL:
@@ -174,10 +174,10 @@ def few_examples_warning(policy: Policy) -> str | None:
 
 
 def split_for_calibration(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two disjoint draws that are all of n examples; the second is a share of them.
+    """Splits n examples at random; returns the indices of both parts, the second a given fraction.
 
     Raises:
-      UserError: one of the two would be empty.
+      UserError: one of the parts would be empty.
 
     Example:
       >>> [len(part) for part in split_for_calibration(50, 0.1, seed=0)]
@@ -193,7 +193,7 @@ def split_for_calibration(n: int, share: float, seed: int) -> tuple[np.ndarray, 
 def predictions_of(
     logits: np.ndarray, labels: np.ndarray, *, measure: str, temperatures: Sequence[float]
 ) -> ExitPredictions:
-    """Returns the exits' answers and confidences on the host (see `exit_predictions`)."""
+    """Returns the exits' predictions and confidences on the host (see `exit_predictions`)."""
     scales = np.asarray(temperatures, np.float32)
     return jax.device_get(_predict(logits, labels, scales, measure=MEASURES.resolve(measure)))
 
@@ -208,7 +208,7 @@ def _predict(
 def outcome(
     policy: Policy, logits: np.ndarray, labels: np.ndarray, costs: Sequence[float]
 ) -> PolicyOutcome:
-    """Returns what a policy gives on recorded logits `[exits, n, classes]`."""
+    """Returns a policy's results on recorded logits `[exits, n, classes]`."""
     predictions = _predictions_for(policy, logits, labels)
     taken = policy.exits(np.asarray(predictions.confidence))
     each = np.arange(len(taken))

@@ -1,4 +1,4 @@
-"""Which network a policy was fitted on: thresholds mean nothing to another one's confidences."""
+"""Identity of the network that a policy was fitted on: thresholds are valid for it alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.stages import Stage
 from dfs_jax.types import UserError
 
-NETWORK = "network"  # the record's name in a policy's `fitted_on`
+NETWORK = "network"  # key of the record in a policy's `fitted_on`
 
 
 def named_weights(stage: Stage) -> dict[str, np.ndarray]:
     """Returns a stage's weights under names such as `params/block1/conv/kernel`.
 
     Args:
-      stage: a `jax.tree_util.Partial` whose weights are leaves; others have none.
+      stage: a `jax.tree_util.Partial` whose weights are leaves; other callables have no weights.
     """
     leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
     return {
@@ -31,7 +31,7 @@ def named_weights(stage: Stage) -> dict[str, np.ndarray]:
 
 
 def weight_name(path: Sequence[Any]) -> str:
-    """Returns a leaf's name: the keys of the dictionaries on the way to it."""
+    """Returns a leaf's name: the dictionary keys on its path, joined by slashes."""
     keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     return "/".join(map(str, keys))
 
@@ -39,7 +39,7 @@ def weight_name(path: Sequence[Any]) -> str:
 def weights_fingerprint(stages: Sequence[Stage]) -> str | None:
     """Returns a checksum of a network's weights, the same before and after export.
 
-    None for stages that do not bring their weights as leaves.
+    None for stages whose weights are not leaves.
     """
     weights = {name: array for stage in stages for name, array in named_weights(stage).items()}
     if not weights:
@@ -52,14 +52,14 @@ def weights_fingerprint(stages: Sequence[Stage]) -> str | None:
 
 
 def network_record(stages: Sequence[Stage], classes: int) -> dict[str, Any]:
-    """Returns what a policy records of the network that it was fitted on, as plain data."""
+    """Returns a policy's record of the network that it was fitted on, as plain data."""
     return {"exits": len(stages), "classes": classes, "weights": weights_fingerprint(stages)}
 
 
 def check_network(policy: Policy, stages: Sequence[Stage]) -> None:
-    """Raises UserError if a policy says that it was fitted on another network.
+    """Raises UserError if a policy was fitted on another network.
 
-    Policies that say nothing (a user's own) go with every network of as many exits.
+    Policies without a record (a user's own) fit every network with the same number of exits.
     """
     if policy.num_exits != len(stages):
         raise UserError(

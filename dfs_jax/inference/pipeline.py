@@ -1,4 +1,4 @@
-"""Runs stages on whoever waits for them: some leave with an answer, the others go on."""
+"""Runs stages on queued examples: confident examples exit, the rest pass to the next queue."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dfs_jax.inference.programs import Programs
 from dfs_jax.inference.waiting import Buffer, Waiting
 from dfs_jax.types import PyTree
 
-# So much padding costs less than one more run: places, and a share of the examples.
+# Padding up to this many places or this fraction of the examples costs less than another run.
 _PLACES, _SHARE = 8, 0.25
-# So many observed exits say more than those that the policy expects.
+# Observed exits replace those that the policy expects after this many examples.
 _ENOUGH = 1024
 
 
 class Counts:
-    """What has happened since the counting began.
+    """Counts of answers since they were last reset.
 
     Attributes:
-      exits: how many examples each exit answered after running stage by stage.
-      whole: how many the whole network answered as one program.
-      close: how many decisions lay within 1e-6 of a threshold, where rounding decides.
+      exits: number of examples that each exit answered, run stage by stage.
+      whole: number of examples that the whole network answered as one program.
+      close: number of decisions within 1e-6 of a threshold, where rounding decides.
     """
 
     def __init__(self, num_exits: int):
@@ -35,21 +35,21 @@ class Counts:
         self.close = 0
 
     def shares(self) -> tuple[float, ...] | None:
-        """Returns the share of examples that each exit answered, once 1,024 tell."""
+        """Returns the fraction of examples answered by each exit; None before 1,024 examples."""
         total = sum(self.exits)
         return tuple(n / total for n in self.exits) if total >= _ENOUGH else None
 
 
 class Engine(NamedTuple):
-    """What every pipeline of a predictor shares.
+    """State that all pipelines of a predictor share.
 
     Attributes:
-      programs: the compiled stages.
-      policy: who leaves where.
-      shapes: the batch sizes that programs are compiled for, ascending; the last is a full batch.
-      make_buffer: room for the carries of a full batch of one kind of example.
-      runs_whole: whether the next batch goes through the whole network as one program.
-      counts: what has happened.
+      programs: compiled stages.
+      policy: early-exit policy.
+      shapes: batch sizes that programs are compiled for, ascending; the last is a full batch.
+      make_buffer: function from one example's carry to storage for a full batch of carries.
+      runs_whole: function that tells whether to run the next batch as one whole program.
+      counts: counts of answers.
     """
 
     programs: Programs
@@ -61,28 +61,28 @@ class Engine(NamedTuple):
 
     @property
     def full(self) -> int:
-        """The largest batch."""
+        """Size of a full batch."""
         return self.shapes[-1]
 
     def shape_for(self, n: int) -> int:
-        """Returns the smallest shape that n examples fit into."""
+        """Returns the smallest batch size that holds n examples."""
         return next(shape for shape in self.shapes if shape >= n)
 
     def shape_within(self, n: int) -> int:
-        """Returns how many of n examples to run without padding: all, if they fill no shape."""
+        """Returns the number of n examples to run without padding; all if they fill no shape."""
         return max((shape for shape in self.shapes if shape <= n), default=n)
 
     def next_run(self, n: int) -> int:
-        """Returns how many of n examples to run next, if all are to run now.
+        """Returns the number of n waiting examples to run next.
 
-        All, unless that takes much padding: then as many as fill a shape.
+        All of them, unless padding would be large: then as many as fill a shape.
         """
         padding = self.shape_for(n) - n
         return n if padding <= max(_PLACES, _SHARE * n) else self.shape_within(n)
 
 
 class Pipeline:
-    """The queues before the stages; a stage runs as soon as a full batch waits for it."""
+    """Queues before the stages; a stage runs as soon as its queue holds a full batch."""
 
     def __init__(self, engine: Engine, table: AnswerTable):
         self._engine = engine
@@ -93,31 +93,31 @@ class Pipeline:
         ]
 
     def add(self, images: np.ndarray, tickets: np.ndarray) -> None:
-        """Takes images `[n, height, width, channels]` that were given these tickets."""
+        """Adds images `[n, height, width, channels]` with these tickets."""
         self._pass_on(0, images, np.arange(len(images)), tickets)
 
     def finish(self) -> None:
-        """Runs whatever waits, full batch or not, until everybody is answered."""
+        """Runs the stages, on partial batches too, until every example is answered."""
         for k in range(len(self._queues)):
             self._run_all(k)
 
     def run_overdue(self, max_wait: float) -> None:
-        """Runs the stages for which somebody has waited longer than `max_wait` seconds."""
+        """Runs stages in whose queue an example has waited for at least `max_wait` seconds."""
         now = time.perf_counter()
         for k, queue in enumerate(self._queues):
             if queue.count and now - queue.since[0] >= max_wait:
                 self._run_all(k)
 
     def seconds_left(self, max_wait: float) -> float | None:
-        """Returns how long until somebody is overdue; None where nobody waits."""
+        """Returns the time in seconds until an example is overdue; None if the queues are empty."""
         came = [queue.since[0] for queue in self._queues if queue.count]
         return max(0.0, min(came) + max_wait - time.perf_counter()) if came else None
 
     def run_first(self, ticket: int) -> None:
-        """Runs the stage for which the example with this ticket waits, first in its queue."""
+        """Runs the stage in whose queue the example with this ticket is first."""
         firsts = [queue.tickets[0] if queue.count else None for queue in self._queues]
         k = firsts.index(ticket)
-        # No more than fill a shape: the others wait for company, which costs less than padding.
+        # Only full shapes: later examples can fill the next batch, which costs less than padding.
         self._run(k, self._engine.shape_within(self._queues[k].count))
 
     def _pass_on(self, k: int, carry: PyTree, rows: np.ndarray, tickets: np.ndarray) -> None:
@@ -149,7 +149,7 @@ class Pipeline:
             self._pass_on(k + 1, carry, stay, tickets[stay])
 
     def _answer(self, k: int, tickets: np.ndarray, answers: np.ndarray) -> np.ndarray:
-        """Notes the answers of those who leave at stage k; returns the rows that stay."""
+        """Records the answers of examples that exit at stage k; returns the rows that stay."""
         engine = self._engine
         confidence = answers[:, engine.programs.classes]
         leaves = engine.policy.leaves(k, confidence)

@@ -1,14 +1,14 @@
-"""When to stop: thresholds, what they are compared with, and what they were fitted on, in JSON.
+"""Early-exit policies: thresholds, the confidence they apply to, and their origin, in JSON.
 
     {"version": 1,
      "measure": "max_softmax",             one of `dfs_jax.exits.scores`
-     "thresholds": [0.93, null, 0.81],     one for each exit but the last; null: nobody leaves
+     "thresholds": [0.93, null, 0.81],     one for each exit but the last; null: no example exits
      "temperatures": [1.2, 1.1, 1.1, 1.0], one for each exit
-     "exit_shares": [0.4, 0.0, 0.3, 0.3],  who left where in the data it was fitted on, or null
+     "exit_shares": [0.4, 0.0, 0.3, 0.3],  fraction answered by each exit in fitting, or null
      "falls_back": true,                   whether the last exit may answer all, if that is faster
-     "fitted_on": {...}}                   anything that says where it comes from
+     "fitted_on": {...}}                   record of the network and the data
 
-An example leaves at the first exit whose threshold its confidence reaches (`>=`), or at the last.
+An example exits at the first exit whose threshold its confidence reaches (`>=`), or at the last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dfs_jax.paths import reason
 from dfs_jax.types import UserError
 
 NOBODY = 1e8  # no confidence reaches it: the exit answers no example
-EVERYBODY = -1e8  # every confidence reaches it: the exit answers all that are left
+EVERYBODY = -1e8  # every confidence reaches it: the exit answers all remaining examples
 
 VERSION = 1
 FILE = "policy.json"
@@ -39,19 +39,19 @@ _JSON_KINDS = {dict: "an object", bool: "true or false"}
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """When an example has been looked at long enough.
+    """Confidence thresholds at which examples exit.
 
     Args:
-      thresholds: one for each exit but the last, None where nobody leaves.
-      measure: the name of the confidence that reaches them.
-      temperatures: one for each exit; none for 1 everywhere.
-      exit_shares: which share of the examples each exit answered where the policy was fitted.
-      falls_back: whether the whole network's last exit may answer instead where that is faster; no
-        for a policy whose guarantee it does not have.
-      fitted_on: what it was fitted on, as plain data.
+      thresholds: threshold of each exit but the last; None if no example exits there.
+      measure: name of the measure of confidence.
+      temperatures: temperature of each exit; empty for 1 everywhere.
+      exit_shares: fraction of the fitting examples that each exit answered.
+      falls_back: whether the last exit of the whole network may answer instead where that is
+        faster; False for a policy whose guarantee does not cover the last exit.
+      fitted_on: record of the network and the data, as plain data.
 
     Raises:
-      UserError: an unknown measure, numbers out of range, or counts that do not belong together.
+      UserError: an unknown measure, numbers out of range, or lengths that do not match.
 
     Example:
       >>> policy = Policy((0.9, None))
@@ -82,26 +82,26 @@ class Policy:
 
     @property
     def num_exits(self) -> int:
-        """How many exits the network has."""
+        """Number of exits of the network."""
         return len(self.thresholds) + 1
 
     @property
     def measure_function(self) -> Measure:
-        """The measure that the policy names."""
+        """Measure named by the policy."""
         return MEASURES.resolve(self.measure)
 
     def all_thresholds(self) -> tuple[float, ...]:
-        """Returns one number for every exit: `NOBODY` for None, `EVERYBODY` at the last."""
+        """Returns the threshold of every exit: `NOBODY` for None, `EVERYBODY` for the last."""
         return (*(NOBODY if t is None else float(t) for t in self.thresholds), EVERYBODY)
 
     def leaves(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
-        """Returns who leaves at an exit (0-based), `[n]` bool, of those that have come to it."""
+        """Returns which of the examples that reach an exit (0-based) exit there, `[n]` bool."""
         if exit_index == self.num_exits - 1:
             return np.ones(len(confidence), bool)
         return confidence >= np.float64(self.all_thresholds()[exit_index])
 
     def is_close(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
-        """Returns whose decision at an exit rounding may turn round, `[n]` bool."""
+        """Returns which decisions at an exit lie within rounding of the threshold, `[n]` bool."""
         if exit_index == self.num_exits - 1:
             return np.zeros(len(confidence), bool)
         return np.abs(confidence - self.all_thresholds()[exit_index]) <= ROUNDING
@@ -116,7 +116,7 @@ class Policy:
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     def save(self, path: Path) -> Path:
-        """Writes the policy as JSON: all of it or nothing."""
+        """Writes the policy as JSON, atomically."""
         return write_whole(path, self.to_json().encode())
 
 
@@ -128,11 +128,11 @@ def apply_thresholds(
     It is the first whose threshold the example's confidence reaches (`>=`), or the last.
 
     Args:
-      confidence: `[exits, n]`.
-      thresholds: one an exit; the last one is not asked.
+      confidence: confidence of each exit in each example, `[exits, n]`.
+      thresholds: threshold of every exit; the last one is not used.
 
     Raises:
-      ValueError: another count of thresholds than of exits.
+      ValueError: a number of thresholds other than that of the exits.
 
     Example:
       >>> apply_thresholds(np.array([[0.9, 0.5], [0.6, 0.6]]), [0.7, -1e8]).tolist()
@@ -150,7 +150,7 @@ def apply_thresholds(
 
 
 def last_exit_only(num_exits: int) -> Policy:
-    """Returns the policy under which nobody leaves before the last exit.
+    """Returns the policy under which no example exits before the last exit.
 
     >>> last_exit_only(3).thresholds
     (None, None)
@@ -162,15 +162,15 @@ def read_policy(path: Path) -> Policy:
     """Reads a policy from JSON.
 
     Raises:
-      UserError: no such file, no JSON, a version that is not ours, missing or unknown fields, or
-        values that no policy can have.
+      UserError: the file is missing or not JSON, its version is unknown, or fields are missing,
+        unknown or invalid.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the policy {path} cannot be read: {reason(error)}") from error
     except ValueError as error:
-        raise UserError(f"the policy {path} is no JSON: {error}") from error
+        raise UserError(f"the policy {path} is not JSON: {error}") from error
     try:
         return _from_content(content)
     except UserError as error:
@@ -200,9 +200,9 @@ def _from_content(content: Any) -> Policy:
 
 
 def _check_as_fitted(policy: Policy) -> None:
-    """Raises UserError if somebody changed what the fitting gave; a policy may not say what it was.
+    """Raises UserError if a fitted value of the policy was edited, which its record contradicts.
 
-    Thresholds may be moved by hand where no guarantee rests on them.
+    Thresholds may be edited by hand unless a guarantee depends on them.
     """
     fitted_on = policy.fitted_on
     given = {"measure": policy.measure, "temperatures": list(policy.temperatures)}

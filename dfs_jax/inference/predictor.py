@@ -1,7 +1,7 @@
-"""A multi-exit network that really stops early.
+"""Early-exit inference for a multi-exit network.
 
-The network is compiled as stages. After each one the host compares confidences with thresholds;
-who is sure enough leaves, the others are put together into one of a few batch shapes and go on.
+The network is compiled as stages. After each stage the host compares confidences with thresholds.
+Confident examples exit; the rest are repacked into one of a few batch shapes.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ _IN_FLIGHT = 16  # full batches
 
 
 class EarlyExitPredictor:
-    """Classifies images, each at the first exit that is sure enough.
+    """Classifies images, each at the first exit that is confident enough.
 
-    The first call compiles and measures (`warm_up` does it beforehand). A policy under which the
-    whole network is faster, by the measured times and the exits that examples take, falls back to
-    it: the last exit then answers. One predictor serves one thread.
+    The first call compiles and measures (`warm_up` does so in advance). If the whole network is
+    faster under the policy, by the measured times and the exits that examples take, it runs instead
+    and the last exit answers. A predictor must not be shared between threads.
 
     Args:
       stages: functions `(carry) -> (carry, logits)`, shallow first; see `model_stages`.
       example: shape and type of one image, `jax.ShapeDtypeStruct((height, width, channels), ...)`.
-      policy: when to stop; None for the last exit alone.
-      batch_size: of a full batch.
-      shapes: the batch sizes that programs are compiled for; None for 1, 4, 16 and the powers of
-        two from 32 to `batch_size`. Smaller batches are padded to the next.
+      policy: early-exit policy; None for the last exit alone.
+      batch_size: size of a full batch.
+      shapes: batch sizes that programs are compiled for; None for 1, 4, 16 and the powers of two
+        from 32 to `batch_size`. Smaller batches are padded to the next size.
       fall_back: whether the whole network may run instead where it is faster; the policy's
-        `falls_back` must agree.
+        `falls_back` must also be True.
 
     Raises:
-      UserError: stages that do not fit together, a policy for another count of exits or fitted on
-        another network, shapes that are not ascending up to `batch_size`.
+      UserError: stages that do not fit together, a policy for another number of exits or fitted on
+        another network, or shapes that do not ascend to `batch_size`.
 
-    Example: two stages on numbers, of which the first is sure of those far from 0.
+    Example: two stages on numbers, of which the first is confident about those far from 0.
       >>> stage = lambda x: (x, jax.numpy.concatenate([x, -x], axis=-1))
       >>> one_number = jax.ShapeDtypeStruct((1,), np.float32)
       >>> predictor = EarlyExitPredictor(
@@ -106,12 +106,12 @@ class EarlyExitPredictor:
         return cls(stages, example, policy, **options)
 
     def with_policy(self, policy: Policy) -> EarlyExitPredictor:
-        """Returns a predictor with another policy, its own counts, and this one's programs.
+        """Returns a predictor with another policy and new counts that shares compiled programs.
 
-        What is compiled and measured stays so.
+        Measured times are shared too.
 
         Raises:
-          UserError: a policy of another measure, which is compiled in, or of another network.
+          UserError: a policy with another measure, which is compiled in, or of another network.
         """
         if policy.measure != self.policy.measure:
             raise UserError(
@@ -132,14 +132,14 @@ class EarlyExitPredictor:
 
     @property
     def batch_size(self) -> int:
-        """Examples in a full batch."""
+        """Number of examples in a full batch."""
         return self.shapes[-1]
 
     def warm_up(self) -> dict[int, StageTimes]:
-        """Compiles every program and measures stages alone and in a full batch; does so once.
+        """Compiles every program and times the stages, once.
 
         Returns:
-          The times by batch size: of 1 and of a full batch.
+          Times by batch size: 1 and a full batch.
         """
         if not self.times:
             example = self.programs.example
@@ -148,7 +148,7 @@ class EarlyExitPredictor:
                 carry: PyTree = np.zeros((shape, *example.shape), example.dtype)
                 self.programs.run_whole(carry)
                 for k, buffer in enumerate(buffers):
-                    # Both ways in which carries come: put together, and as they were given.
+                    # Carries arrive in two forms: repacked, and as the stage before returned them.
                     buffer.put(carry, np.arange(shape), 0)
                     self.programs.run(k, buffer.first(shape))
                     carry, _ = self.programs.run(k, carry)
@@ -160,7 +160,7 @@ class EarlyExitPredictor:
         """Classifies a batch of any size.
 
         Args:
-          images: an array `[n, height, width, channels]`, or a list of n images. Those of another
+          images: array `[n, height, width, channels]`, or list of n images. Images of another
             shape or type, or with pixels that are not finite, are reported in `errors`.
         """
         self.warm_up()
@@ -189,17 +189,17 @@ class EarlyExitPredictor:
         Waiting examples of several batches are merged, so that deep stages run full.
 
         Args:
-          batches: an iterable of arrays `[n, height, width, channels]` or lists of n images; it is
-            read in a thread of its own, at most two batches ahead.
+          batches: iterable of arrays `[n, height, width, channels]` or lists of n images; a
+            separate thread reads it, at most two batches ahead.
           max_wait: seconds for which an example waits at a stage for others to fill the batch, as
-            long as answers are being taken; None for as long as it takes.
-          max_in_flight: how many examples are under way at most, read or answered but not yet
-            handed on; None for 16 full batches. Where an early one holds all others up, its stage
-            runs without being full.
+            long as answers are being taken; None for no limit.
+          max_in_flight: maximum number of examples that are read or answered but not yet yielded;
+            None for 16 full batches. At the limit, the stage that the earliest example waits for
+            runs with a partial batch.
 
         Raises:
-          UserError: numbers out of range. What reading the input raises, after the answers to what
-            was read before.
+          UserError: numbers out of range. Exceptions of the input are raised after the answers to
+            the batches before.
         """
         in_flight = _IN_FLIGHT * self.batch_size if max_in_flight is None else max_in_flight
         check_whole("max_in_flight", in_flight, at_least=self.batch_size)
@@ -216,7 +216,7 @@ class EarlyExitPredictor:
         )
 
     def runs_whole(self, batch: int) -> bool:
-        """Returns whether the whole network is now expected to be faster on such a batch."""
+        """Returns whether the whole network is expected to be faster on a batch of this size."""
         if not (self._fall_back and self.policy.falls_back) or batch not in self.times:
             return False
         shares = self.counts.shares() or self.policy.exit_shares

@@ -1,12 +1,12 @@
-"""The compiled programs of a staged network: one call and one small array to read for each stage.
+"""Compiled programs of a staged network: one call for each stage, and one small array to read.
 
-What a stage says of its examples comes as one float32 array, `[batch, classes + 2]`, since every
-array that the host reads takes its time:
+The host pays a fixed time for each array that it reads, so a stage returns its answers as one
+float32 array, `[batch, classes + 2]`:
 
     probabilities [classes] | confidence | predicted class
 
-A program is compiled for each batch shape that it meets. Temperatures are arguments, so another
-policy with the same measure compiles nothing.
+A program is compiled for each batch shape. Temperatures are arguments, so that another policy with
+the same measure needs no compilation.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from dfs_jax.types import PyTree
 
 
 class Programs:
-    """The stages and the whole network, compiled.
+    """Compiled stages and the compiled whole network.
 
     Args:
-      stages: functions of what came before.
-      measure: how sure an exit is.
-      temperatures: one for each exit.
-      example: one image's shape and type.
+      stages: functions `(carry) -> (carry, logits)`.
+      measure: measure of confidence.
+      temperatures: temperature of each exit.
+      example: shape and type of one image.
 
     Attributes:
-      carries: what each stage takes, shapes and types of one example, without the batch.
-      classes: how many.
-      num_exits: how many.
+      carries: shapes and types of each stage's input for one example, without the batch.
+      classes: number of classes.
+      num_exits: number of exits.
       stages: the functions, with their weights on the device.
     """
 
@@ -55,7 +55,7 @@ class Programs:
         self.num_exits = len(stages)
         self.stages = _free(as_pytrees(stages))
         self._temperatures = [jnp.float32(t) for t in temperatures]
-        # A function of its own for each stage: their caches stay small, and lookups quick.
+        # A separate jitted function for each stage: its cache stays small and look-ups fast.
         last, options = self.num_exits - 1, compiler_options(jax.default_backend())
         self._run = [
             jax.jit(
@@ -68,17 +68,17 @@ class Programs:
         self.carries = self._trace_carries()
 
     def with_temperatures(self, temperatures: Sequence[float]) -> Programs:
-        """Returns the same compiled programs, to be run with other temperatures."""
+        """Returns the same compiled programs with other temperatures."""
         programs = copy.copy(self)
         programs._temperatures = [jnp.float32(t) for t in temperatures]
         return programs
 
     def run(self, k: int, carry: PyTree) -> tuple[PyTree, np.ndarray]:
-        """Runs stage k on images (k = 0) or on what the stage before returned.
+        """Runs stage k on images (k = 0) or on the carry of the stage before.
 
         Returns:
-          What the next stage takes (None after the last), still on the device, and the answers
-          `[batch, classes + 2]`, on the host; everything is computed when it returns.
+          The next stage's carry (None after the last stage), on the device, and the answers
+          `[batch, classes + 2]`, on the host. The computation has finished.
         """
         carry, answers = self._run[k](self.stages[k], self._temperatures[k], carry)
         return carry, np.asarray(answers)
@@ -97,10 +97,10 @@ class Programs:
 
 
 def _free(stages: PyTree) -> PyTree:
-    """Returns the stages with weights on the default device, tied neither to it nor to a mesh.
+    """Returns the stages with weights on the default device, committed to no device or mesh.
 
-    What programs give would be tied as their weights are, and what the host puts together never
-    is, so that every program would be compiled twice. Weights that lie elsewhere stay there.
+    Outputs are committed if weights are, but carries that the host repacks are not, so that every
+    program would be compiled twice. Weights on other devices stay there.
     """
     default = jnp.zeros(()).device
 

@@ -1,4 +1,4 @@
-"""A run's policy together with the checkpoint that it was fitted on."""
+"""A run's policy and the checkpoint that it was fitted on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.types import UserError
 
 NO_POLICY = "none"
-# What a policy and a run both say of where they come from.
+# Fields of a policy's record that must equal those of the run.
 _SHARED = ("model", "fork", "data", "class_names", "mean", "std")
 
 
@@ -30,12 +30,12 @@ def load_with_policy(
     """Returns a checkpoint of a run and the policy that was fitted on it.
 
     Args:
-      workdir: the run's directory.
-      policy: the policy's file; None for `policy.json` in `workdir` if there is one, "none" for no
+      workdir: directory of the run.
+      policy: policy file; None for `policy.json` in `workdir` if there is one, "none" for no
         policy.
-      checkpoint: "best", "latest" or a step's number; None for the one that the policy was fitted
-        on, and the best without a policy.
-      data_dir: where the data lies now, if it has moved.
+      checkpoint: "best", "latest" or a step number; None for the one that the policy was fitted
+        on, or the best without a policy.
+      data_dir: directory of the data, if it has moved.
 
     Raises:
       UserError: no run, no such checkpoint, or a policy of another network, step or data.
@@ -51,12 +51,12 @@ def load_with_policy(
 
 
 def check_belongs(policy: Policy, staged: StagedRun, path: Path | None) -> None:
-    """Raises UserError unless a policy was fitted on this checkpoint; warns where it does not say.
+    """Raises UserError if a policy was fitted on another checkpoint; warns if it has no record.
 
     Args:
-      policy: of a run.
-      staged: the checkpoint that it is to be used with.
-      path: the policy's file, for messages.
+      policy: policy of a run.
+      staged: checkpoint to use it with.
+      path: policy file, for messages.
     """
     fitted_on, again = policy.fitted_on, "choose a policy for this run again"
     step = fitted_on.get("step")
@@ -90,11 +90,11 @@ def check_belongs(policy: Policy, staged: StagedRun, path: Path | None) -> None:
 
 
 def fitting_record(staged: StagedRun, split: str) -> dict[str, Any]:
-    """Returns what a policy records so that it is used with nothing else, as plain data.
+    """Returns a policy's record of the checkpoint and data it is valid for, as plain data.
 
     Args:
-      staged: the checkpoint that the policy is fitted on.
-      split: what it is fitted on.
+      staged: checkpoint that the policy is fitted on.
+      split: name of the split that it is fitted on.
     """
     dataset = staged.experiment.dataset
     known = None if staged.data is None else staged.data.splits.get(split)
@@ -113,10 +113,10 @@ def _policy_path(workdir: Path, policy: str | Path | None) -> Path | None:
 
 
 def _fitted_checkpoint(workdir: Path, path: Path | None, step: Any) -> str:
-    """Returns the step that a policy was fitted on, as a checkpoint's name.
+    """Returns the step that a policy was fitted on, as the name of a checkpoint.
 
     Raises:
-      UserError: the run does not have it any more.
+      UserError: the run no longer has this checkpoint.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     best = checkpoints.best_step()

@@ -1,12 +1,12 @@
-"""A network as stages: block and head, one after another, each a function of what came before.
+"""A network as a sequence of stages, each a block and its head as a function of a carry.
 
     stage(carry) -> (carry, logits)
 
-The first stage takes images `[batch, height, width, channels]`, the last one's carry is not used.
-A carry is a pytree of arrays with the batch first; rows never read each other. Stages come from a
-model and its variables (`model_stages`), or from exported files. One that is a
-`jax.tree_util.Partial` brings its weights as leaves, so that they are arguments of the compiled
-program; any other callable is taken as it is.
+The first stage takes images `[batch, height, width, channels]`; the last stage's carry is not used.
+A carry is a pytree of arrays with the batch first, whose rows are independent. Stages come from a
+model and its variables (`model_stages`) or from exported files. The weights of a stage that is a
+`jax.tree_util.Partial` are its leaves, and arguments of the compiled program; any other callable
+is used as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dfs_jax.tracing.for_cpu import for_cpu
 from dfs_jax.types import PyTree, UserError
 
 if TYPE_CHECKING:
-    # Exported stages run where flax, which models need, is not installed.
+    # Exported stages also run where flax, which models need, is not installed.
     from dfs_jax.forks import Fork
     from dfs_jax.models.contract import MultiExitModel
 
@@ -42,13 +42,13 @@ def model_stages(
     """Returns the stages of a model, in evaluation mode.
 
     Args:
-      model: a backbone, not bound.
+      model: unbound backbone.
       variables: `{"params": ..., "batch_stats": ...}`.
-      fork: as in training; some forks change values (`referencing="none"` cuts channels).
-      prepare: applied to the images first, such as their normalisation.
+      fork: fork as in training; some forks change values (`referencing="none"` cuts channels).
+      prepare: function applied to the images first, such as normalisation.
 
     Returns:
-      One stage an exit, shallow first. Together they compute what `run_exits` does.
+      One stage for each exit, shallow first. Together they compute the same as `run_exits`.
     """
     return tuple(
         Partial(
@@ -93,7 +93,7 @@ def run_stages(stages: Sequence[Stage], images: jax.Array) -> jax.Array:
 
 
 def last_logits(stages: Sequence[Stage], images: jax.Array) -> jax.Array:
-    """Returns the last exit's logits, `[batch, classes]`; compiled, early heads are left out."""
+    """Returns the last exit's logits, `[batch, classes]`; compilation removes the early heads."""
     carry, logits = images, None
     for stage in stages:
         carry, logits = stage(carry)
@@ -104,12 +104,12 @@ def last_logits(stages: Sequence[Stage], images: jax.Array) -> jax.Array:
 def recorded_logits(
     stages: Sequence[Stage], batches: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
-    """Runs every exit on many images, `[exits, n, classes]` float32: what policies are fitted on.
+    """Runs every exit on many images and returns logits `[exits, n, classes]` float32.
 
     Args:
-      stages: of `model_stages` or of an export.
-      batches: images `[batch, height, width, channels]`, all of one size, and masks `[batch]` bool,
-        False where an image only fills the batch up.
+      stages: stages of a model or of an export.
+      batches: pairs of images `[batch, height, width, channels]`, all of one size, and masks
+        `[batch]` bool, False for padding.
     """
     stages, run = as_pytrees(stages), _recorder(jax.default_backend())
     return np.concatenate([np.asarray(run(stages, x))[:, mask] for x, mask in batches], axis=1)
@@ -117,7 +117,7 @@ def recorded_logits(
 
 @functools.cache
 def _recorder(platform: str) -> Callable[..., jax.Array]:
-    """Returns one function for all networks, so that what was compiled is found again."""
+    """Returns one function for all networks, so that compiled programs are reused."""
     return jax.jit(
         lambda stages, x: run_stages(stages, x).astype(jnp.float32),
         compiler_options=compiler_options(platform),
@@ -125,15 +125,15 @@ def _recorder(platform: str) -> Callable[..., jax.Array]:
 
 
 def as_pytrees(stages: Sequence[Stage]) -> tuple[Partial, ...]:
-    """Returns the stages as arguments that a compiled program can take."""
+    """Returns the stages as pytrees, so that a compiled program can take them as arguments."""
     return tuple(stage if isinstance(stage, Partial) else Partial(stage) for stage in stages)
 
 
 def check_stages(stages: Sequence[Stage], example: jax.ShapeDtypeStruct) -> int:
-    """Traces the stages on images like `example` (without a batch), and returns the classes.
+    """Traces the stages on images like `example` (without a batch); returns the number of classes.
 
     Raises:
-      UserError: no stages, logits that are not `[batch, classes]` with one count of classes, or a
+      UserError: no stages, logits that are not `[batch, classes]` with one number of classes, or a
         carry whose leaves do not have the batch first.
     """
     if not stages:

@@ -1,4 +1,4 @@
-"""Times of the stages on this machine, and whether stopping early pays here."""
+"""Times of the stages on this machine, and whether early exits save time here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from dfs_jax.inference.programs import Programs
 from dfs_jax.stopwatch import median_seconds
 
-# Least ideal speed-up for running by stages, which covers the cost of merging and deciding.
+# Least ideal speed-up at which stages are used, which covers the cost of merging and deciding.
 LEAST_GAIN = 1.03
 
 

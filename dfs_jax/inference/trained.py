@@ -1,4 +1,4 @@
-"""A run's network as stages, and what its exits say of a split: what early exits are made from."""
+"""A trained run as stages, and the logits of its exits on a split."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class StagedRun(NamedTuple):
     """One checkpoint of a run.
 
     Attributes:
-      experiment: what the run's config describes.
-      step: of the checkpoint.
-      stages: of its network; the first takes uint8 images and normalises them.
-      example: one image's shape and type.
-      data: what the run recorded of its data; None for runs of earlier versions.
+      experiment: the experiment that the run's config describes.
+      step: step of the checkpoint.
+      stages: stages of the network; the first takes uint8 images and normalises them.
+      example: shape and type of one image.
+      data: the run's record of its data; None for runs of earlier versions.
     """
 
     experiment: Experiment
@@ -50,7 +50,7 @@ class StagedRun(NamedTuple):
         return recorded_logits(self.stages, batches()), np.concatenate(labels)
 
     def images(self, split: str, count: int) -> np.ndarray:
-        """Returns the first `count` images of a split, fewer where it has fewer, uint8."""
+        """Returns up to `count` images from the start of a split, uint8."""
         kept, found = [], 0
         for images, _, mask in eval_batches(self.split(split), _BATCH):
             kept.append(images[mask])
@@ -71,7 +71,7 @@ class StagedRun(NamedTuple):
         return data
 
     def about(self) -> dict[str, object]:
-        """Returns where the network comes from, as plain data."""
+        """Returns the origin of the network, as plain data."""
         config, dataset = self.experiment.config, self.experiment.dataset
         return {
             "model": config.model.name,
@@ -87,12 +87,12 @@ class StagedRun(NamedTuple):
 def load_staged(
     workdir: Path, *, checkpoint: str = "best", data_dir: str | None = None
 ) -> StagedRun:
-    """Returns a checkpoint ("best", "latest" or a step's number) of the run in `workdir`.
+    """Returns a checkpoint of the run in `workdir`.
 
     Args:
-      workdir: the run's directory.
-      checkpoint: which.
-      data_dir: where the data lies now, if it has moved.
+      workdir: directory of the run.
+      checkpoint: "best", "latest" or a step number.
+      data_dir: directory of the data, if it has moved.
 
     Raises:
       UserError: no run, no such checkpoint, no data.
@@ -108,7 +108,7 @@ def load_staged(
 def staged_run(
     experiment: Experiment, variables: dict[str, Any], step: int, data: RunData | None = None
 ) -> StagedRun:
-    """Returns an experiment's network with the given variables, those after `step` steps."""
+    """Returns the network of an experiment with the given variables, those after `step` steps."""
     dataset = experiment.dataset
     stages = model_stages(
         experiment.model,

@@ -1,4 +1,4 @@
-"""Weights from and to other programs; `python -m dfs_jax.interop check` compares with theirs."""
+"""Weights from and to other programs; `python -m dfs_jax.interop check` compares results."""
 
 from dfs_jax.interop.files import load_trunk, load_weights, save_weights
 from dfs_jax.interop.torch_names import (

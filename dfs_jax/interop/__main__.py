@@ -1,8 +1,8 @@
-"""`python -m dfs_jax.interop check FILE...`: does our model compute what golden files hold?
+"""`python -m dfs_jax.interop check FILE...`: compares our models' results with golden files.
 
-Prints one line a file with the worst relative differences. Exit status: 0 when all are within the
-tolerance and every gradient that must be zero is exactly zero, 1 when not, 2 when a file cannot be
-checked at all.
+Prints one line for each file with the worst relative differences. Exit status: 0 if all are within
+the tolerance and every gradient that must be zero is exactly zero, 1 if not, 2 if a file cannot be
+checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_files(paths: Sequence[str]) -> bool:
     """Checks golden files, writes a table line for each, and returns whether all pass.
 
     Raises:
-      UserError: a file is missing or damaged, or its model unknown; told before the slow part.
+      UserError: a file is missing or damaged, or its model unknown; raised before slow work.
     """
     cases = [(case, case.create_model()) for case in map(read_golden, paths)]
     width = max(len(name) for name in (TITLE, *(case.case for case, _ in cases)))

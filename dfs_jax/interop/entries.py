@@ -1,6 +1,6 @@
-"""How the tensors of a published PyTorch program lie in ours, as data: one `Entry` a tensor.
+"""Correspondence of published PyTorch tensors with ours, as data: one `Entry` for each tensor.
 
-A family of models lists its entries in a file of its own; `torch_names` converts by them both ways.
+Each family of models lists its entries in its own file; `torch_names` converts both ways.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The order of axes: axis a of our tensor is axis `permutation[a]` of PyTorch's.
+    """Order of axes: axis a of our tensor is axis `permutation[a]` of PyTorch's.
 
     Example:
       >>> CONV.to_ours(np.zeros((5, 3, 7, 11))).shape  # OIHW -> HWIO
@@ -38,18 +38,18 @@ CONV = Layout((2, 3, 1, 0))  # out, in, height, width -> height, width, in, out
 LINEAR = Layout((1, 0))  # out, in -> in, out
 VECTOR = Layout((0,))
 
-# PyTorch's input axis, along which a weight is cut in two: channels of f+, channels of f-.
+# PyTorch's input axis, along which a weight is split in two: channels of f+, channels of f-.
 INPUT_AXIS = 1
 
 
 class Entry(NamedTuple):
-    """One of our tensors, and the published tensor, or the two halves, that hold it.
+    """One of our tensors, and the published tensor, or its two halves, with the same values.
 
     Attributes:
-      names: one PyTorch name; or two, of the weights that read the shared channels and the
-        exit-specific ones, joined in this order along PyTorch's input axis.
-      path: ours, the collection first: `("params", "block1", "conv", "kernel")`.
-      layout: how the axes are permuted.
+      names: one PyTorch name, or two: of the weights for the shared and the exit-specific
+        channels, concatenated in this order along PyTorch's input axis.
+      path: path in our tree, the collection first: `("params", "block1", "conv", "kernel")`.
+      layout: permutation of the axes.
     """
 
     names: tuple[str, ...]
@@ -58,11 +58,11 @@ class Entry(NamedTuple):
 
 
 class Family(NamedTuple):
-    """The published names of one family of models.
+    """Published names of one family of models.
 
     Attributes:
-      entries: lists a model's tensors, in the published order.
-      head_prefixes: how the names of classifiers begin, in multi-exit and single-exit programs.
+      entries: function that lists a model's tensors, in the published order.
+      head_prefixes: prefixes of classifiers' names, in multi-exit and single-exit programs.
       image_shape: `(height, width, channels)` of the images that the published models take.
     """
 
@@ -72,7 +72,7 @@ class Family(NamedTuple):
 
 
 def conv(names: str | tuple[str, str], path: str, *, bias: bool = False) -> list[Entry]:
-    """Returns a convolution's entries; `names` are modules' names, two for a weight in halves.
+    """Returns a convolution's entries; `names` are module names, two for a weight in halves.
 
     >>> [entry.path for entry in conv("stem.0", "block1/conv")]
     [('params', 'block1', 'conv', 'kernel')]

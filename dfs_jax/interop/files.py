@@ -1,4 +1,4 @@
-"""Weights from and to files: safetensors, npz, and PyTorch's own format (reading)."""
+"""Reads and writes weights: safetensors, npz, and PyTorch's own format (reading only)."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from dfs_jax.paths import local_path, reason
 from dfs_jax.types import UserError
 
 COLLECTIONS = ("params", "batch_stats")
-STEP = "step"  # what a run notes beside its weights: the checkpoint that they come from
+STEP = "step"  # key of the checkpoint's step in the header of a run's weights
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads a file of named arrays: `.safetensors`, `.npz`, `.pth` or `.pt`.
+    """Reads named arrays from a `.safetensors`, `.npz`, `.pth` or `.pt` file.
 
-    PyTorch's files need torch, which is imported for them alone, and are read without running any
-    code that they hold; a state_dict inside a checkpoint is found. Parts of names that wrappers of
-    modules add (`module.`, `_orig_mod.` and the like) are removed, whatever the format.
+    PyTorch's files need torch, which is imported only for them, and are read without running any
+    code that they contain; a state_dict inside a checkpoint is found. Parts of names added by
+    module wrappers (`module.`, `_orig_mod.` and similar) are removed in every format.
 
     Returns:
-      name -> array; `flax.traverse_util.unflatten_dict(flat, sep="/")` makes variables of ours.
+      Arrays by name; `flax.traverse_util.unflatten_dict(flat, sep="/")` returns our variables.
 
     Raises:
       UserError: the file is missing, damaged, or of another kind.
@@ -58,7 +58,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return unwrapped(reader(path))
     except UserError:
         raise
-    except Exception as error:  # parsers of damaged files raise exceptions of every kind
+    except Exception as error:  # parsers raise exceptions of all types for damaged files
         said = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path} is damaged or not a {path.suffix} file ({said}): copy it again"
@@ -71,15 +71,15 @@ def save_weights(
     *,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes variables under flat names like `params/block1/conv/kernel`, all of them or nothing.
+    """Writes variables under flat names like `params/block1/conv/kernel`, atomically.
 
     Args:
-      path: ends in `.safetensors` or `.npz`.
+      path: path that ends in `.safetensors` or `.npz`.
       variables: `{"params": ..., "batch_stats": ...}`.
-      about: notes for the file's header (`weights_notes` reads them); safetensors alone has one.
+      about: notes for the header (`weights_notes` reads them); only safetensors has one.
 
     Raises:
-      UserError: another ending, or the directory cannot be written.
+      UserError: another extension, or the file cannot be written.
     """
     path = local_path(path, "file of weights")
     writer = _WRITERS.get(path.suffix)
@@ -94,37 +94,37 @@ def save_weights(
 
 
 def weights_notes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns what `save_weights` noted in a file's header; nothing for files without one."""
+    """Returns the notes in a file's header; empty for files without one."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
-    except safetensors.SafetensorError:  # who reads the weights is told
+    except safetensors.SafetensorError:  # reading the weights reports the error
         return {}
 
 
 def load_trunk(
     path: str | os.PathLike[str], model: MultiExitModel, variables: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Starts the trunk from a single-exit (or any) checkpoint: its parameters and batch statistics.
+    """Initialises the trunk, parameters and batch statistics, from any checkpoint.
 
     Args:
-      path: a file as in `load_weights`, with our flat names or the published PyTorch names.
-      model: what `variables` belong to.
-      variables: `{"params": ..., "batch_stats": ...}`; heads are kept, whatever the file holds.
+      path: file as in `load_weights`, with our flat names or the published PyTorch names.
+      model: model of the `variables`.
+      variables: `{"params": ..., "batch_stats": ...}`; heads are kept, even if the file has some.
 
     Returns:
-      New variables, in the dtypes of the old.
+      New variables, in the dtypes of the old ones.
 
     Raises:
-      UserError: the file is not there or damaged, or its trunk does not fit: all names that are
-        missing, unexpected or misshapen are listed.
+      UserError: the file is missing or damaged, or its trunk does not fit; lists all missing,
+        unexpected and misshapen names.
     """
     weights = load_weights(path)
     old = flatten(variables)
     shapes = {key: leaf.shape for key, leaf in old.items() if not _is_head(key)}
-    # Behind a prefix too, which the list of names that do not fit then mentions.
+    # Our names may have a prefix, which the message about names that do not fit reports.
     ours = any(name.rpartition(".")[2].startswith(f"{COLLECTIONS[0]}/") for name in weights)
     read = _trunk_by_our_names if ours else _trunk_by_published_names
     trunk = read(model, shapes, weights, str(path))
@@ -139,7 +139,7 @@ def _is_head(key: Key) -> bool:
 def _trunk_by_our_names(
     model: MultiExitModel, shapes: Mapping[Key, Any], weights: Mapping[str, np.ndarray], path: str
 ) -> dict[Key, np.ndarray]:
-    del model  # the shapes say it all
+    del model  # the shapes suffice
     flat = {tuple(name.split("/")): array for name, array in weights.items()}
     flat = {key: array for key, array in flat.items() if len(key) < 2 or not _is_head(key)}
     check_names_and_shapes(
@@ -162,7 +162,7 @@ def _trunk_by_published_names(
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    # Opened here, since np.load leaves the file open where it is damaged.
+    # Opened here, because np.load does not close a damaged file.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 

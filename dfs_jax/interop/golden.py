@@ -1,7 +1,7 @@
-"""Golden files: what another implementation computes, and how far ours is from it.
+"""Golden files: results of another implementation, and their differences from ours.
 
-A golden file (gzipped JSON) names a model, how it was forked, and the published names and shapes of
-its weights, which any program can draw anew; it holds logits, batch statistics, losses and digests
+A golden file (gzipped JSON) names a model, its fork, and the published names and shapes of its
+weights, which any program can generate; it holds logits, batch statistics, losses and digests
 (norm, sum, first four values) of gradients, all in float64.
 """
 
@@ -36,26 +36,26 @@ from dfs_jax.types import ExitOutputs, PyTree, UserError
 
 INPUT_SEED = 1234
 REFERENCINGS = {"exclusive": "symmetric", "full": "trunk_only"}
-# Gradients that vanish but for rounding (a bias before a norm) are compared with this share of the
-# largest gradient instead of with themselves.
+# Gradients that are zero except for rounding (a bias before a norm) are compared with this
+# fraction of the largest gradient instead of with themselves.
 NEGLIGIBLE = 1e-9
-# Compiling takes longer than running a batch of four; at level 0 float64 convolutions crawl.
+# Compilation takes longer than a batch of four; at level 0, float64 convolutions are very slow.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class GoldenCase:
-    """One golden file, its fields as in the file (keys that this lacks are not allowed in it).
+    """One golden file, with the fields of the file (no other keys are allowed in it).
 
     Attributes:
-      case, model: names.
-      partition, reference, exit_gradient, beta: how features were forked; see `fork`.
+      case, model: names of the case and the model.
+      partition, reference, exit_gradient, beta: parameters of the fork; see `fork`.
       batch, image_size, num_classes, labels: the input.
       state_dict: (published name, shape) of every tensor.
-      eval_logits, train_logits: `[exits, batch, classes]`.
+      eval_logits, train_logits: logits `[exits, batch, classes]`.
       batch_stats_after: published name -> digest, after one forward pass in training mode.
       losses: name -> {"loss", "grads": published name -> digest, None for exactly zero}.
-      options: of the model, besides its number of classes.
+      options: options of the model other than its number of classes.
     """
 
     case: str
@@ -104,7 +104,7 @@ class GoldenCase:
 
     @property
     def partition_ratio(self) -> float:
-        """Beta, or 0.5 where it means nothing."""
+        """Beta, or 0.5 if it has no meaning."""
         return 0.5 if self.beta is None else self.beta
 
     @property
@@ -130,12 +130,12 @@ class GoldenCase:
 
 
 class Results(NamedTuple):
-    """What our model computes, in the file's names and layouts.
+    """Results of our model, in the file's names and layouts.
 
     Attributes:
-      eval_logits, train_logits: `[exits, batch, classes]`.
+      eval_logits, train_logits: logits `[exits, batch, classes]`.
       batch_stats: published name -> array.
-      losses, gradients: loss name -> the summed loss; -> published name -> array.
+      losses, gradients: loss name -> summed loss; loss name -> published name -> array.
     """
 
     eval_logits: np.ndarray
@@ -150,8 +150,8 @@ class Comparison(NamedTuple):
 
     Attributes:
       differences: kind of number -> worst difference.
-      zeros: how many gradients must be zero.
-      nonzero: the names of those that are not.
+      zeros: number of gradients that must be zero.
+      nonzero: names of those that are not.
     """
 
     differences: dict[str, float]
@@ -159,7 +159,7 @@ class Comparison(NamedTuple):
     nonzero: list[str]
 
     def passes(self, tolerance: float) -> bool:
-        """Whether every difference is within `tolerance` (NaN is not) and every zero exact."""
+        """Returns whether all differences are within `tolerance` (NaN is not) and zeros exact."""
         return all(d <= tolerance for d in self.differences.values()) and not self.nonzero
 
 
@@ -167,7 +167,7 @@ def read_golden(path: str | os.PathLike[str]) -> GoldenCase:
     """Reads a golden file.
 
     Raises:
-      UserError: it is missing, damaged, or no golden file.
+      UserError: the file is missing, damaged, or not a golden file.
     """
     path = local_path(path, "golden file")
     try:
@@ -185,11 +185,13 @@ def read_golden(path: str | os.PathLike[str]) -> GoldenCase:
         AttributeError,
     ) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is damaged or no golden file ({reason}): copy it again") from error
+        raise UserError(
+            f"{path} is damaged or not a golden file ({reason}): copy it again"
+        ) from error
 
 
 def draw_state_dict(names_and_shapes: Iterable[tuple[str, Any]]) -> dict[str, np.ndarray]:
-    """Draws every tensor from a generator seeded by its name, in PyTorch's layout and float64.
+    """Generates every tensor with a generator seeded by its name, in PyTorch's layout and float64.
 
     >>> draw_state_dict([("bn.running_var", [2])])["bn.running_var"].min() >= 0.5
     np.True_
@@ -198,7 +200,7 @@ def draw_state_dict(names_and_shapes: Iterable[tuple[str, Any]]) -> dict[str, np
 
 
 def draw_images(case: GoldenCase) -> np.ndarray:
-    """Draws the case's images, `[batch, height, width, channels]`."""
+    """Generates the case's images, `[batch, height, width, channels]`."""
     rng = np.random.Generator(np.random.PCG64(INPUT_SEED))
     images = rng.standard_normal((case.batch, 3, case.image_size, case.image_size))
     return images.transpose(0, 2, 3, 1)
@@ -208,7 +210,7 @@ def compute(case: GoldenCase, model: MultiExitModel) -> Results:
     """Runs our model on a case's weights and input, in the precision that jax is set to.
 
     Raises:
-      UserError: the file's weights are not the model's.
+      UserError: the file's weights do not belong to the model.
     """
     beta = case.partition_ratio
     images = draw_images(case)
@@ -236,10 +238,10 @@ def compute(case: GoldenCase, model: MultiExitModel) -> Results:
 
 
 def compare(case: GoldenCase, results: Results) -> Comparison:
-    """Compares our numbers with the file's; every difference is relative.
+    """Compares our results with the file's; every difference is relative.
 
-    Logits: to the largest logit. Digests: to the tensor's norm, and for the first values to its
-    root mean square. Losses: to the loss.
+    Logits are compared relative to the largest logit, norms and sums of digests to the tensor's
+    norm, first values to its root mean square, and losses to the loss.
     """
     logits = [
         _worst(np.abs(ours - theirs).max() / np.abs(theirs).max())
@@ -343,5 +345,5 @@ def _digest_differences(
 
 
 def _worst(*differences: float) -> float:
-    """Returns the largest, or NaN if there is one, which `max` would miss."""
+    """Returns the largest difference, or NaN if there is one, which `max` would ignore."""
     return float(np.max(differences, initial=0.0))

@@ -1,4 +1,4 @@
-"""MSDNet's published names."""
+"""Published names of MSDNet."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dfs_jax.interop.entries import Entry, Family, batch_norm, conv, linear
 from dfs_jax.models.msdnet import MSDNet
 from dfs_jax.models.msdnet_plan import Layer, Step
 
-# Where a `ConvNorm` and the second of two in a row lie in a PyTorch sequence (ReLUs hold nothing).
+# Indices of a `ConvNorm` and of the second of two in a PyTorch sequence (ReLUs have no tensors).
 _FIRST, _SECOND = (0, 1), (3, 4)
 
 
 def msdnet_entries(model: MSDNet) -> list[Entry]:
     """Lists the tensors of an MSDNet: blocks, then classifiers, all counted from 0.
 
-    Within a block modules count one by one: the first layer, layers, transitions; within a module
-    scales count from the finest that is kept. The linear follows a dropout, as in the published
-    Deep Feature Surgery. MSDNet has no published adaptation layers; those it gets here are named as
-    ResNet's are.
+    Within a block, modules are counted one by one: first layer, layers, transitions; within a
+    module, scales are counted from the finest that is kept. The linear layer follows a dropout, as
+    in the published Deep Feature Surgery. MSDNet has no published adaptation layers; their names
+    here are like ResNet's.
     """
     entries = []
     for b, block in enumerate(model.plan):
@@ -41,7 +41,7 @@ def msdnet_entries(model: MSDNet) -> list[Entry]:
 def _first_layer(model: MSDNet, name: str, path: str) -> list[Entry]:
     entries = []
     for s in range(len(model.scale_factors)):
-        # The large stem is a sequence of its own, without the name that other convolutions have.
+        # The large stem is a separate sequence, without the name that other convolutions have.
         if s == 0 and model.stem == "imagenet":
             entries += _conv_norm(f"{name}.layers.0", f"{path}/scale1", bias=True)
         else:
@@ -67,7 +67,7 @@ def _step(step: Step, name: str, path: str) -> list[Entry]:
 def _conv_norm(
     name: str, path: str, places: tuple[int, int] = _FIRST, *, bias: bool = False
 ) -> list[Entry]:
-    """Lists a convolution and the BatchNorm after it, at two places of the sequence `name`."""
+    """Lists a convolution and the BatchNorm after it, at two indices of the sequence `name`."""
     first, second = places
     return [
         *conv(f"{name}.{first}", f"{path}/conv", bias=bias),
@@ -75,7 +75,7 @@ def _conv_norm(
     ]
 
 
-# Shapes do not depend on the images' size, which only must be large enough for any stem and scales.
+# Shapes do not depend on the images' size, which must only be large enough for all scales.
 FAMILY = Family(
     msdnet_entries,
     head_prefixes=("classifier", "adaptation_layer", "fc"),

@@ -1,4 +1,4 @@
-"""ResNet's published names."""
+"""Published names of ResNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dfs_jax.models.resnet import ResNet
 def resnet_entries(model: ResNet) -> list[Entry]:
     """Lists the tensors of a ResNet: trunk, reductions (`scala`), attention gates, classifiers.
 
-    The trunk is named as in torchvision. Exits count from 1, convolutions within them from 0.
+    The trunk has torchvision's names. Exits count from 1, convolutions within them from 0.
     """
     exits, early = range(1, model.num_exits + 1), range(1, model.num_exits)
     entries = [*conv("conv1", "block1/stem/conv"), *batch_norm("bn1", "block1/stem/norm")]

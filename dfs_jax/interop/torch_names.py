@@ -1,4 +1,4 @@
-"""Weights and gradients between published PyTorch names and layouts, and ours."""
+"""Converts weights and gradients between published PyTorch names and layouts, and ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dfs_jax.registry import Registry
 from dfs_jax.surgery import partition_channels
 from dfs_jax.types import UserError
 
-# A model's class, or a base of it, by name.
+# Families by the name of a model's class or of a base class.
 FAMILIES = Registry(
     "family of published weights",
     {
@@ -28,13 +28,13 @@ FAMILIES = Registry(
 
 Key = tuple[str, ...]
 Shapes = Mapping[str, tuple[int, ...]]
-COUNTER = "num_batches_tracked"  # PyTorch's count of updates, which nothing of ours reads
-# Parts of names that wrappers add: data parallel and distributed modules, compiled ones, shards,
-# recomputed blocks and engines.
+COUNTER = "num_batches_tracked"  # PyTorch's count of updates, which our models do not use
+# Parts of names that wrappers add: data parallel and distributed modules, compiled modules, shards,
+# checkpointed blocks and engines.
 _WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
-# Keys under which checkpoints of training programs keep the weights.
+# Keys under which checkpoints of training programs store the weights.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema", "ema")
 
 
@@ -45,25 +45,25 @@ def from_torch_state_dict(
     partition_ratio: float | None = 0.5,
     image_shape: tuple[int, int, int] | None = None,
 ) -> dict[str, Any]:
-    """Turns published weights into our variables.
+    """Converts published weights to our variables.
 
     Convolutions go from OIHW to HWIO, linear layers from [out, in] to [in, out], a BatchNorm's
     weight, bias, running_mean and running_var to scale, bias, mean and var; a weight published in
     halves becomes [shared | exit-specific] along its input axis.
 
     Args:
-      model: one of a family with published names.
-      state_dict: PyTorch name -> array or tensor; counts of batches are ignored, and so are the
-        parts of names that wrappers add, such as `module.` and `_orig_mod.`; a state_dict within
+      model: model of a family with published names.
+      state_dict: PyTorch name -> array or tensor. Counts of batches are ignored, and so are the
+        parts of names that wrappers add, such as `module.` and `_orig_mod.`; a state_dict inside
         a checkpoint is found.
-      partition_ratio: beta, which says how wide the halves must be; None takes any width.
-      image_shape: `(height, width, channels)` of the images; None for those of the published model.
+      partition_ratio: beta, which determines the widths of halves; None accepts any width.
+      image_shape: `(height, width, channels)` of the images; None for the published model's.
 
     Returns:
       `{"params": ..., "batch_stats": ...}` of NumPy arrays, in the dtypes of `state_dict`.
 
     Raises:
-      UserError: the model has no published names, or names or shapes differ: all are listed.
+      UserError: the model has no published names, or names or shapes differ (all are listed).
     """
     family = family_of(model)
     shapes = _variable_shapes(model, image_shape or family.image_shape)
@@ -80,12 +80,12 @@ def from_torch_state_dict(
 def to_torch_state_dict(
     model: MultiExitModel, variables: Mapping[str, Any], *, partition_ratio: float = 0.5
 ) -> dict[str, np.ndarray]:
-    """Turns our variables into published names and layouts: `from_torch_state_dict` inverted.
+    """Converts our variables to published names and layouts; inverts `from_torch_state_dict`.
 
-    Weights published in halves are cut at `round(beta * C)`; counts of batches are written as 0.
+    Weights published in halves are split at `round(beta * C)`; counts of batches are written as 0.
 
     Args:
-      model: one of a family with published names.
+      model: model of a family with published names.
       variables: `{"params": ..., "batch_stats": ...}`.
       partition_ratio: beta.
 
@@ -104,19 +104,19 @@ def to_torch_state_dict(
 def to_torch_gradients(
     model: MultiExitModel, gradients: Mapping[str, Any], *, partition_ratio: float = 0.5
 ) -> dict[str, np.ndarray]:
-    """Turns gradients shaped as `params` into published names and layouts.
+    """Converts gradients with the structure of `params` to published names and layouts.
 
-    Args and Raises as in `to_torch_state_dict`, which it equals but for the running statistics.
+    Args and Raises as in `to_torch_state_dict`; there are no running statistics.
     """
     entries = [e for e in family_of(model).entries(model) if e.path[0] == "params"]
     return dict(_convert_to_torch(entries, {"params": gradients}, partition_ratio))
 
 
 def family_of(model: MultiExitModel) -> Family:
-    """Returns the published names of the model's family, found by the class or a base of it.
+    """Returns the published names of the model's family, found by its class or a base class.
 
     Raises:
-      UserError: there are none.
+      UserError: the model has no published names.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES.table:
@@ -128,12 +128,12 @@ def family_of(model: MultiExitModel) -> Family:
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[Key, Any]:
-    """Returns path -> leaf, the collection first in the path."""
+    """Returns leaves by path, with the collection first."""
     return cast(dict[Key, Any], traverse_util.flatten_dict(dict(variables)))
 
 
 def inner_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the state_dict within a checkpoint of a training program, however deep it lies.
+    """Returns the state_dict inside a training program's checkpoint, at any depth.
 
     >>> inner_state_dict({"epoch": 3, "model": {"state_dict": {"fc.bias": 0}}})
     {'fc.bias': 0}
@@ -145,9 +145,9 @@ def inner_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def unwrapped(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes from names the parts that wrappers of PyTorch modules add, wherever they stand.
+    """Removes the parts of names that wrappers of PyTorch modules add, anywhere in the names.
 
-    Names are left as they are where two of them would become one.
+    Names are unchanged if two of them would become equal.
 
     >>> unwrapped({"_orig_mod.module.stem.weight": 0, "_orig_mod.module.block._orig_mod.bias": 1})
     {'stem.weight': 0, 'block.bias': 1}
@@ -160,12 +160,12 @@ def unwrapped(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a PyTorch name is that of a count of batches."""
+    """Returns whether a PyTorch name is that of a count of batches."""
     return name.rpartition(".")[2] == COUNTER
 
 
 def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
-    """Raises UserError that lists every missing, unexpected and misshapen name of `what`."""
+    """Raises UserError with every missing, unexpected and misshapen name of `what`."""
     missing = sorted(expected.keys() - given.keys())
     unexpected = sorted(given.keys() - expected.keys())
     misshapen = [
@@ -181,7 +181,7 @@ def check_names_and_shapes(expected: Shapes, given: Shapes, what: str) -> None:
 
 
 def _common_prefix(expected: Shapes, given: Shapes) -> list[str]:
-    """Names the longest prefix of all given names without which some of them are expected."""
+    """Describes the longest common prefix of all names without which some are expected."""
     parts = next(iter(given), "").split(".")
     for length in range(len(parts) - 1, 0, -1):
         prefix = ".".join(parts[:length]) + "."
@@ -201,10 +201,10 @@ def convert_from_torch(
     partition_ratio: float | None,
     what: str,
 ) -> dict[Key, np.ndarray]:
-    """Returns path -> array for `entries`, whose shapes with us are `shapes`; counters are ignored.
+    """Returns path -> array for `entries`, whose shapes in our model are `shapes`.
 
     Raises:
-      UserError: names or shapes of `what` (the `state_dict`) differ.
+      UserError: names or shapes of `what` (the `state_dict`) differ; counters are ignored.
     """
     entries = list(entries)
     given = {name: _to_numpy(x) for name, x in state_dict.items() if not is_counter(name)}
@@ -214,7 +214,7 @@ def convert_from_torch(
             return partition_channels(channels, partition_ratio)
         half = given.get(entry.names[0])
         if half is None or half.ndim <= INPUT_AXIS:
-            return channels  # missing or misshapen, and told so below
+            return channels  # missing or misshapen, which is reported below
         return min(half.shape[INPUT_AXIS], channels)
 
     expected = {
@@ -243,7 +243,7 @@ def _convert_to_torch(
 def _parts(
     entry: Entry, ours: np.ndarray, boundary: Callable[[Entry, int], int]
 ) -> list[tuple[str, np.ndarray]]:
-    """Returns the (name, array) of the published tensor, or of its two halves."""
+    """Returns (name, array) of the published tensor, or of its two halves."""
     whole = entry.layout.to_torch(ours)
     if len(entry.names) == 1:
         return [(entry.names[0], whole)]
@@ -258,7 +258,7 @@ def _joined(entry: Entry, given: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _to_numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a torch tensor, which may require gradients or lie on a GPU
+    if hasattr(value, "detach"):  # a torch tensor, which may require gradients or be on a GPU
         value = value.detach().cpu().numpy()
     return np.asarray(value)
 

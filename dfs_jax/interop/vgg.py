@@ -1,4 +1,4 @@
-"""VGG's published names."""
+"""Published names of VGG."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dfs_jax.types import UserError
 def vgg_entries(model: VGG) -> list[Entry]:
     """Lists the tensors of a VGG: trunk first, then classifiers (spelt `classifers`), 0-based.
 
-    Every convolution but the first, and every classifier, is published in two halves, `_p` reading
-    the shared channels and `_s` the exit-specific ones, in the plain network and at the last exit
-    too. VGG has no published adaptation layers; those it gets here are named as ResNet's are.
+    Every convolution except the first, and every classifier, is published in two halves, `_p` for
+    the shared channels and `_s` for the exit-specific ones, also in the plain network and at the
+    last exit. VGG has no published adaptation layers; their names here are like ResNet's.
 
     Raises:
       UserError: not every convolution has an exit.

@@ -1,4 +1,4 @@
-"""The vision transformer's published names: those of PyTorch Image Models (timm)."""
+"""Published names of the vision transformer: those of PyTorch Image Models (timm)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _UNCHANGED = Layout((0, 1, 2))  # one, tokens, width
 def vit_entries(model: ViT) -> list[Entry]:
     """Lists the tensors of a ViT: embedding, encoder layers, the last classifier, the early ones.
 
-    All but the early classifiers (`exit_norms`, `exit_heads` and the adaptation layers, which have
-    no published form) are named as in timm's `vit_*_patch*`, so its checkpoints can start a trunk.
-    A position embedding for images of another size is refused like any tensor of another shape, not
-    interpolated.
+    All except the early classifiers (`exit_norms`, `exit_heads` and adaptation layers, which are
+    not published) have the names of timm's `vit_*_patch*`, whose checkpoints can initialise a
+    trunk. A position embedding for images of another size is refused like any tensor of another
+    shape, not interpolated.
     """
     last = model.num_exits
     entries = [

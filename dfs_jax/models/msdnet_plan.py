@@ -1,7 +1,7 @@
 """Layout of an MSDNet: scales and channels of every layer, by arithmetic alone.
 
-Scales are counted from 1, finest first. Layers are counted from 1 through the whole network, but
-for the first layer, which creates the scales.
+Scales are counted from 1, finest first. Layers are counted from 1 through the whole network,
+except the first layer, which creates the scales.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
         basic       3x3/stride, 3x3
         bottleneck  1x1, 3x3/stride, 1x1 to `EXPANSION` times the channels
 
-    BatchNorm follows every convolution, and ReLU stands between them. The shortcut is a 1x1/stride
+    BatchNorm follows every convolution, with ReLU between them. The shortcut is a 1x1/stride
     convolution and BatchNorm where the shape changes, and the identity elsewhere.
 
     Attributes:

@@ -225,7 +225,7 @@ class TokenHead(nn.Module):
 class ViT(MultiExitModel):
     """Vision transformer with exits after encoder layers `first_exit_layer`, ..., `depth`.
 
-    The tokens are forked along their width. A LayerNorm stands between a fork and the linear layers
+    The tokens are forked along their width. A LayerNorm lies between a fork and the linear layers
     that read it, and its statistics and trained scale need the whole gradient. Deep Feature Surgery
     therefore separates the exits' gradients here, but saves no work in the backward pass.
 

@@ -1,1 +1,1 @@
-"""What is said of a run: tables, pictures and estimates."""
+"""Reports on runs and configs: tables, plots and estimates."""

@@ -1,6 +1,6 @@
-"""Pictures of `gradient_conflict`: which exits pull apart in which layer, and how that went.
+"""Plots of `gradient_conflict`: which exits conflict in which layer, and how that changed.
 
-Imported where it is drawn, since `figures` imports matplotlib.
+Import this module only where plots are drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dfs_jax.reports.figures import (
 _DOTS_PER_INCH = 100
 _PANEL_INCHES, _BARS_INCHES, _FRAME_INCHES = 1.8, 2.2, 1.4
 _TIME_PANEL_INCHES = (6.5, 3.6)
-_MOST_LAYERS = 10  # more are drawn block by block
-_MOST_NUMBERED_EXITS = 7  # numbers in more cells would be too small to read
+_MOST_LAYERS = 10  # larger networks are drawn block by block
+_MOST_NUMBERED_EXITS = 7  # with more exits, numbers in the cells would be too small to read
 _UNREACHED_COLOR, _DISJOINT_COLOR = "#e5e7eb", "#ffffff"
 _RUN_COLORS = ("#b45309", "#0f766e", "#6d28d9", "#be123c")
 _TRUNK_COLOR = "black"
@@ -39,14 +39,14 @@ _DISJOINT = "cosine exactly 0: the two exits train different channels"
 
 @in_standard_style
 def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draws the cosines exit by exit, a column a layer and a row a run, and the conflicting pairs.
+    """Plots the cosines between exits, with a column per layer and a row per run, and conflicts.
 
-    Layers that one exit alone trains are left out; a network of many layers is drawn block by
+    Layers that only one exit trains are omitted; networks with many layers are drawn block by
     block.
 
     Args:
-      measurements: of `dfs_jax.reports.gradient_conflict`, of one network.
-      path: of the PNG.
+      measurements: results of `dfs_jax.reports.gradient_conflict`, of one network.
+      path: path of the PNG.
 
     Returns:
       The path.
@@ -93,12 +93,12 @@ def plot_conflict(measurements: Sequence[Mapping[str, Any]], path: Path) -> Path
 def plot_conflict_over_time(
     probes: Sequence[Sequence[Mapping[str, Any]]], titles: Sequence[str], path: Path
 ) -> Path:
-    """Draws a column a run: conflicting pairs by block, and gradient norms by exit, over the steps.
+    """Plots conflicting pairs by block and gradient norms by exit over the steps, a column per run.
 
     Args:
-      probes: each run's lines of `metrics.jsonl` whose split is "probe".
-      titles: the runs' names.
-      path: of the PNG.
+      probes: lines of each run's `metrics.jsonl` whose split is "probe".
+      titles: names of the runs.
+      path: path of the PNG.
 
     Returns:
       The path.
@@ -128,7 +128,7 @@ def plot_conflict_over_time(
 
 
 def _shown_columns(measurements: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any]]]:
-    """Returns the rows of each layer (or block) that two exits reach in some run, by run."""
+    """Returns the rows of each layer (or block) that two exits reach in any run, by run."""
 
     def columns(level: str) -> list[Any]:
         rows = zip(*(measurement[level] for measurement in measurements), strict=True)
@@ -139,7 +139,7 @@ def _shown_columns(measurements: Sequence[Mapping[str, Any]]) -> list[tuple[Mapp
 
 
 def _draw_cosines(axes: Axes, cosines: np.ndarray) -> None:
-    """Draws deeper exits (rows) against shallower ones (columns)."""
+    """Draws the cosines of deeper exits (rows) against shallower ones (columns)."""
     exits = len(cosines)
     axes.set_xlim(-0.5, exits - 1.5)
     axes.set_ylim(exits - 0.5, 0.5)
@@ -178,7 +178,7 @@ def _name_exits(axes: Axes, exits: int, *, is_left: bool, is_last: bool) -> None
 def _draw_shares(
     axes: Axes, measurements: Sequence[Mapping[str, Any]], columns: Sequence[Any]
 ) -> None:
-    """Draws a bar a run for each layer, and for the trunk: the fraction of conflicting pairs."""
+    """Draws the fraction of conflicting pairs by layer and for the trunk, with a bar per run."""
     groups = [*columns, tuple(measurement["trunk"] for measurement in measurements)]
     width = 0.8 / len(measurements)
     for i, measurement in enumerate(measurements):
@@ -199,7 +199,7 @@ def _draw_shares(
 def _draw_curves(
     axes: Axes, lines: Sequence[Mapping[str, Any]], ending: str, *, first: str | None = None
 ) -> None:
-    """Draws every number whose name ends so, shallow (light) to deep (dark), `first` in black."""
+    """Draws all quantities with this ending, shallow (light) to deep (dark), `first` in black."""
     steps = [line["step"] for line in lines]
     names = [name.removesuffix(ending) for name in lines[0] if name.endswith(ending)]
     curves = {name: [line[f"{name}{ending}"] for line in lines] for name in names}

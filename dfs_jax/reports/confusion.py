@@ -1,4 +1,4 @@
-"""Which classes each exit gets right, and what it takes the others for."""
+"""Accuracies by class, and confusion matrices, of each exit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from dfs_jax.exits.confidence import ExitPredictions
 
-# Sets of more classes have no whole matrix in a report: CIFAR-100's has 10,000 numbers an exit.
+# Sets with more classes have no full matrix in a report: CIFAR-100's has 10,000 numbers per exit.
 MOST_CLASSES = 100
 LARGEST_CONFUSIONS = 20
 
@@ -17,7 +17,7 @@ LARGEST_CONFUSIONS = 20
 def confusion_matrices(predictions: ExitPredictions, num_classes: int) -> np.ndarray:
     """Returns the confusion matrix of every exit, `[exits, classes, classes]`.
 
-        matrix_kij = number of examples of class i that exit k takes for class j
+        matrix_kij = number of examples of class i that exit k classifies as class j
 
     Args:
       predictions: predictions of every exit on a split.
@@ -71,7 +71,7 @@ def class_section(predictions: ExitPredictions, names: Sequence[str]) -> dict[st
 
 
 def worst_classes(section: Mapping[str, Any], count: int) -> list[tuple[str, float]]:
-    """Returns the classes that the last exit gets right least often, with that fraction."""
+    """Returns the classes with the lowest accuracy at the last exit, with their accuracies."""
     shares = section["accuracy"][-1]["by_class"]
     known = [
         (name, share)

@@ -1,4 +1,4 @@
-"""A picture of a run's classes: what each exit gets right, and the last exit's confusion matrix."""
+"""Plot of a run's classes: accuracies by exit, and the last exit's confusion matrix."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from dfs_jax.reports.report import Report, describe_evaluation, run_title
 
 _DOTS_PER_INCH = 120
 _COLORS = "cividis"
-_MOST_NAMED = 30  # classes whose names have room beside the axes
-_MOST_NUMBERED = 20  # classes whose cells have room for a number
+_MOST_NAMED = 30  # classes whose names fit next to the axes
+_MOST_NUMBERED = 20  # classes whose cells have space for a number
 _LONGEST_NAME = 16
 
 
@@ -72,7 +72,7 @@ def _draw(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence
 
 
 def _write_numbers(axes: Axes, shares: np.ndarray, numbers: np.ndarray) -> None:
-    """Writes the numbers other than 0 into the cells, where there is room for them."""
+    """Writes the non-zero numbers into the cells, if there is space for them."""
     if len(shares) > _MOST_NUMBERED:
         return
     for (row, column), number in np.ndenumerate(numbers):

@@ -1,4 +1,4 @@
-"""The costs of a config's network: what each exit and one training step take."""
+"""Costs of a config's network: each exit, and one training step."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CostReport = dict[str, Any]
 
 def main() -> None:
     """Runs the program: prints the costs of `--config`, and writes them to `--output`."""
-    config = define_config_flag("A run's configuration file.")
-    output = flags.DEFINE_string("output", None, "The JSON file to write.")
+    config = define_config_flag("Configuration of the run.")
+    output = flags.DEFINE_string("output", None, "JSON file to write.")
     flags.mark_flag_as_required("config")
 
     def run() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def cost_report(config: Config) -> CostReport:
-    """Returns the costs of a config's network as plain data that is valid JSON.
+    """Returns the costs of a config's network as plain data for JSON.
 
         exits          [{"exit", "params", "macs", "literature_flops",
                          "macs_without_earlier_heads"}]     see `ExitCost`
@@ -51,10 +51,10 @@ def cost_report(config: Config) -> CostReport:
     `plain` and `forked` are the same network without and with the config's fork, each
     `{"traced": costs, "theory": costs}` with costs `{"forward", "weight_gradients",
     "input_gradients", "total"}` in multiply-adds of one image; `speedup` is plain / forked of the
-    totals. Well-known data sets need not be there; others are read for their size.
+    totals. Well-known data sets need not be present; others are read for their image size.
 
     Raises:
-      UserError: an unknown name, an option that its component lacks, parts that do not fit.
+      UserError: an unknown name, an option that its component lacks, or parts that do not fit.
     """
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
@@ -79,7 +79,7 @@ def cost_report(config: Config) -> CostReport:
 
 
 def image_set_shape(section: Config) -> DatasetShape:
-    """Returns the shape of the set in a section `data`; only one not well-known is read for it."""
+    """Returns the shape of the set in a section `data`; sets that are not well-known are read."""
     shape = known_shape(section.name, section.image_size)
     if shape is not None:
         return shape
@@ -88,7 +88,7 @@ def image_set_shape(section: Config) -> DatasetShape:
 
 
 def table_for_terminal(report: CostReport) -> str:
-    """Returns the report as two tables with their legends, without a newline at the end."""
+    """Returns the report as two tables with their legends, without a final newline."""
     step = report["training_step"]
     counts = ("params", "macs", "macs_without_earlier_heads", "literature_flops")
     parts = ("forward", "weight_gradients", "input_gradients", "total")
@@ -128,7 +128,7 @@ def _step_costs(
 
 
 def _counts(titles: Iterable[str], rows: Iterable[tuple]) -> str:
-    """Aligns rows of a label and counts, which are shown in millions."""
+    """Aligns rows of a label and counts, shown in millions."""
     cells = [[str(label), *(f"{n / 1e6:,.3f}" for n in counts)] for label, *counts in rows]
     return aligned([tuple(titles), *cells])
 

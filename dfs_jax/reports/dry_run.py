@@ -1,9 +1,9 @@
-"""A dry run: compiles a config's training step without its data, and reads what it costs.
+"""Dry run: compiles a config's training step without its data, and reports its costs.
 
     python train.py --config=FILE.py --dry_run [--devices=8 | --topology=v5e:4x4] [--output=FILE]
 
-for the devices at hand, for so many forced ones of this computer's processor, or for a slice of a
-TPU that need not be there.
+for the available devices, for a number of simulated CPU devices, or for a TPU slice that you do not
+have.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dfs_jax.training.input_config import described_dataset_from_config
 from dfs_jax.training.sharding import batch_sharded, check_batch_size, create_mesh
 from dfs_jax.types import Config, UserError, check_whole
 
-# Keeps the TPU's library from asking a cloud's servers what machine it is on.
+# Keeps libtpu from asking a cloud's servers for the type of this machine.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -52,18 +52,18 @@ def run_dry(
     topology: str | None = None,
     output: Path | None = None,
 ) -> None:
-    """Prints what a training step costs, and writes it to `output`, a JSON file.
+    """Prints the costs of a training step, and writes them to `output`, a JSON file.
 
-    To be called before jax has been used for anything: see `forced_devices`.
+    Must be called before jax is used: see `forced_devices`.
 
     Args:
-      config: of a run.
-      devices: forced ones to compile for.
-      topology: of a TPU to compile for; with neither, the devices at hand.
-      output: the file to write.
+      config: configuration of a run.
+      devices: number of simulated CPU devices to compile for.
+      topology: TPU slice to compile for; without either, the available devices.
+      output: file to write.
 
     Raises:
-      UserError: both were given, or as the functions below.
+      UserError: devices and topology together, or an error of the functions below.
     """
     if devices is not None and topology is not None:
         raise UserError(f"devices={devices} and topology={topology} exclude each other: give one")
@@ -79,14 +79,14 @@ def run_dry(
 
 
 def dry_run(config: Config, devices: Sequence[Any]) -> DryRun:
-    """Compiles the training step of a config for some devices, and reads what it costs.
+    """Compiles the training step of a config for some devices, and returns its costs.
 
     Args:
-      config: of a run; a well-known data set need not be there.
-      devices: that the config's mesh is made of; they may be those of a topology.
+      config: configuration of a run; a well-known data set need not be present.
+      devices: devices of the mesh, which may be those of a topology.
 
     Raises:
-      UserError: as `build_experiment`, or a step that the devices' memory cannot hold.
+      UserError: as in `build_experiment`, or the step does not fit into the devices' memory.
     """
     check_config(config)
     mesh = create_mesh(config.get("mesh"), devices)
@@ -113,10 +113,10 @@ def dry_run(config: Config, devices: Sequence[Any]) -> DryRun:
 
 
 def compile_step(experiment: Experiment) -> Any:
-    """Returns the training step of an experiment, compiled for its mesh; nothing is computed.
+    """Returns the training step of an experiment, compiled for its mesh but not run.
 
     Raises:
-      UserError: it needs more memory than the devices have.
+      UserError: the step needs more memory than the devices have.
     """
     batch, where = experiment.config.batch_size, batch_sharded(experiment.mesh)
     shape = (batch, *experiment.dataset.image_shape)
@@ -136,19 +136,19 @@ def compile_step(experiment: Experiment) -> Any:
 
 
 def forced_devices(count: int) -> list[Any]:
-    """Returns so many devices of this computer's processor, as if it were as many.
+    """Returns a number of simulated devices on this computer's processor.
 
-    Only where jax has not started any device yet: how many there are is decided then.
+    jax must not have started, since it determines the number of devices then.
 
     Raises:
-      UserError: no positive number, or jax has started already with another one.
+      UserError: the number is not positive, or jax has started with another number.
     """
     check_whole("devices", count)
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        pass  # started: what counts is how many there are
+        pass  # jax has started: its number of devices is checked below
     found = jax.devices("cpu")
     if len(found) != count:
         raise UserError(
@@ -159,13 +159,13 @@ def forced_devices(count: int) -> list[Any]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Returns the devices of a TPU slice, which programs can be compiled for but not run on.
+    """Returns the devices of a TPU slice, for which programs can be compiled but not run.
 
     Args:
       name: generation and shape, such as "v5e:4x4" or "v5p:2x2x1".
 
     Raises:
-      UserError: the package `libtpu` is missing, or it does not know such a slice.
+      UserError: the package `libtpu` is missing, or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -178,12 +178,12 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(name, "tpu").devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"topology={name} is no slice of a TPU that libtpu knows, such as v5e:4x4: {error}"
+            f"topology={name} is not a slice of a TPU that libtpu knows, such as v5e:4x4: {error}"
         ) from error
 
 
 def _devices_per_chip(devices: Sequence[Any]) -> int:
-    """Returns in how many devices a chip appears: two where its cores are apart (TPU v4)."""
+    """Returns the number of devices per chip: two if its cores are separate devices (TPU v4)."""
     places = {tuple(device.coords) for device in devices if hasattr(device, "coords")}
     return len(devices) // len(places) if places else 1
 

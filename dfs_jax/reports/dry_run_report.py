@@ -1,4 +1,4 @@
-"""What a dry run found: as data, and as tables for a terminal."""
+"""Results of a dry run, as data and as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _MIB = 2**20
 
 
 class DryRun(NamedTuple):
-    """What one device does in one training step.
+    """Costs of one training step on one device.
 
     Attributes:
       model, fork, loss: their names in the config.
       rule: name of the gradient rule.
-      device_kind: what the step was compiled for.
-      mesh: how many devices lie along each axis.
-      devices_per_chip: a TPU v4 has two in each chip.
-      batch_size: images of a step, over all devices.
+      device_kind: kind of the devices that the step was compiled for.
+      mesh: number of devices along each axis.
+      devices_per_chip: number of devices per chip, 2 for a TPU v4.
+      batch_size: number of images in a step, over all devices.
       bf16: whether blocks compute in bfloat16.
-      memory: that the compiler plans.
-      operations: of the compiled module.
-      counted_flops: of the convolutions and matrix products as `traced_step_cost` counts them,
-        twice their multiply-adds; None where a step is more than one pass of the exits' sum.
-      collectives: what devices exchange.
+      memory: memory planned by the compiler.
+      operations: operations of the compiled module.
+      counted_flops: FLOPs of convolutions and matrix products as `traced_step_cost` counts them,
+        twice their multiply-adds; None if a step is not a single pass of the exits' summed loss.
+      collectives: communication between devices.
     """
 
     model: str
@@ -46,15 +46,15 @@ class DryRun(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """In the whole mesh."""
+        """Number of devices in the mesh."""
         return math.prod(self.mesh.values())
 
     def on_chip(self, chip: Chip) -> Roofline:
-        """Returns the guess of a step's time on chips of that kind, as many as there are here."""
+        """Returns the estimated time of a step on the same number of chips of a given kind."""
         return roofline(self._share(chip), self.operations, self.collectives, bf16=self.bf16)
 
     def fits(self, chip: Chip) -> bool:
-        """Whether the planned memory is there."""
+        """Returns whether the planned memory fits the chip."""
         return self.memory.total <= self._share(chip).memory_bytes
 
     def _share(self, chip: Chip) -> Chip:
@@ -65,10 +65,10 @@ _ROOFLINE = ("roofline", "products ms", "memory ms", "links ms", "step ms", "ima
 
 
 def report(found: DryRun) -> dict[str, Any]:
-    """Returns everything as plain data that is valid JSON.
+    """Returns all results as plain data for JSON.
 
-    The fields of `DryRun`, each named tuple in it as a dict; `memory` with its `total`, and every
-    collective with its `sent_bytes`; and `chips`, of each of `CHIPS` `{"products_s", "memory_s",
+    The fields of `DryRun`, with each named tuple as a dict; `memory` with its `total`, and every
+    collective with its `sent_bytes`; and `chips`, for each of `CHIPS` `{"products_s", "memory_s",
     "links_s", "step_s", "bound_by", "images_per_second", "fits"}`.
     """
     return {
@@ -84,14 +84,14 @@ def report(found: DryRun) -> dict[str, Any]:
 
 
 def table_for_terminal(found: DryRun) -> str:
-    """Returns the report as tables with their legends, without a newline at the end."""
+    """Returns the report as tables with their legends, without a final newline."""
     axes = " x ".join(f"{axis}={size}" for axis, size in found.mesh.items())
     kind = "bfloat16" if found.bf16 else "float32"
     parts = [
         f"One training step: {found.model}, {found.fork}, {found.loss}, {found.rule}; "
         f"{kind}; batch {found.batch_size}",
         f"compiled for {found.num_devices} x {found.device_kind}: {axes}. "
-        f"All that follows is of one device.",
+        f"All numbers below are for one device.",
         "",
         aligned([("memory", "MiB"), *_memory_rows(found.memory)], left=(0,)),
         "donated buffers are arguments that outputs overwrite; they count once.",
@@ -102,9 +102,9 @@ def table_for_terminal(found: DryRun) -> str:
         *_collective_lines(found.collectives),
         "",
         aligned([_ROOFLINE, *(_chip_row(name, found) for name in CHIPS)], left=(0,)),
-        "A guess: this module at a chip's published peaks, all three at once. Real steps overlap "
-        "less;",
-        "chips that keep arrays on themselves read less.",
+        "Estimates: this module at each chip's published peaks, with perfect overlap. Real steps "
+        "overlap less;",
+        "chips that keep arrays in on-chip memory read less.",
     ]
     return "\n".join(parts)
 

@@ -1,6 +1,6 @@
-"""Matplotlib as the pictures use it: without pyplot, whatever the user's backend and style are.
+"""Matplotlib without pyplot, independent of the user's backend and style.
 
-The only module that imports matplotlib; programs import the pictures' modules where they draw.
+This is the only module that imports matplotlib; programs import modules of plots where they draw.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _unset(variable: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
-# A backend that matplotlib does not know, such as one inherited from a notebook, fails its import.
-# One that is set only afterwards, by a notebook, is none of these pictures' business.
+# A backend that matplotlib does not know, such as one inherited from a notebook, makes its import
+# fail. A backend that a notebook sets afterwards has no effect on these plots.
 with _unset("MPLBACKEND"):
     import matplotlib
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ _Result = TypeVar("_Result")
 def in_standard_style(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Returns a function that draws in matplotlib's own style, not in that of a `matplotlibrc`.
 
-    Some users' needs LaTeX, or fonts, which are not everywhere.
+    A user's style may need LaTeX or fonts that are not installed.
     """
 
     @functools.wraps(draw)
@@ -82,14 +82,14 @@ def in_standard_style(draw: Callable[_Arguments, _Result]) -> Callable[_Argument
 
 
 def new_figure(size: tuple[float, float], dots_per_inch: int) -> Figure:
-    """Returns an empty figure of a size in inches, with a backend of its own."""
+    """Returns an empty figure of a size in inches, with its own backend."""
     figure = Figure(size, dpi=dots_per_inch, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, path: UserPath) -> Path:
-    """Writes a figure as PNG, all of it or nothing, and returns the path."""
+    """Writes a figure as PNG, atomically, and returns the path."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return write_whole(local_path(path, "picture"), png.getvalue())

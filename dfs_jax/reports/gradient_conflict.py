@@ -1,14 +1,14 @@
-"""Where the exits of a finished run pull against each other, measured on a fixed batch.
+"""Measures how the exits' gradients conflict in finished runs, on a fixed batch.
 
     python -m dfs_jax.reports.gradient_conflict --workdir=runs/digits_vgg7
     python -m dfs_jax.reports.gradient_conflict --workdirs=runs/dsn,runs/dfs --output=conflict.json
         [--checkpoint=latest] [--examples=128]
 
-For every tensor of the trunk and pair of exits that both reach it: the cosine of the gradients that
-the two exits' losses give it; summed up by layer, by block and over the trunk. Prints a table, and
-writes the numbers as JSON and a picture beside it: cosines exit by exit in every layer, run below
-run. Where the runs measured themselves as they trained (`config.conflict_every_steps`), a second
-picture shows how that went.
+For every tensor of the trunk and every pair of exits that reach it, this computes the cosine of the
+gradients of the two exits' losses, and summarises it by layer, by block and over the trunk. It
+prints a table, writes the numbers as JSON, and draws a plot next to it: cosines between exits in
+every layer, with a row per run. If the runs measured their conflict during training
+(`config.conflict_every_steps`), a second plot shows it over the steps.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ Measurement = dict[str, Any]
 
 def main() -> None:
     """Runs the program."""
-    workdir = flags.DEFINE_string("workdir", None, "The run's directory.")
-    workdirs = flags.DEFINE_list("workdirs", [], "Several runs, to be compared.")
-    checkpoint = flags.DEFINE_string("checkpoint", "latest", "best, latest or a step's number.")
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
+    workdirs = flags.DEFINE_list("workdirs", [], "Directories of several runs to compare.")
+    checkpoint = flags.DEFINE_string("checkpoint", "latest", "best, latest or a step number.")
     examples = flags.DEFINE_integer("examples", DEFAULT_EXAMPLES, "Size of the fixed batch.")
-    output = flags.DEFINE_string("output", None, f"The JSON file; {JSON_FILE} in the one run.")
+    output = flags.DEFINE_string("output", None, f"JSON file; default: {JSON_FILE} in workdir.")
 
     def run() -> None:
         program.use_compilation_cache()
@@ -67,13 +67,13 @@ def measure_run(
 ) -> Measurement:
     """Measures the conflict of a run's exits at one checkpoint.
 
-    The parameters are those that training stood at, not their moving average; the batch is the
-    first examples of validation data (of train where the run holds nothing out).
+    Parameters are the trained ones, not their moving average. The batch is the first examples of
+    validation data (of train if the run holds none out).
 
     Args:
-      workdir: the run's directory.
-      checkpoint: "best", "latest" or a step's number.
-      examples: size of the batch.
+      workdir: directory of the run.
+      checkpoint: "best", "latest" or a step number.
+      examples: number of examples in the batch.
 
     Returns:
       Plain data, see `describe_gram`, with a section `run`.
@@ -101,21 +101,21 @@ def measure_run(
 
 
 def describe_gram(gram: np.ndarray, names: tuple[str, ...]) -> Measurement:
-    """Puts Gram matrices into plain data that is valid JSON, null where there is no number.
+    """Converts Gram matrices to plain data for JSON, with null where there is no number.
 
         trunk     all tensors; also "mean_cosines" [exits][exits] over the tensors
         blocks    [row]    shallow first
         layers    [row]    a layer: a module and its parameters
         tensors   [row]
 
-    A row has its `name`; `pairs`, how many pairs of exits reach a tensor, over the row's tensors;
-    `conflicting_pairs`, the fraction with a negative cosine; `disjoint_pairs`, the fraction with a
-    cosine of exactly 0, whose exits train different channels; `cosines` [exits][exits] and `norms`
-    [exits] of the row's gradient as a whole.
+    A row has its `name`; `pairs`, the number of pairs of exits that reach a tensor, summed over the
+    row's tensors; `conflicting_pairs`, the fraction with a negative cosine; `disjoint_pairs`, the
+    fraction with a cosine of exactly 0, whose exits train different channels; `cosines`
+    [exits][exits] and `norms` [exits] of the row's gradient as a whole.
 
     Args:
-      gram: `[tensors, exits, exits]`, NaN for exits that do not reach a tensor.
-      names: of the tensors.
+      gram: Gram matrices `[tensors, exits, exits]`, NaN for exits that do not reach a tensor.
+      names: names of the tensors.
     """
     depths = {"blocks": 1, "layers": -1, "tensors": None}  # parts of the name
     rows = {
@@ -127,12 +127,12 @@ def describe_gram(gram: np.ndarray, names: tuple[str, ...]) -> Measurement:
 
 
 def read_probe(workdir: Path) -> list[Row]:
-    """Returns what a run measured while it trained: its lines of `metrics.jsonl`, oldest first."""
+    """Returns a run's measurements during training: lines of `metrics.jsonl`, oldest first."""
     return [line for line in read_metrics(workdir) if line["split"] == SPLIT]
 
 
 def table_for_terminal(measurements: Sequence[Measurement]) -> str:
-    """Returns a table of the fraction of conflicting pairs: a line a block, a column a run."""
+    """Returns a table of the fraction of conflicting pairs: a line per block, a column per run."""
     titles = [measurement["run"]["workdir"] for measurement in measurements]
     rows = [["", *titles]]
     for i, block in enumerate(measurements[0]["blocks"]):
@@ -145,7 +145,7 @@ def table_for_terminal(measurements: Sequence[Measurement]) -> str:
 def write_measurements(
     measurements: Sequence[Measurement], probes: Sequence[Sequence[Row]], path: Path
 ) -> list[Path]:
-    """Writes the JSON file and the pictures beside it; returns their paths."""
+    """Writes the JSON file and the plots next to it; returns their paths."""
     from dfs_jax.reports.conflict_plots import plot_conflict, plot_conflict_over_time
 
     content = json.dumps({"runs": list(measurements)}, indent=1, allow_nan=False) + "\n"
@@ -159,7 +159,7 @@ def write_measurements(
 
 
 def check_comparable(measurements: Sequence[Measurement]) -> None:
-    """Raises UserError unless the runs are of one network."""
+    """Raises UserError unless the runs have the same network."""
     first, *others = ([row["name"] for row in m["tensors"]] for m in measurements)
     for names, measurement in zip(others, measurements[1:], strict=True):
         if names != first:
@@ -183,7 +183,7 @@ def _row(name: str, gram: np.ndarray) -> Row:
 
 
 def _plain(values: Any) -> Any:
-    """Returns numbers as JSON knows them: None for NaN."""
+    """Returns numbers for JSON: None for NaN."""
     if np.ndim(values):
         return [_plain(value) for value in values]
     return float(values) if math.isfinite(values) else None
@@ -205,7 +205,7 @@ def _output_path(workdirs: Sequence[Path], output: str | None) -> Path:
         raise UserError("several runs are compared in a file of their own: name it with --output")
     path = output_file(workdirs[0] / JSON_FILE if output is None else output, "--output")
     if path.suffix != ".json":
-        raise UserError(f"output {path} must end in .json: the pictures beside it end in .png")
+        raise UserError(f"output {path} must end in .json: the plots next to it end in .png")
     return path
 
 

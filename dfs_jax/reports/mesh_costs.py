@@ -1,4 +1,4 @@
-"""What a mesh of devices should cost a training step, to hold a compiled module against."""
+"""Predicted costs of a training step on a device mesh, to check compiled modules against."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dfs_jax.training.experiment import Experiment, abstract_state
 from dfs_jax.training.sharding import FSDP_AXIS, batch_parts
 from dfs_jax.types import PyTree
 
-# An exit's loss, in float32, and how many examples it classified correctly, in int32.
+# Loss of an exit, in float32, and its number of correct examples, in int32.
 _BYTES_PER_EXIT = 8
 
 
 class MeshCost(NamedTuple):
-    """Of one device, in one step.
+    """Cost of one step on one device.
 
     Attributes:
-      product_flops: of its convolutions and matrix products.
-      reduced_bytes: of arrays that are added up over devices, each of which has a part of the sum.
-      gathered_bytes: of arrays that are put together from the devices' parts.
+      product_flops: FLOPs of convolutions and matrix products.
+      reduced_bytes: size of arrays that are summed over devices.
+      gathered_bytes: size of arrays that are gathered from parts on the devices.
     """
 
     product_flops: int
@@ -31,18 +31,18 @@ class MeshCost(NamedTuple):
 
 
 def predicted_cost(experiment: Experiment) -> MeshCost:
-    """Returns what the axes `data` and `fsdp` of an experiment's mesh should make of its step.
+    """Returns the predicted cost of a step on the axes `data` and `fsdp` of an experiment's mesh.
 
         product_flops    2 x multiply-adds of one image x images of a step / devices
-        reduced_bytes    gradients + batch statistics + 8 an exit
+        reduced_bytes    gradients + batch statistics + 8 per exit
         gathered_bytes   parameters that are split along `fsdp`
 
-    With n devices each takes an nth of the batch through the whole network. The gradient of every
-    parameter is added up once, and so are the mean and the variance of every normalisation, the
-    exits' losses and correct answers; the scale and the bias of a normalisation get their gradients
-    from the sums that its inputs' gradient needs anyway. With one device nothing is exchanged.
+    Each of n devices processes an nth of the batch through the whole network. The gradient of every
+    parameter is summed once over devices, and so are mean and variance of every normalisation, and
+    the exits' losses and correct answers. The gradients of a normalisation's scale and bias follow
+    from sums that its input gradient needs anyway. One device does not communicate.
 
-    For exits whose gradients are summed, in one pass over the batch, without an axis `tensor`.
+    This holds for summed exit gradients in one pass over the batch, without an axis `tensor`.
     """
     state, devices = abstract_state(experiment), batch_parts(experiment.mesh)
     one_image = traced_step_cost(
@@ -62,7 +62,7 @@ def exchanged_bytes(collectives: list[Collective]) -> tuple[int, int]:
     """Returns `reduced_bytes` and `gathered_bytes` of a compiled module's collectives.
 
     Raises:
-      ValueError: one of another kind, which no mesh of this project's calls for.
+      ValueError: a collective of another kind, which no mesh of this project needs.
     """
     kinds = {row.kind for row in collectives}
     if strange := kinds - {ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER}:

@@ -1,6 +1,6 @@
-"""Pictures of a run: how its exits learned, and what they give for what they cost.
+"""Plots of a run: accuracies of its exits over time, and against operations.
 
-Programs import it where they plot, since `figures` imports matplotlib.
+Import this module only where plots are drawn, since `figures` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ _SIZE_INCHES, _DOTS_PER_INCH = (10, 6.5), 120  # 1200 x 780 pixels
 _ENSEMBLE_COLOR = "#c2185b"
 _CURVE_COLOR = "#6b7280"
 _LABEL_GAP = 0.033  # a line of text, as a fraction of the axis
-_MOST_MARKED_EPOCHS = 40  # dots on longer curves would run together
+_MOST_MARKED_EPOCHS = 40  # on longer curves the markers would merge
 
 
 @in_standard_style
 def plot_accuracy_over_time(
     lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> Path:
-    """Draws the accuracy of every exit and of the ensemble on validation data against the epoch.
+    """Plots the validation accuracy of every exit and of the ensemble against the epoch.
 
-    Where a run held nothing out, its training accuracy is drawn instead, and the axis says so.
+    If a run held no data out, its training accuracy is drawn instead, and labelled so.
 
     Args:
-      lines: of `metrics.jsonl`: `epoch`, `split`, `exit1/accuracy`, ..., `ensemble/accuracy`.
-      path: of the PNG.
-      title: the run's name.
+      lines: lines of `metrics.jsonl`: `epoch`, `split`, `exit1/accuracy`, ...
+      path: path of the PNG.
+      title: name of the run.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: no line holds an accuracy.
+      ValueError: no line has an accuracy.
     """
     split = "validation" if any(line["split"] == "validation" for line in lines) else "train"
     chosen = [line for line in lines if line["split"] == split and "exit1/accuracy" in line]
@@ -82,11 +82,11 @@ def plot_accuracy_over_time(
 
 @in_standard_style
 def plot_accuracy_against_operations(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Draws accuracy against multiply-adds: each exit, the budgeted curve, the ensemble's level.
+    """Plots accuracy against multiply-adds: each exit, the budgeted curve, the ensemble's level.
 
     Args:
-      report: of `build_report`.
-      path: of the PNG.
+      report: report of `build_report`.
+      path: path of the PNG.
 
     Returns:
       The path.
@@ -145,14 +145,14 @@ def _new_figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
 
 
 def _exit_colors(num_exits: int) -> list[Any]:
-    """Returns a color an exit, light (shallow) to dark (deep)."""
+    """Returns a color for each exit, light (shallow) to dark (deep)."""
     colormap = colormaps["viridis_r"]
     # The palest fifth is hard to see on white.
     return [colormap(0.2 + 0.8 * i / max(num_exits - 1, 1)) for i in range(num_exits)]
 
 
 def _use_percent(axes: Axes, values: Sequence[float]) -> None:
-    """Makes the vertical axis percent, with room around the values but never beyond 0 and 100 %."""
+    """Formats the vertical axis in percent, with a margin around the values within 0 to 100 %."""
     low, high = min(values), max(values)
     room = max(0.06 * (high - low), 0.02)
     axes.set_ylim(max(low - room, 0), min(high + room, 1))
@@ -160,7 +160,7 @@ def _use_percent(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _label_line_ends(axes: Axes, named: Sequence[tuple[float, str, Any]]) -> None:
-    """Writes each line's name and last value at its right end, moved apart where they overlap."""
+    """Writes each line's name and last value at its right end, moved apart to avoid overlaps."""
     low, high = axes.get_ylim()
     ordered = sorted(named, key=lambda item: item[0])
     heights = _move_apart([value for value, *_ in ordered], _LABEL_GAP * (high - low), low, high)

@@ -1,4 +1,4 @@
-"""A run's report: plain data from predictions and costs, written as JSON and as a readable page."""
+"""A run's report: plain data from predictions and costs, written as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_report(
     run: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Report:
-    """Puts a checkpoint's accuracies and costs into one dictionary that is valid JSON.
+    """Combines a checkpoint's accuracies and costs in one dictionary for JSON.
 
         anytime    [{"exit", "accuracy", "macs", "params"}]       shallow first, exit 1-based
         ensemble   {"accuracy"}                                   mean of all exits' probabilities
@@ -45,20 +45,20 @@ def build_report(
         run        {"split", "examples", "thresholds_from", ...}  what was evaluated
 
     Accuracies are fractions. MACs are multiply-adds of one image, up to and including the exit in
-    `anytime`, their mean over the images in `budgeted`. A threshold of 1e8 is nobody's, one of
-    -1e8 takes everybody left.
+    `anytime`, their mean over the images in `budgeted`. A threshold of 1e8 means that no example
+    exits, and -1e8 that all remaining ones do.
 
     Args:
-      validation: the predictions that thresholds are chosen on; None for no budgets.
-      test: the predictions that everything else comes from.
+      validation: predictions that thresholds are chosen on; None for no budgets.
+      test: predictions for all other results.
       costs: `exit_costs` of the network.
-      split: the name of the split that `test` is of.
-      run: more context for the section `run`: `thresholds_from` (the split `validation` is of, by
+      split: name of the split of `test`.
+      run: more entries for the section `run`: `thresholds_from` (the split of `validation`, by
         default "validation"), `step`, the names of `model`, `data`, `fork` and `loss`.
-      class_names: names of the classes; None leaves out the section `classes`.
+      class_names: names of the classes; None omits the section `classes`.
 
     Raises:
-      ValueError: predictions and costs of different counts of exits, or no examples.
+      ValueError: predictions and costs with different numbers of exits, or no examples.
     """
     macs = [cost.macs for cost in costs]
     points = [] if validation is None else budgeted_curve(validation, test, macs)
@@ -85,7 +85,7 @@ def build_report(
 
 
 def run_title(run: Mapping[str, Any]) -> str:
-    """Names a run in a line, as far as its section `run` says.
+    """Returns a one-line title for a run, from its section `run`.
 
     >>> run_title({"model": "vgg7", "data": "digits", "fork": "dfs", "loss": "byot"})
     'vgg7 on digits, dfs fork, byot loss'
@@ -96,7 +96,7 @@ def run_title(run: Mapping[str, Any]) -> str:
 
 
 def describe_evaluation(run: Mapping[str, Any]) -> str:
-    """Says what was evaluated.
+    """Describes what was evaluated.
 
     >>> describe_evaluation({"split": "test", "examples": 10000, "step": 400})
     'test split, 10,000 examples, checkpoint of step 400'
@@ -106,7 +106,7 @@ def describe_evaluation(run: Mapping[str, Any]) -> str:
 
 
 def table_for_terminal(report: Report) -> str:
-    """Returns a compact table of the exits and the ensemble, without a newline at its end."""
+    """Returns a compact table of the exits and the ensemble, without a final newline."""
     exits = [
         (str(row["exit"]), _percent(row["accuracy"]), *map(_millions, (row["macs"], row["params"])))
         for row in report["anytime"]
@@ -137,11 +137,11 @@ def render_markdown(report: Report) -> str:
         ],
     )
     budgeted = f"""
-## Budgeted batch: each image leaves at the first exit that is confident enough
+## Budgeted batch: each image takes the first exit that is confident enough
 
-Exit k is to answer a share of p^k / sum p^j; its confidence thresholds were chosen on the \
-{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file beside \
-this page holds them all, with their thresholds.
+Exit k answers about a fraction p^k / sum p^j; the confidence thresholds were chosen on the \
+{run["thresholds_from"]} split. {len(shown)} of {len(points)} budgets; the JSON file next to \
+this page contains all of them, with their thresholds.
 
 {budgets}
 """
@@ -151,7 +151,7 @@ this page holds them all, with their thresholds.
 
 ## Anytime: each exit on every image
 
-Operations and parameters are those up to and including the exit, with the heads passed on the way.
+Operations and parameters are those up to and including the exit, with all earlier heads.
 
 {anytime}
 
@@ -174,29 +174,29 @@ def _classes_page(section: Mapping[str, Any]) -> str:
     return f"""
 ## Classes, at the last exit
 
-The classes that it gets right least often:
+The classes with the lowest accuracy:
 
 {worst}
 
-Its most frequent confusions; the JSON file has the accuracy by class of every exit:
+The most frequent confusions; the JSON file has the accuracy by class of every exit:
 
 {confusions}
 """
 
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Writes the report as JSON and as a readable page beside it; each is whole or not there.
+    """Writes the report as JSON and as a Markdown page next to it, both atomically.
 
     Args:
-      report: of `build_report`.
-      path: the JSON file, or a directory for `report.json` in it; the page has the suffix `.md`.
+      report: report of `build_report`.
+      path: JSON file, or a directory for `report.json`; the page has the suffix `.md`.
 
     Returns:
       The two paths, JSON first.
 
     Raises:
-      ValueError: the report holds a number that is not finite.
-      UserError: a file could not be written, or the JSON file would be called `.md` itself.
+      ValueError: the report contains a number that is not finite.
+      UserError: a file could not be written, or the JSON file itself has the suffix `.md`.
     """
     path = local_path(path, "report")
     path = path / JSON_FILE if path.is_dir() else path
@@ -208,13 +208,13 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ..
 
 
 def _json(report: Report) -> str:
-    """Returns JSON with every list of numbers on one line."""
+    """Returns JSON with each list of numbers on one line."""
     text = json.dumps(report, indent=2, allow_nan=False)
     return re.sub(r"\[\s+([^\[\]{}\"]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
 
 
 def _cell(name: str) -> str:
-    """Returns a name that cannot end a cell of a Markdown table."""
+    """Returns a name without characters that end a cell of a Markdown table."""
     return name.replace("|", "\\|").replace("\n", " ")
 
 

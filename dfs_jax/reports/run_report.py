@@ -1,4 +1,4 @@
-"""The report and the pictures of one run, from its directory."""
+"""Report and plots of one run, from its directory."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def report_run(
     output: Path | None = None,
     experiment: Experiment | None = None,
 ) -> Report:
-    """Evaluates a checkpoint of a run, writes what was found and prints a table.
+    """Evaluates a checkpoint of a run, writes the results and prints a table.
 
-    The best checkpoint's report on the test split lies in the run's directory, with the pictures
-    and its weights under flat names; that of another split or checkpoint, or one with an `output`
-    of its own, comes alone.
+    The best checkpoint's report on the test split is written to the run's directory, with plots and
+    its weights under flat names; for another split or checkpoint, or an `output`, only the report
+    is written.
 
     Args:
-      workdir: the run's directory.
-      split: what is reported; thresholds always come from validation data (from the training data
-        of a run that holds none out).
-      checkpoint: "best", "latest" or a step's number.
-      output: the JSON file, with a readable page beside it; in `workdir` `report.json` for the test
-        split, `report_SPLIT.json` for others, with `_stepN` for a checkpoint that is not the best.
-      experiment: what the run's config describes, where it is at hand; None builds it.
+      workdir: directory of the run.
+      split: split to report; thresholds always come from validation data (from the training data
+        if the run holds none out).
+      checkpoint: "best", "latest" or a step number.
+      output: JSON file, with a Markdown page next to it; default: in `workdir`, `report.json` for
+        the test split, `report_SPLIT.json` for others, with `_stepN` if it is not the best.
+      experiment: experiment of the run, if it has been built; None builds it.
 
     Returns:
       The report (see `dfs_jax.reports.report.build_report`).
 
     Raises:
-      UserError: no run, no such checkpoint or split, a file that cannot be written.
+      UserError: no run, no such checkpoint or split, or a file that cannot be written.
     """
     experiment = experiment or rebuild_experiment(workdir)
     evaluation = evaluate_run(workdir, experiment, split=split, checkpoint=checkpoint)

@@ -1,7 +1,7 @@
-"""Which elements of every value can carry gradient: the theory that a cheaper step is held against.
+"""Elements of every value that can carry gradient: the theory for the cost of a step.
 
-Liveness is followed element by element through the forward program: concatenations, pools and
-additions pass it on, and what a product mixes with weights is all live.
+Liveness is propagated element by element through the forward program: concatenations, pools and
+additions pass it on, and products with weights make all outputs live.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 
 from dfs_jax.tracing.traced import Operation, TracedProgram, Value
 
-# Which elements of a value can carry gradient: all, none, or those that are True.
+# Elements of a value that can carry gradient: all, none, or those that are True.
 LiveElements = bool | np.ndarray
 
 
 def values_with_gradient(program: TracedProgram) -> set[Value]:
-    """Returns the values on which the program's outputs depend by a way that passes gradients."""
+    """Returns the values on which the outputs depend along a path that passes gradients."""
     reached = set(program.outputs)
     for operation in reversed(program.operations):
         if operation.name != "stop_gradient" and not reached.isdisjoint(operation.outputs):
@@ -26,9 +26,9 @@ def values_with_gradient(program: TracedProgram) -> set[Value]:
 
 
 def live_elements(program: TracedProgram, num_parameters: int) -> dict[Value, LiveElements]:
-    """Returns what a parameter can change, by a way that passes gradients, of every value.
+    """Returns the elements of every value that depend on a parameter along a differentiable path.
 
-    The parameters are the program's first inputs.
+    The parameters are the first inputs of the program.
     """
     live: dict[Value, LiveElements] = {v: i < num_parameters for i, v in enumerate(program.inputs)}
     for operation in program.operations:
@@ -43,7 +43,7 @@ def _live_output(operation: Operation, inputs: Sequence[LiveElements]) -> LiveEl
         return False
     rule = _LIVE_RULES.get(operation.name)
     if rule is None or all(live is True for live in inputs):
-        return True  # unknown operations may mix
+        return True  # unknown operations may mix channels
     masks = [
         np.broadcast_to(live, v.shape) for live, v in zip(inputs, operation.inputs, strict=True)
     ]
@@ -52,7 +52,7 @@ def _live_output(operation: Operation, inputs: Sequence[LiveElements]) -> LiveEl
 
 
 def live_share(operation: Operation, position: int, live: LiveElements, macs: int) -> int:
-    """Returns the multiply-adds of an operand's gradient where only the live channels have one."""
+    """Returns the multiply-adds of an operand's gradient if only live channels have one."""
     if isinstance(live, bool):
         return macs if live else 0
     if operation.name == "dot_general":
@@ -99,7 +99,7 @@ def _live_pool(operation: Operation, mask: np.ndarray) -> np.ndarray:
     return np.broadcast_to(pooled, operation.outputs[0].shape)
 
 
-# How what is live passes through operations, by the names of their primitives.
+# Propagation of live elements through operations, by the names of their primitives.
 _LIVE_RULES: dict[str, Callable[..., np.ndarray]] = {
     **dict.fromkeys(
         ("add", "convert_element_type", "div", "max", "min", "mul", "neg", "select_n", "sub"),

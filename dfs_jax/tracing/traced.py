@@ -1,7 +1,7 @@
-"""A traced program as one flat list of operations, so that counting needs no care for nesting.
+"""A traced program as one flat list of operations, which makes counting simple.
 
-`jax.make_jaxpr` keeps jitted, rematerialised and differentiated functions as programs within the
-program. Here the operations of a call take its place, and a value stays the same object across.
+`jax.make_jaxpr` represents jitted, rematerialised and differentiated functions as nested programs.
+Here the operations of a call replace it, and a value remains the same object inside and outside.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-# Joins what cannot be followed value by value (a loop's carry): outputs depend on every input.
+# Joins values that cannot be followed (a loop's carry): each output depends on every input.
 JOIN = "join"
-# Outputs are the inputs, one by one; the barrier comes with rematerialisation.
+# The outputs are the inputs, one by one; rematerialisation inserts the barrier.
 _IDENTITIES = ("optimization_barrier", "copy", "copy_p")
-# One number in, the same number out, wherever it then lies and in whatever precision.
+# Results have the same numbers as the input, in another shape or precision.
 _RESHAPING = (
     "broadcast_in_dim",
     "convert_element_type",
@@ -32,12 +32,12 @@ _RESHAPING = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """An array of a program, told from others by identity.
+    """An array of a program, compared by identity.
 
     Attributes:
-      shape: its shape.
-      dtype: its type.
-      literal: the number, where one is written into the program.
+      shape: shape of the array.
+      dtype: type of the array.
+      literal: its number, if it is a literal of the program.
     """
 
     shape: tuple[int, ...]
@@ -46,12 +46,12 @@ class Value:
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def is_inexact(self) -> bool:
-        """Whether its numbers are of floating point, so that it can have a gradient."""
+        """Whether it has a floating-point type, so that it can have a gradient."""
         return jnp.issubdtype(self.dtype, jnp.inexact)
 
 
@@ -59,10 +59,10 @@ class Operation(NamedTuple):
     """One step of a program.
 
     Attributes:
-      name: of its JAX primitive, or `JOIN`.
-      inputs, outputs: its arrays.
-      params: the primitive's static parameters.
-      times: how often it runs; None in a `while` loop, whose length nobody knows.
+      name: name of its JAX primitive, or `JOIN`.
+      inputs, outputs: arrays that it reads and computes.
+      params: static parameters of the primitive.
+      times: number of runs; None in a `while` loop, whose length is unknown.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Operation(NamedTuple):
 
 
 class Kind(enum.IntEnum):
-    """What a value depends on; one that depends on several is of the last kind among them."""
+    """What a value depends on; the last of several kinds takes precedence."""
 
     CONSTANT = 0
     WEIGHT = 1
@@ -82,19 +82,19 @@ class Kind(enum.IntEnum):
 
 
 class TracedProgram:
-    """A program without calls, and where its values come from.
+    """A program without calls, with the origins of its values.
 
-    A scan's operations run as often as it does. Of a conditional the branch with the most
-    multiply-adds is kept; where it is on the platform, that of platforms which have none of their
+    A scan's operations run as often as it does. Of a conditional, the branch with the most
+    multiply-adds is used; if it depends on the platform, the branch of all platforms without their
     own.
 
     Args:
-      program: what `jax.make_jaxpr` traced.
-      input_kinds: what each of its inputs is.
+      program: program traced by `jax.make_jaxpr`.
+      input_kinds: kind of each of its inputs.
 
     Attributes:
-      operations: in order, each after those whose outputs it reads.
-      inputs, outputs: of the program.
+      operations: operations in order, each after those whose outputs it reads.
+      inputs, outputs: inputs and outputs of the program.
 
     Example:
       >>> import jax
@@ -114,7 +114,7 @@ class TracedProgram:
             self._kinds.update(dict.fromkeys(operation.outputs, kind))
 
     def kind(self, value: Value) -> Kind:
-        """Returns what a value depends on; literals are constants."""
+        """Returns the kind of a value; literals are constants."""
         return self._kinds.get(value, Kind.CONSTANT)
 
     def producer(self, value: Value) -> Operation | None:
@@ -122,7 +122,7 @@ class TracedProgram:
         return self._producers.get(value)
 
     def before_reshaping(self, value: Value) -> Value:
-        """Returns the value that holds the same numbers in the shape they were computed in."""
+        """Returns the value with the same numbers in the shape in which they were computed."""
         producer = self.producer(value)
         while producer is not None and producer.name in _RESHAPING:
             value = producer.inputs[0]
@@ -131,13 +131,13 @@ class TracedProgram:
 
 
 def multiply_adds(operation: Operation) -> int:
-    """Counts the multiply-adds of running a convolution or matrix product once; 0 for all others.
+    """Counts the multiply-adds of one run of a convolution or matrix product; 0 for all others.
 
         convolution      output elements x kernel positions x input channels of one group
         matrix product   output elements x contracted elements
 
-    Products with padding count, as everywhere in the literature; the zeros that an input dilation
-    puts between the inputs do not (see `multiply_adds_by_input`).
+    Products with padding count, as in the literature; products with the zeros that an input
+    dilation inserts do not (see `multiply_adds_by_input`).
     """
     if operation.name == "dot_general":
         (contracted, _), _ = operation.params["dimension_numbers"]
@@ -153,12 +153,12 @@ def multiply_adds(operation: Operation) -> int:
 
 
 def multiply_adds_by_input(operation: Operation) -> int:
-    """Counts a convolution's multiply-adds from its input's side, as for a transposed convolution.
+    """Counts a convolution's multiply-adds from its input, as for a transposed convolution.
 
         input elements x kernel positions x output channels of one group
 
-    The input gradient of a convolution is such a convolution, of the output's gradient; counted
-    like this it costs exactly what the convolution does, whatever the stride and the padding.
+    The input gradient of a convolution is a transposed convolution of the output's gradient, which
+    thus costs exactly as much as the convolution, for any stride and padding.
     """
     kernel, spec = operation.inputs[1].shape, operation.params["dimension_numbers"].rhs_spec
     positions = math.prod(kernel[axis] for axis in spec[2:])
@@ -169,7 +169,7 @@ def multiply_adds_by_input(operation: Operation) -> int:
 def _inline(
     jaxpr: Jaxpr, inputs: Sequence[Value], times: int | None, operations: list[Operation]
 ) -> list[Value]:
-    """Appends a jaxpr's operations on `inputs`; returns its outputs."""
+    """Appends a jaxpr's operations on `inputs` and returns its outputs."""
     environment = dict(zip(jaxpr.invars, inputs, strict=True))
     environment.update({v: _value(v) for v in jaxpr.constvars})
 
@@ -188,7 +188,7 @@ def _append(
     name, inner = eqn.primitive.name, [j for p in eqn.params.values() for j in _jaxprs_in(p)]
     if name in _IDENTITIES:
         return inputs
-    if not inner or name.startswith("reduce"):  # their inner programs say how two numbers combine
+    if not inner or name.startswith("reduce"):  # their inner programs combine two numbers
         outputs = tuple(map(_value, eqn.outvars))
         operations.append(Operation(name, inputs, outputs, eqn.params, times))
         return outputs
@@ -202,7 +202,7 @@ def _append(
         times *= eqn.params["length"]
     results = list(inputs)
     for jaxpr in inner:
-        # What a loop carries may come to depend on anything that goes in.
+        # Everything that a loop carries may depend on all its inputs.
         joined = Operation(JOIN, inputs, tuple(map(_value, jaxpr.invars)), {}, times)
         operations.append(joined)
         results += _inline(jaxpr, joined.outputs, times, operations)
@@ -214,13 +214,13 @@ def _append(
 def _inline_branch(
     eqn: JaxprEqn, inputs: tuple[Value, ...], times: int | None, operations: list[Operation]
 ) -> list[Value]:
-    """Appends one branch of a conditional: that of any other platform, or the dearest."""
+    """Appends one branch of a conditional: that of all other platforms, or the most expensive."""
     branches = []
     for branch in eqn.params["branches"]:
         body: list[Operation] = []
         branches.append((body, _inline(branch.jaxpr, inputs, times, body)))
     platforms = eqn.params.get("branches_platforms") or ()
-    if None in platforms:  # programs that differ by platform compute the same
+    if None in platforms:  # the programs of all platforms compute the same
         body, outputs = branches[platforms.index(None)]
     else:
         body, outputs = max(branches, key=lambda branch: sum(map(multiply_adds, branch[0])))
@@ -229,7 +229,7 @@ def _inline_branch(
 
 
 def _fits(jaxpr: Jaxpr, eqn: JaxprEqn) -> bool:
-    """Whether the jaxpr takes and returns what the equation does, as a plain call's does."""
+    """Returns whether a jaxpr has the inputs and outputs of the equation, like a plain call's."""
     inside, outside = (jaxpr.invars, jaxpr.outvars), (eqn.invars, eqn.outvars)
     return all(
         [_value(v).shape for v in ours] == [_value(v).shape for v in theirs]

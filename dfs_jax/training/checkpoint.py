@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: the best and the latest ones, every leaf under a checksum."""
+"""Verified checkpoints: the best and the latest ones, with a checksum of every leaf."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Checkpoints:
     """The checkpoints of one run, in `DIR/checkpoints`.
 
     The two latest and the best by score are kept. Each holds the state and a checksum of every
-    leaf; a checkpoint exists only when all of it has been written.
+    leaf; a checkpoint exists only once it has been written completely.
 
     Args:
-      workdir: the run's directory.
-      read_only: never write, delete or set aside anything (evaluation).
+      workdir: directory of the run.
+      read_only: whether to never write, delete or set aside anything (for evaluation).
     """
 
     def __init__(self, workdir: Path, *, read_only: bool = False):
@@ -57,27 +57,27 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def save(self, state: PyTree, step: int, score: float | None) -> None:
-        """Writes the state after `step` steps and returns when it is safely on disk.
+        """Writes the state after `step` steps; returns when it is safely on disk.
 
         Args:
-          score: what the best checkpoint has most of; None or a non-finite number is never best.
+          score: quantity that the best checkpoint maximises; None or non-finite is never best.
 
         Raises:
-          UserError: it could not be written (a full disk); earlier checkpoints stay as they were.
+          UserError: it could not be written (a full disk); earlier checkpoints are unchanged.
         """
         self.start_saving(state, step, score)
         self.wait()
 
     def start_saving(self, state: PyTree, step: int, score: float | None) -> None:
-        """Begins to write the state, as `save` does, in a thread of its own.
+        """Starts to write the state, as `save` does, in a separate thread.
 
-        Of several processes each writes at once: they have to ask each other in the same order.
+        With several processes it writes at once, as they must communicate in the same order.
 
         Args:
-          state: arrays that nobody donates before `wait`.
+          state: arrays that must not be donated before `wait`.
 
         Raises:
-          UserError: it cannot be written, or the one before it could not.
+          UserError: this state or the one before could not be written.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -90,7 +90,7 @@ class Checkpoints:
             self._writing = self._thread.submit(self._write, state, step, score)
 
     def wait(self) -> None:
-        """Returns when what was begun is safely on disk; raises UserError if it could not be."""
+        """Waits until the last state is safely on disk; raises UserError if it cannot be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -107,24 +107,24 @@ class Checkpoints:
             )
             self._manager.wait_until_finished()
             by_writer(_write_manifest, self._directory / str(step), errors=(OSError,))
-        except Exception as error:  # orbax and tensorstore raise many kinds
+        except Exception as error:  # orbax and tensorstore raise many types
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self._directory} "
                 f"({first_line(error)}); {self._describe_last_good(step)}: {what_helps(error)}"
             ) from error
 
     def restore_latest(self, target: PyTree) -> tuple[PyTree, int] | None:
-        """Returns the newest state that is whole and its step; None when none was ever saved.
+        """Returns the newest undamaged state and its step; None if none was ever saved.
 
-        Damaged checkpoints are named in the log, and the one before is used; once a whole one is
-        found, they are set aside in `DIR/damaged_checkpoints`.
+        Damaged checkpoints are logged, and the one before is used; once an undamaged one is found,
+        they are moved to `DIR/damaged_checkpoints`.
 
         Args:
-          target: a pytree of `jax.ShapeDtypeStruct` with shardings, shaped as the state.
+          target: pytree of `jax.ShapeDtypeStruct` with shardings, with the state's structure.
 
         Raises:
-          UserError: there are checkpoints and every one is damaged, or the newest whole one is of
-            another network or optimizer (nothing is moved then).
+          UserError: all checkpoints are damaged, or the newest undamaged one is of another network
+            or optimizer (nothing is moved then).
         """
         self.wait()
         steps = by_writer(self._steps_newest_first)
@@ -151,10 +151,10 @@ class Checkpoints:
         return None
 
     def restore(self, which: str, target: PyTree) -> tuple[PyTree, int]:
-        """Returns the state and the step of `"best"`, `"latest"` or a step's number.
+        """Returns the state and step of the checkpoint `"best"`, `"latest"` or of a given step.
 
         Raises:
-          UserError: there is no such checkpoint, it is damaged, or of another network.
+          UserError: the checkpoint does not exist, is damaged, or is of another network.
         """
         self.wait()
         step = self._step_of(which)
@@ -169,17 +169,17 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """Returns the step with the highest score, the latest of equals; None without any."""
+        """Returns the step with the highest score, the latest of equals; None if there is none."""
         self.wait()
         return max(self._manager.all_steps(), key=lambda s: (self._score(s), s), default=None)
 
     def latest_step(self) -> int | None:
-        """Returns the newest step; None when there is none."""
+        """Returns the newest step; None if there is none."""
         self.wait()
         return max(self._manager.all_steps(), default=None)
 
     def close(self) -> None:
-        """Waits for everything to be on disk and frees the files."""
+        """Waits until everything is on disk and closes the files."""
         try:
             self.wait()
         finally:
@@ -214,14 +214,14 @@ class Checkpoints:
         try:
             restored: Any = self._manager.restore(step, args=items)
             state, expected = restored.state, restored.document["checksums"]
-        except Exception as error:  # truncated files raise many kinds
-            if (directory / MANIFEST).is_file():  # the files are those that were written
+        except Exception as error:  # truncated files raise many types
+            if (directory / MANIFEST).is_file():  # the files are unchanged since they were written
                 raise UserError(
                     f"{directory} does not fit this run ({first_line(error)}): restore the code "
                     f"and the packages that wrote it, or name another --workdir"
                 ) from error
             damage = f"the checkpoint of step {step} is damaged ({first_line(error)})"
-            if jax.process_count() > 1:  # the others may not have met it, and wait
+            if jax.process_count() > 1:  # other processes may have read it, and would wait
                 raise UserError(
                     f"{damage}; move {directory} away and start the same "
                     f"command again, to go on from the one before it"
@@ -248,7 +248,7 @@ class Checkpoints:
             )
 
     def _check_space(self, state_bytes: int, step: int) -> None:
-        """Asks before writing: libraries that meet a full disk fill the screen with tracebacks."""
+        """Raises UserError before writing to a full disk, where libraries print many tracebacks."""
         needed = state_bytes + OVERHEAD_BYTES
         free = shutil.disk_usage(self._directory).free
         if free < needed:
@@ -259,7 +259,7 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        """Moves a damaged checkpoint away, so that its step can be saved again."""
         self._manager.close()
         by_writer(_move_away, self._directory / str(step))
         self._manager = self._open()
@@ -293,20 +293,20 @@ class Checkpoints:
 
 
 def has_steps(workdir: Path) -> bool:
-    """Whether a run has saved anything in `workdir`, whole or damaged."""
+    """Returns whether a run has saved any checkpoint in `workdir`, damaged or not."""
     directories = (workdir / DIRECTORY, workdir / DAMAGED_DIRECTORY)
     return any(path.name.isdigit() for directory in directories for path in directory.glob("*"))
 
 
 def latest_saved_step(workdir: Path) -> int:
-    """Returns the newest step that a run has saved in `workdir`, whole or damaged; 0 for none."""
+    """Returns the newest step that a run has saved in `workdir`, damaged or not; 0 for none."""
     steps = (int(p.name) for p in (workdir / DIRECTORY).glob("*") if p.name.isdigit())
     return max(steps, default=0)
 
 
 def leaf_checksums(state: PyTree) -> dict[str, int]:
     """Returns the CRC-32 of every leaf's bytes, by its path in the tree."""
-    # Leaf by leaf: where arrays are split over processes, one of them is whole at a time.
+    # Leaf by leaf, so that of arrays split over processes only one is whole at a time.
     return {
         jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(gathered(leaf)).tobytes())
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -314,7 +314,7 @@ def leaf_checksums(state: PyTree) -> dict[str, int]:
 
 
 def file_checksums(directory: Path) -> dict[str, int]:
-    """Returns the CRC-32 of every file below `directory` but the manifest, by its path there."""
+    """Returns the CRC-32 of every file below `directory` except the manifest, by its path there."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {
         path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes())
@@ -333,23 +333,23 @@ def _move_away(checkpoint: Path) -> None:
 def _saved_structure(directory: Path) -> Structure:
     try:
         return saved_structure(directory / "state")
-    except Exception as error:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise many types
         raise DamagedCheckpoint(
             f"the checkpoint of step {directory.name} is damaged ({first_line(error)})"
         ) from error
 
 
 def _write_manifest(directory: Path) -> None:
-    """Notes the checksums of a finished checkpoint's files; a run killed before has none."""
+    """Writes the checksums of a finished checkpoint's files; an interrupted one has none."""
     text = json.dumps(file_checksums(directory))
     with replacing(directory / MANIFEST) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _check_files(directory: Path) -> None:
-    """Raises DamagedCheckpoint if files changed: libraries that read those print many tracebacks.
+    """Raises DamagedCheckpoint if files changed, since libraries print tracebacks on reading them.
 
-    The checksums of the leaves are what counts; a checkpoint without a manifest has them too.
+    The checksums of the leaves are decisive; a checkpoint without a manifest has them too.
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
@@ -368,7 +368,7 @@ def _check_files(directory: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an exception says, shortened to its first line."""
+    """Returns an exception's message, shortened to its first line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 

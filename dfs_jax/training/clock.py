@@ -1,4 +1,4 @@
-"""How long training takes between two evaluations, and how much of it is waiting for data."""
+"""Times training between two evaluations, and the part of it spent waiting for data."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import NamedTuple
 
 
 class Lap(NamedTuple):
-    """What the clock counted up to an evaluation: steps, and seconds of waiting for their data."""
+    """Number of steps since the last evaluation, and seconds spent waiting for their data."""
 
     steps: int
     waited: float
 
 
 class Clock:
-    """Times training between two evaluations, and how much of it was waiting for the next batch."""
+    """Times training between two evaluations, and the part of it spent waiting for batches."""
 
     def __init__(self):
         self._steps, self._waited = 0, 0.0
         self.restart()
 
     def restart(self) -> None:
-        """Begins here; steps that have been sent already count."""
+        """Restarts the clock; steps that were sent before still count."""
         self._begin = time.perf_counter()
 
     @contextlib.contextmanager
     def waiting_for(self, steps: int) -> Iterator[None]:
-        """Counts so many steps, and the time within as waiting for their batches."""
+        """Counts `steps` steps, and the time in the context as waiting for their batches."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
@@ -36,19 +36,19 @@ class Clock:
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Leaves the time within out."""
+        """Excludes the time in the context."""
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin
 
     def lap(self) -> Lap:
-        """Returns what has been counted, and counts from zero."""
+        """Returns the counts and resets them to zero."""
         lap = Lap(self._steps, self._waited)
         self._steps, self._waited = 0, 0.0
         return lap
 
     def read(self, lap: Lap, batch_size: int) -> dict[str, float]:
-        """Returns the speed and the fraction of time spent waiting for data, up to now."""
+        """Returns images per second and the fraction of time spent waiting for data, until now."""
         seconds = time.perf_counter() - self._begin
         speed = lap.steps * batch_size / seconds
         return {"images_per_second": speed, "data_wait": lap.waited / seconds}

@@ -1,4 +1,4 @@
-"""A run's configuration: checked first of all, kept beside the run, compared on resume."""
+"""A run's configuration: checked first, recorded in the run's directory, compared on resume."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dfs_jax.training.processes import by_writer, is_writer
 from dfs_jax.types import Config, UserError, check_whole
 
 FILE = "config.json"
-SHARED_WITHIN = 30.0  # seconds until one process sees what another wrote
-# What may differ between a run and its continuation: where things lie, what is shown or measured,
-# on which devices it runs and what they keep.
+SHARED_WITHIN = 30.0  # seconds until one process sees what another has written
+# Fields that may differ between a run and its continuation: locations, outputs, measurements,
+# devices, and what devices keep in memory.
 MAY_CHANGE = (
     "data.data_dir",
     "data.num_workers",
@@ -39,14 +39,14 @@ MAY_CHANGE = (
     "mesh.fsdp",
     "mesh.tensor",
 )
-# Sections that configs of earlier runs lack, as those runs were trained.
+# Sections that configs of earlier runs lack, with values that those runs used.
 _ADDED_LATER = {"gradients": {"name": "sum", "exits": None}, "mesh": {}}
 MAY_DIFFER = ("data.data_dir", "data.num_workers", "init_from")  # between the machines of a run
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 
 
 def check_config(config: Config) -> None:
-    """Raises UserError for a value that no run can be meant to have."""
+    """Raises UserError for values that no run can have."""
     for field in _AT_LEAST_ONE:
         if config[field] < 1:
             raise UserError(f"{field} must be at least 1, got {config[field]}")
@@ -67,7 +67,7 @@ def check_config(config: Config) -> None:
 
 
 def completed(config: Config) -> Config:
-    """Returns the config with the sections that it lacks because they came after it.
+    """Returns the config with sections added that did not exist when it was written.
 
     >>> completed(ConfigDict({"seed": 0})).gradients.name
     'sum'
@@ -76,20 +76,20 @@ def completed(config: Config) -> Config:
 
 
 def options(section: Config) -> dict[str, Any]:
-    """Returns a component's options: every field of its section but the name."""
+    """Returns a component's options: every field of its section except the name."""
     return {key: value for key, value in section.items() if key != "name"}
 
 
 def open_workdir(workdir: Path, config: Config) -> None:
-    """Makes the run's directory and records its config.
+    """Creates the run's directory and records its config.
 
-    A run that has saved steps keeps the recorded config, which is compared, until `record_config`:
-    what refuses to go on after this must leave the run as it was. The number of epochs may change
-    as long as every learning rate so far stays the same.
+    The config of a run that has saved steps is compared, and kept until `record_config`, so that an
+    error after this call leaves the run unchanged. The number of epochs may change as long as every
+    learning rate so far stays the same.
 
     Raises:
-      UserError: the path is a file or cannot be written, or holds a run of another config, or is
-        not the same for all processes, or these have different configs.
+      UserError: the path is a file or cannot be written, contains a run with another config, or is
+        not the same directory for all processes, or these have different configs.
     """
     theirs, recorded = by_writer(_open_workdir, workdir, config)
     if not is_writer():
@@ -98,7 +98,7 @@ def open_workdir(workdir: Path, config: Config) -> None:
 
 
 def _open_workdir(workdir: Path, config: Config) -> tuple[str, str]:
-    """Returns the config of this process, and what the file in the directory holds, as JSON."""
+    """Returns the config of this process and the content of the file in the directory, as JSON."""
     text = _to_json(config)
     make_directory(workdir, "workdir")
     if (workdir / FILE).exists() and has_steps(workdir):
@@ -109,7 +109,7 @@ def _open_workdir(workdir: Path, config: Config) -> tuple[str, str]:
 
 
 def record_config(workdir: Path, config: Config) -> None:
-    """Records the config of a run that goes on."""
+    """Records the config of a continued run."""
     by_writer(_write_config, workdir, _to_json(config))
 
 
@@ -137,9 +137,9 @@ def _check_same_config(written: str, config: Config) -> None:
 
 
 def _check_shared(workdir: Path, written: str) -> None:
-    """Raises UserError unless what the writer wrote can be seen from here too."""
+    """Raises UserError unless this process can see what the writer wrote."""
     deadline = time.monotonic() + SHARED_WITHIN
-    while time.monotonic() < deadline:  # file systems over a network may take a while
+    while time.monotonic() < deadline:  # network file systems may need time
         with contextlib.suppress(OSError):
             if (workdir / FILE).read_text(encoding="utf-8") == written:
                 return
@@ -193,7 +193,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _with_tuples(tree: Any) -> Any:
-    """JSON knows lists alone; configs hold tuples."""
+    """Returns a JSON tree with its lists as tuples, which configs have in their place."""
     if isinstance(tree, dict):
         return {key: _with_tuples(value) for key, value in tree.items()}
     return tuple(_with_tuples(value) for value in tree) if isinstance(tree, list) else tree

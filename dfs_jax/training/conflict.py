@@ -1,4 +1,4 @@
-"""The exits' conflict while a run goes on: measured on the same examples again and again."""
+"""Measures the conflict of the exits' gradients during a run, always on the same examples."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from dfs_jax.training.sharding import (
 from dfs_jax.training.state_sharding import constrain
 from dfs_jax.types import UserError
 
-SPLIT = "probe"  # what the lines of metrics.jsonl call it
+SPLIT = "probe"  # name of the split in metrics.jsonl
 
 
 class ConflictProbe:
     """Measures the gradients of a run's exits on a fixed batch, without changing the run.
 
-    The batch is the first examples of the validation split, or of train where nothing is held out,
-    as they are: not augmented.
+    The batch is the first examples of the validation split, or of train if none is held out,
+    without augmentation.
 
     Args:
-      experiment: what the run's config describes.
-      examples: how many; at most the whole split, rounded down to what the devices can divide.
+      experiment: experiment of the run.
+      examples: number of examples, limited to the split and rounded down to a multiple of devices.
 
     Raises:
       UserError: fewer examples than devices, or a model that mixes trunk and heads.
@@ -55,7 +55,7 @@ class ConflictProbe:
 
     @property
     def examples(self) -> int:
-        """The size of the batch."""
+        """Number of examples in the batch."""
         return len(self._batch.labels)
 
     def __call__(self, params: Any, batch_stats: Any) -> np.ndarray:
@@ -67,18 +67,18 @@ class ConflictProbe:
 def conflict_line(
     gram: np.ndarray, names: tuple[str, ...], *, step: int, epoch: int
 ) -> dict[str, Any]:
-    """Returns one measurement's line of `metrics.jsonl`; NaN where there is nothing to measure.
+    """Returns the line of `metrics.jsonl` for one measurement; NaN if a quantity is undefined.
 
         trunk/conflicting_pairs    fraction of pairs with a negative cosine, over all tensors
         block1/conflicting_pairs   the same over the tensors of a block
         exit1/exit2/cosine         mean over the tensors that both exits reach
-        exit1/gradient_norm        of the whole trunk; 0 for an exit that reaches none of it
+        exit1/gradient_norm        norm over the whole trunk; 0 for an exit that reaches none of it
 
     Args:
-      gram: `[tensors, exits, exits]` of `measure_gram`.
-      names: of the tensors.
-      step: steps taken.
-      epoch: epochs completed.
+      gram: Gram matrices `[tensors, exits, exits]` of `measure_gram`.
+      names: names of the tensors.
+      step: number of steps taken.
+      epoch: number of epochs completed.
     """
     blocks = {
         f"{block}/conflicting_pairs": count_pairs(gram[rows]).conflicting_share

@@ -1,4 +1,4 @@
-"""What changed in a data set since a run was trained on it, and which changes a run can take."""
+"""Detects changes of a data set since a run was trained, and which of them the run can accept."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dfs_jax.data.regroup import regrouped, relabelled
 from dfs_jax.training.run_data import PARTS, RunData, describe_data
 from dfs_jax.types import Config, UserError
 
-TRAIN = "train"  # directory, and part, of what is trained on
-# Of a class's files, those that must be found again for another name to be the same class.
+TRAIN = "train"  # directory and split of the training examples
+# Fraction of a class's files that a renamed class must contain to be recognised.
 _SAME_CLASS = 0.5
 
 
 class ClassMatch(NamedTuple):
-    """Which of today's classes is which of the run's.
+    """Correspondence of the data set's present classes with those of a run.
 
     Attributes:
-      renamed: from the run's name to today's, for the classes whose name changed.
-      changes: what changed, each a clause of a sentence.
-      refusal: why a network with the run's outputs cannot go on with these classes, or None.
+      renamed: present name of each class of the run that was renamed.
+      changes: description of each change, as a clause of a sentence.
+      refusal: reason why a network with the run's outputs cannot use these classes, or None.
     """
 
     renamed: Mapping[str, str]
@@ -37,20 +37,20 @@ class ClassMatch(NamedTuple):
 def as_known(
     dataset: Dataset, known: RunData, *, workdir: Path, section: Config, accept: bool = False
 ) -> Dataset:
-    """Returns a data set as the run knows it: its class order, statistics and held-out examples.
+    """Returns a data set with the class order, statistics and held-out examples of the run.
 
-    Images that the run has not seen join the training examples; those it trained on never move to
-    validation or test.
+    New images join the training examples; images that the run trained on never move to validation
+    or test.
 
     Args:
-      dataset: what the config's data set holds now.
-      known: what the run was trained on.
-      workdir: the run's directory, for messages.
+      dataset: present data set of the config.
+      known: record of the run's data.
+      workdir: directory of the run, for messages.
       section: section `data` of the run's config.
-      accept: whether to go on with changed data, where that is possible.
+      accept: whether to continue with changed data, where possible.
 
     Raises:
-      UserError: the training or validation data changed, and that is not accepted or impossible.
+      UserError: training or validation data changed, and this is not accepted or not possible.
     """
     match = match_classes(known, dataset.class_names, training_files(dataset.origin.files))
     if match.refusal is None:
@@ -80,7 +80,7 @@ def refuse(
     section: Config,
     accept: bool,
 ) -> None:
-    """Raises UserError for changes that are not accepted, or that no run can take."""
+    """Raises UserError for changes that are not accepted or that no run can use."""
     if not changes or (accept and refusal is None):
         return
     where = section.data_dir or f"data set {section.name!r}"
@@ -98,12 +98,12 @@ def refuse(
 def match_classes(
     known: RunData, class_names: Collection[str], files: Collection[ImageFile]
 ) -> ClassMatch:
-    """Finds today's name of each class of the run; a renamed directory is known by its files.
+    """Finds the present name of each class of the run; a renamed directory is found by its files.
 
     Args:
-      known: what the run was trained on.
-      class_names: today's.
-      files: today's training and validation files; empty where the set does not lie in files.
+      known: record of the run's data.
+      class_names: present class names.
+      files: present training and validation files; empty if the set is not stored as files.
     """
     gone = [name for name in known.class_names if name not in class_names]
     new = [name for name in class_names if name not in known.class_names]
@@ -129,15 +129,15 @@ def match_classes(
 def find_changes(
     known: RunData, now: RunData, match: ClassMatch
 ) -> tuple[tuple[str, ...], str | None]:
-    """Returns what changed in the training and validation data, and why no run can take that.
+    """Returns the changes of training and validation data, and the reason why no run can use them.
 
     Args:
-      known: what the run was trained on.
-      now: what there is, with the classes in the run's order.
-      match: of the classes.
+      known: record of the run's data.
+      now: record of the present data, with classes in the run's order.
+      match: correspondence of the classes.
 
     Returns:
-      Clauses of a sentence, none where nothing changed; and a reason, or None.
+      Clauses of a sentence, none if nothing changed, and a reason or None.
     """
     changes, refusal = [*match.changes], match.refusal
     if now.image_shape != known.image_shape:
@@ -168,7 +168,7 @@ def find_changes(
 
 
 def training_files(files: Mapping[str, Sequence[ImageFile]]) -> tuple[ImageFile, ...]:
-    """Returns the files of training and validation, and those of test held out of train."""
+    """Returns the files of train and validation, and test files that are held out of train."""
     return tuple(
         file
         for part in PARTS
@@ -178,7 +178,7 @@ def training_files(files: Mapping[str, Sequence[ImageFile]]) -> tuple[ImageFile,
 
 
 def warn_of_test(known: RunData, now: RunData) -> None:
-    """Says in the log if the test split is not the one that the run recorded."""
+    """Logs a warning if the test split differs from the one that the run recorded."""
     before, after = known.splits.get("test"), now.splits.get("test")
     if before != after and before is not None and after is not None:
         logging.warning(
@@ -190,7 +190,7 @@ def warn_of_test(known: RunData, now: RunData) -> None:
 
 
 def in_class_order(dataset: Dataset, names: Sequence[str]) -> Dataset:
-    """Returns the data set with labels that count `names`, which hold all of its classes."""
+    """Returns the data set with labels that index `names`, which contains all of its classes."""
     labels = [names.index(name) for name in dataset.class_names]
     splits = {part: getattr(dataset, part) for part in PARTS}
     splits = {part: split and relabelled(split, labels) for part, split in splits.items()}
@@ -198,7 +198,7 @@ def in_class_order(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
 
 def _file_changes(known: RunData, now: RunData, match: ClassMatch) -> tuple[list[str], int]:
-    """Returns clauses on the files of classes that are there, and how many are still held out."""
+    """Returns clauses on changed files, and the number of validation images that remain."""
     classes = {match.renamed.get(name, name) for name in known.class_names}
     before = {_renamed(f.path, match.renamed): f.size for f in training_files(known.files)}
     after = {f.path: f.size for f in training_files(now.files) if f.class_name in classes}
@@ -219,7 +219,7 @@ def _file_changes(known: RunData, now: RunData, match: ClassMatch) -> tuple[list
 
 
 def _count(paths: Sequence[str], verb: str) -> str:
-    """Counts paths.
+    """Describes a number of changed paths.
 
     >>> _count(["train/a/1.png"], "added"), _count(["x", "y"], "removed")
     ('1 image was added (train/a/1.png)', '2 images were removed (such as x)')

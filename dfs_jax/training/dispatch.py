@@ -1,6 +1,6 @@
-"""Several training steps as one program, so that the host is asked once for all of them.
+"""Runs several training steps as one program, so that the host dispatches once for all of them.
 
-What a dispatch takes beside the state:
+Inputs of a dispatch besides the state:
 
     BATCH      images, labels            one batch, for one step
     BATCHES    images, labels            a batch for each step, stacked along a leading axis
@@ -22,15 +22,15 @@ BATCH, BATCHES, INDICES = "batch", "batches", "indices"
 
 
 def steps_at_once(step: int, at_most: int, due: Iterable[int]) -> int:
-    """Returns how many steps the dispatch after `step` steps takes.
+    """Returns the number of steps in the dispatch after `step` steps.
 
-    It is one of two numbers, as each is a program of its own: as many as there can be, or 1 where
-    something is due before so many have been taken.
+    It is one of two numbers, since each needs a compiled program: the largest possible, or 1 if
+    something is due before that many steps have been taken.
 
     Args:
-      step: steps taken.
-      at_most: a dispatch's steps; what is due more often lowers it for the whole run.
-      due: every how many steps something is due; 0: never.
+      step: number of steps taken.
+      at_most: largest number of steps in a dispatch; a more frequent `due` lowers it for the run.
+      due: intervals, in steps, of whatever is due between dispatches; 0 for never.
 
     Example:
       >>> [steps_at_once(step, 4, due=(6, 0)) for step in (0, 4, 5, 6)]
@@ -44,14 +44,14 @@ def steps_at_once(step: int, at_most: int, due: Iterable[int]) -> int:
 def dispatched(
     train_step: Callable[..., Any], takes: str, mesh: Mesh
 ) -> tuple[Callable[..., Any], tuple[NamedSharding, ...]]:
-    """Returns the function that a dispatch runs, and the shardings of what follows the state.
+    """Returns the function that a dispatch runs, and the shardings of its inputs after the state.
 
-    A dispatch of n steps is one loop over them on the device; every n is a program of its own.
+    A dispatch of n steps is one loop on the device; every n needs a compiled program.
 
     Args:
       train_step: `(state, images, labels) -> state`, not compiled.
       takes: `BATCH`, `BATCHES` or `INDICES`, see above.
-      mesh: device mesh that batches are divided over; a whole set lies on every device.
+      mesh: device mesh that batches are divided over; a whole set is replicated on every device.
     """
     batch, batches, whole = batch_sharded(mesh), batch_sharded(mesh, axis=1), replicated(mesh)
     if takes == BATCH:

@@ -1,4 +1,4 @@
-"""Every exit's answers on a split, each example counted once."""
+"""Predictions of every exit on a split, with each example counted once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SPLITS = ("train", "validation", "test")
 
 
 class RunEvaluation(NamedTuple):
-    """One checkpoint's answers, on the split that is reported and the one that sets thresholds.
+    """Predictions of one checkpoint, on the reported split and on the split for thresholds.
 
-    `fitting` is None where the images that set thresholds are not at hand; `is_best` says whether
-    the checkpoint is the run's best.
+    `fitting` is None if the images for thresholds are not available; `is_best` says whether the
+    checkpoint is the run's best.
     """
 
     experiment: Experiment
@@ -49,7 +49,7 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
 ) -> ExitPredictions:
-    """Returns every exit's answers on `split`, in its order, whatever the batch size."""
+    """Returns every exit's predictions on `split`, in order; independent of the batch size."""
     parts, masks = [], []
     batch_size = round_up_to_devices(batch_size, mesh)
     for images, labels, mask in eval_batches(split, batch_size, rows_here(batch_size, mesh)):
@@ -59,11 +59,11 @@ def evaluate(
 
 
 class ResidentSplit:
-    """A split that lies on the devices in batches, so that one dispatch evaluates all of it.
+    """A split in device memory, in batches, so that one dispatch evaluates all of it.
 
     Args:
-      experiment: whose batch size and evaluation step are taken.
-      split: in memory.
+      experiment: experiment that gives the batch size and the evaluation step.
+      split: split in memory.
     """
 
     def __init__(self, experiment: Experiment, split: Split):
@@ -78,7 +78,7 @@ class ResidentSplit:
         self._step = evaluation_step(experiment, BATCHES)
 
     def start(self, variables: dict[str, Any]) -> Callable[[], ExitPredictions]:
-        """Sends the devices to work; what is returned waits for every exit's answers, in order."""
+        """Starts the evaluation; the function returned waits for all predictions, in order."""
         answers = self._step(variables, *self._batches)
         return lambda: self._joined(jax.device_get(answers))
 
@@ -120,7 +120,7 @@ def evaluate_run(
         try:
             fitting = answers(getattr(experiment.dataset, fitting_split))
         except UserError as error:
-            if jax.process_count() > 1:  # the others may have the images, and wait
+            if jax.process_count() > 1:  # other processes may have the images, and would wait
                 raise
             logging.warning("no thresholds are fitted: %s", error)
             fitting = None

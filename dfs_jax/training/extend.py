@@ -1,4 +1,4 @@
-"""Whether a run can go on to another number of epochs, exactly as if it had had them all along."""
+"""Checks whether a run can change its number of epochs as if it had always had the new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dfs_jax.training.optimizer import create_schedule
 from dfs_jax.training.run_data import read_run_data
 from dfs_jax.types import Config, UserError
 
-# What may differ where every learning rate so far stays the same.
+# Fields that may differ if every learning rate so far is unchanged.
 FIELDS = ("epochs", "schedule.")
 
 
@@ -22,8 +22,8 @@ def check_extension(workdir: Path, known: Config, config: Config) -> None:
 
     Args:
       workdir: directory of a run with checkpoints.
-      known: the run's config.
-      config: the same but for its epochs, and what its section `schedule` says of later steps.
+      known: config of the run.
+      config: the same config except for epochs and the later steps of its section `schedule`.
     """
     data, steps = read_run_data(workdir), latest_saved_step(workdir)
     change = f"epochs cannot change from {known.epochs} to {config.epochs}"

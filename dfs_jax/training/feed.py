@@ -1,4 +1,4 @@
-"""Where the images of a run lie, and what its dispatches are given of them."""
+"""Feeds training images from the host or from device memory to the dispatches of a run."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from dfs_jax.training.processes import by_writer
 from dfs_jax.training.sharding import put_batch, put_replicated, rows_here
 from dfs_jax.types import UserError
 
-# Of a device's memory, what the images may take without being asked for.
+# Fraction of a device's memory that images may take by default.
 SHARE = 1 / 8
-_ASSUMED_MEMORY = 8 * 2**30  # bytes, of a device that does not say how much it has
+_ASSUMED_MEMORY = 8 * 2**30  # bytes, for a device that does not report its memory
 
 
 class Feed(Protocol):
-    """The inputs of one dispatch after another, in the order of the sampler.
+    """Inputs of successive dispatches, in the order of the sampler.
 
     Attributes:
-      takes: what the step has to be compiled for, see `dispatch`.
+      takes: kind of input that the step is compiled for, see `dispatch`.
     """
 
     takes: str
 
     def next(self, steps: int) -> tuple[jax.Array, ...]:
-        """Returns what the next so many steps take beside the state."""
+        """Returns the inputs of the next `steps` steps besides the state."""
         ...
 
 
 class HostFeed:
-    """Copies every batch to the devices; those of a dispatch are stacked.
+    """Copies every batch to the devices; the batches of a dispatch are stacked.
 
     Args:
-      experiment: the run whose training split is read, from memory or from disk.
-      start: the first step, 0-based.
-      is_stacked: whether a dispatch can be of several steps.
+      experiment: run whose training split is read, from memory or from disk.
+      start: first step, 0-based.
+      is_stacked: whether a dispatch can have several steps.
     """
 
     def __init__(self, experiment: Experiment, start: int, *, is_stacked: bool):
@@ -64,11 +64,11 @@ class HostFeed:
 
 
 class DeviceFeed:
-    """Holds the training split on every device; a dispatch is given the examples' positions.
+    """Holds the training split on every device; dispatches receive indices of examples.
 
     Args:
-      experiment: the run whose training split is in memory.
-      start: the first step, 0-based.
+      experiment: run whose training split is in memory.
+      start: first step, 0-based.
     """
 
     takes = INDICES
@@ -86,21 +86,21 @@ class DeviceFeed:
 
 
 class _Place(NamedTuple):
-    """A device and its memory in bytes, None where it does not say."""
+    """A device and its memory in bytes; None if it does not report it."""
 
     platform: str
     memory: int | None
 
 
 def create_feed(experiment: Experiment, start: int) -> Feed:
-    """Returns the feed of a run from step `start` on, from the devices if the images lie there."""
+    """Returns the feed of a run from step `start` on, from device memory if the images fit."""
     if lies_on_device(experiment):
         return DeviceFeed(experiment, start)
     return HostFeed(experiment, start, is_stacked=steps_per_dispatch(experiment.config) > 1)
 
 
 def steps_per_dispatch(config: Any) -> int:
-    """Returns how many steps a run takes at a time, at most."""
+    """Returns the largest number of steps in a dispatch."""
     steps = config.get("steps_per_dispatch")
     return 1 if steps is None else steps
 
@@ -108,13 +108,13 @@ def steps_per_dispatch(config: Any) -> int:
 def lies_on_device(experiment: Experiment) -> bool:
     """Returns whether training and validation images are held in device memory.
 
-    `data.on_device` says so. Unset, they are where devices are no CPUs, the set is in memory, and
-    its images take at most an eighth of each device's memory.
+    This is `data.on_device` if it is set. By default, images are held if the devices are not CPUs,
+    the set is in memory, and its images take at most an eighth of each device's memory.
 
     Raises:
-      UserError: a streamed set or one larger than the devices' memory is to lie there.
+      UserError: `data.on_device` with a streamed set, or one larger than the devices' memory.
     """
-    # One answer for all processes, whose devices may differ in what memory is left.
+    # The same answer for all processes, whose devices may differ in free memory.
     return by_writer(_lies_on_device, experiment)
 
 
@@ -137,7 +137,7 @@ def _lies_on_device(experiment: Experiment) -> bool:
 
 
 def _image_bytes(experiment: Experiment) -> int | None:
-    """Returns the bytes of the training and validation images; None where one is streamed."""
+    """Returns the size of training and validation images in bytes; None if they are streamed."""
     splits = (experiment.dataset.train, experiment.dataset.validation)
     sizes = [split.images.nbytes for split in splits if isinstance(split, Split)]
     return sum(sizes) if len(sizes) == sum(split is not None for split in splits) else None

@@ -1,4 +1,4 @@
-"""From a config's section `data` to the data set and what augments it."""
+"""Builds the data set and its augmentation from a config's section `data`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def dataset_from_config(section: Config) -> Dataset:
 
 
 def described_dataset_from_config(section: Config) -> Dataset:
-    """Returns the set without its images if it is well-known; others are read."""
+    """Returns a well-known set without its images; other sets are read."""
     options = {key: section[key] for key in _DESCRIPTION_OPTIONS}
     described = describe_dataset(section.name, **options)
     return dataset_from_config(section) if described is None else described
 
 
 def streaming_from_config(section: Config) -> Streaming | None:
-    """Returns how the set is streamed; None where it is read into memory.
+    """Returns how the set is streamed; None if it is read into memory.
 
     Raises:
-      UserError: `random_resized_crop` or an option of streaming for a set in memory; a set that is
-        to be streamed without an image size.
+      UserError: `random_resized_crop` or an option of streaming for a set in memory, or a streamed
+        set without an image size.
     """
     chosen = {k: section.get(k) for k in _STREAMING_OPTIONS if section.get(k) is not None}
     if not is_streamed(section):
@@ -53,10 +53,10 @@ def streaming_from_config(section: Config) -> Streaming | None:
 
 
 def is_streamed(section: Config) -> bool:
-    """Returns whether images stay on disk: as `data.streamed` says, or as they have to.
+    """Returns whether images stay on disk: as `data.streamed` says, or by default.
 
-    Unset, TFDS sets and folders do whose photographs are cut at random, or that memory does not
-    hold.
+    By default, TFDS sets and folders are streamed if they use `random_resized_crop` or exceed
+    memory.
     """
     is_folder = section.name == FOLDER
     if section.get("streamed") is not None or not (is_folder or is_tfds_name(section.name)):
@@ -67,14 +67,14 @@ def is_streamed(section: Config) -> bool:
         return False
     if is_folder:
         return folder.exceeds_memory(section.data_dir, section.image_size)
-    # Here, because TFDS takes two seconds to import.
+    # Imported here because TFDS takes two seconds to import.
     from dfs_jax.data.tfds_source import exceeds_memory
 
     return exceeds_memory(section.name, section.data_dir, section.image_size)
 
 
 def augmentation_from_config(section: Config, mean: tuple[float, ...]) -> Augmentation:
-    """Returns what augments batches on the device; a streamed set's cuts are made before."""
+    """Returns the augmentation of batches on the device; a streamed set is cropped before."""
     other = {"name", "augmentation", "streamed", "on_device", *_LOAD_OPTIONS, *_STREAMING_OPTIONS}
     chosen: dict[str, Any] = {k: value for k, value in section.items() if k not in other}
     names = _divided(section)[1] if is_streamed(section) else _names(section)
@@ -82,7 +82,7 @@ def augmentation_from_config(section: Config, mean: tuple[float, ...]) -> Augmen
 
 
 def _divided(section: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is done to a streamed set where it is decoded, and then on the device."""
+    """Returns the augmentations of a streamed set at decoding, and those on the device."""
     names = _names(section)
     first_on_device = next((i for i, n in enumerate(names) if n not in (RANDOM_CUT, FLIP)), None)
     on_host, on_device = names[:first_on_device], names[len(names[:first_on_device]) :]

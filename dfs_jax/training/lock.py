@@ -1,9 +1,9 @@
-"""One training run at a time in a directory: a lock that a dead owner does not hold.
+"""Lock that allows one training run at a time in a directory, and that expires with its owner.
 
-The lock is a file that names its owner. It is read and written under `flock`, for a moment only:
-a lock held by `flock` itself would live on in the processes that decode images, and on some file
-systems holds on one machine alone. Whether an owner is alive is seen from its process on the same
-machine, and from its heartbeat, the file's modification time, on another one.
+The lock is a file that names its owner, read and written under a brief `flock`. A lock held by
+`flock` itself would survive in the processes that decode images, and on some file systems it is
+valid on one machine only. An owner is alive if its process is, on the same machine, or by its
+heartbeat, the file's modification time, on another one.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from dfs_jax.types import UserError
 
 FILE = ".lock"
 BEAT = 10.0  # seconds between heartbeats
-SILENT = 45.0  # seconds without one after which an owner on another machine is dead
-_LONG_AGO = 3600.0  # seconds; no clocks are so far apart
-_SETTLE = 0.5  # seconds in which two that wrote at once, without flock, see who was last
+SILENT = 45.0  # seconds without a heartbeat after which an owner on another machine is dead
+_LONG_AGO = 3600.0  # seconds; more than clocks of two machines differ
+_SETTLE = 0.5  # seconds after which simultaneous writers without flock see who wrote last
 
 
 class Owner(NamedTuple):
     """The process that trains in a directory.
 
     Attributes:
-      token: a name of this one lock.
-      machine: what numbers processes: a machine since its start, or a container.
-      host: the machine's name.
-      pid: the process.
-      started: when it started, in the machine's own count; tells it from a later one of that pid.
-      since: when it took the lock, local time.
+      token: unique name of this lock.
+      machine: scope of process numbers: a boot of a machine, or a container.
+      host: name of the machine.
+      pid: process number.
+      started: start time by the machine's clock ticks; distinguishes later processes of that pid.
+      since: local time at which it took the lock.
     """
 
     token: str
@@ -53,10 +53,10 @@ class Owner(NamedTuple):
 
 
 class WorkdirLock:
-    """The right to train in a directory.
+    """Exclusive right to train in a directory.
 
     Args:
-      workdir: the run's directory; made where it is missing.
+      workdir: directory of the run, created if missing.
     """
 
     def __init__(self, workdir: Path):
@@ -65,7 +65,7 @@ class WorkdirLock:
         self._released = threading.Event()
 
     def take(self) -> None:
-        """Takes the lock; waits where it takes a while to see whether an owner elsewhere is alive.
+        """Takes the lock; may wait to see whether an owner on another machine is alive.
 
         Raises:
           UserError: another process trains there, or the directory cannot be written.
@@ -79,7 +79,7 @@ class WorkdirLock:
         threading.Thread(target=self._beat, name="workdir lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raises UserError if another process has taken the lock: this one seemed dead to it."""
+        """Raises UserError if another process has taken the lock over from this one."""
         other = _read(self._path)[0] if self._owner is not None else None
         if other is not None and other != self._owner:
             raise UserError(
@@ -88,7 +88,7 @@ class WorkdirLock:
             )
 
     def release(self) -> None:
-        """Gives the lock back, if this process holds it."""
+        """Releases the lock, if this process holds it."""
         self._released.set()
         if self._owner is None or self._owner.pid != os.getpid():
             return
@@ -109,14 +109,14 @@ class WorkdirLock:
     def _write(
         self, mine: Owner, dead: tuple[Owner | None, int] | None
     ) -> tuple[Owner, int] | None:
-        """Writes this process into the lock, unless it has a living owner: returns that one.
+        """Writes this process into the lock unless it has a living owner, which is returned.
 
         Args:
           mine: this process.
-          dead: an owner and its last heartbeat that were found dead.
+          dead: owner, with its last heartbeat, that was found dead.
 
         Returns:
-          The living owner and its heartbeat; None where the lock is this process's now.
+          The living owner and its heartbeat; None if this process holds the lock now.
         """
         with self._exclusive() as is_exclusive:
             owner, beat = _read(self._path)
@@ -131,7 +131,7 @@ class WorkdirLock:
         return None
 
     def _listen(self, owner: Owner, beat: int) -> tuple[Owner | None, int]:
-        """Waits for a heartbeat of an owner on another machine; returns what there is without."""
+        """Waits for a heartbeat of an owner on another machine; returns the content without one."""
         say(
             f"{shown(self._workdir)} was last trained in by process {owner.pid} on {owner.host}: "
             f"waiting up to {SILENT:.0f} s to see whether it is alive"
@@ -165,7 +165,7 @@ class WorkdirLock:
 
     @contextlib.contextmanager
     def _exclusive(self, *, create: bool = True) -> Iterator[bool]:
-        """Keeps others from reading and writing the lock; False where the file system cannot."""
+        """Excludes other processes from the lock file; yields False if the file system cannot."""
         flags = os.O_RDWR | (os.O_CREAT if create else 0)
         while True:
             file = os.open(self._path, flags, 0o666)
@@ -180,7 +180,7 @@ class WorkdirLock:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[WorkdirLock]:
-    """Holds the lock of a run's directory; of several processes of the run, the writer does.
+    """Holds the lock of a run's directory, in the process that writes.
 
     Raises:
       UserError: another process trains there, or the directory cannot be written.
@@ -202,15 +202,15 @@ def _is_at(file: int, path: Path) -> bool:
 def _flock(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # some network file systems have none
+    except OSError:  # some network file systems do not support it
         return False
     return True
 
 
 def _read(path: Path) -> tuple[Owner | None, int]:
-    """Returns who a lock names and its heartbeat; None where it names nobody, or half of one."""
+    """Returns the owner and heartbeat of a lock; None if it names no owner or is incomplete."""
     try:
-        with path.open(encoding="utf-8") as file:  # opened, so that NFS asks its server
+        with path.open(encoding="utf-8") as file:  # opening makes NFS ask its server
             beat = os.fstat(file.fileno()).st_mtime_ns
             owner = Owner(**json.load(file))
     except (OSError, ValueError, TypeError):
@@ -230,7 +230,7 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str:
-    """Returns what tells machines apart on which the same number is another process."""
+    """Returns an identifier of the scope in which process numbers are unique."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -245,7 +245,7 @@ def _is_dead(owner: Owner, beat: int) -> bool:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         pass
     state, started = _status(owner.pid)
     is_another = "" not in (started, owner.started) and started != owner.started
@@ -253,9 +253,9 @@ def _is_dead(owner: Owner, beat: int) -> bool:
 
 
 def _status(pid: int) -> tuple[str, str]:
-    """Returns a process's state, a letter, and when it started; "" where the system tells nothing.
+    """Returns a process's state, a letter, and its start time; "" if the system does not tell.
 
-    A process that ended, and whose parent has not heard of it, has the state Z.
+    A process that has ended but that its parent has not reaped has the state Z.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""The training run: epochs of steps, evaluations, checkpoints, and a clean end at any moment."""
+"""Training loop: epochs of steps, evaluations, checkpoints, and a clean stop at any time."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ from dfs_jax.types import Config, UserError
 
 
 class TrainResult(NamedTuple):
-    """How a run ended: after its last step, or stopped by a signal (its number) and resumable.
+    """Outcome of a run: complete, or stopped by a signal (its number) and resumable.
 
-    A run that was stopped by its event has `signal.SIGINT` there, and `signal.SIGPIPE` one whose
-    standard output nobody reads any more.
+    The number is `signal.SIGINT` for a run stopped by its event, and `signal.SIGPIPE` for one whose
+    standard output was closed.
     """
 
     experiment: Experiment
@@ -74,24 +74,23 @@ def train(
     accept_data_changes: bool = False,
     stop: threading.Event | None = None,
 ) -> TrainResult:
-    """Trains as `config` says, in `workdir`; picks up where an interrupted run left off.
+    """Trains as `config` says, in `workdir`; continues an interrupted run.
 
-    Started again with the same config, a run that was stopped at any moment ends with the same
-    parameters and metrics, bit for bit, as one that never was (on the same machine and devices).
+    A run that was stopped at any time and is started again with the same config ends with the same
+    parameters and metrics, bit for bit, as an uninterrupted one (on the same machine and devices).
 
     Args:
       config: configuration of the run.
       workdir: directory of the run.
       dataset: data set of the config, if it is in memory already; None reads it.
-      accept_data_changes: whether to go on where the data changed since the run began, as far as
-        that is possible (see `dfs_jax.training.data_changes`).
-      stop: an event that, once set, stops the run as Ctrl-C does; the way to stop one that does not
-        train in the main thread, where alone Python receives signals.
+      accept_data_changes: whether to continue if the data changed since the run began, as far as
+        possible (see `dfs_jax.training.data_changes`).
+      stop: event that stops the run like Ctrl-C once it is set; needed outside of the main thread,
+        since Python receives signals only there.
 
     Raises:
       UserError: a mistake in the config or the directory, another process that trains there, data
-        that changed since the run began, a checkpoint of another network, or a loss that became
-        non-finite.
+        that changed since the run began, a checkpoint of another network, or a non-finite loss.
     """
     check_config(config)
     workdir = output_directory(workdir, "workdir")
@@ -134,10 +133,10 @@ def _as_before(dataset: Dataset, *, known: RunData | None, **options: Any) -> Da
 
 
 class _Run:
-    """One process's part of a run: the loop and what it writes.
+    """One process's part of a run: the loop and its outputs.
 
-    The device is never without work while the host reads, writes or prints: what a step leaves to
-    do is done when the next dispatch has been sent (`_later`).
+    The device stays busy while the host reads, writes or prints: the host's work after a step is
+    done once the next dispatch has been sent (`_later`).
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class _Run:
         return TrainResult(experiment, total, None)
 
     def close(self) -> None:
-        """Flushes and frees everything."""
+        """Flushes and closes all outputs."""
         self._progress.close()
         self._metrics.close()
         self._checkpoints.close()
@@ -214,13 +213,13 @@ class _Run:
             return feed.next(steps)
 
     def _catch_up(self) -> None:
-        """Does what the steps before have left to do."""
+        """Does the pending work of earlier steps."""
         later, self._later = self._later, []
         for task in later:
             task()
 
     def _log(self, state: TrainState, step: int) -> None:
-        """Shows how it goes, once this step has been taken."""
+        """Shows the progress once this step has been taken."""
         kept = jax.tree.map(jnp.copy, (state.first_bad_step, state.totals))
 
         def show() -> None:
@@ -231,15 +230,15 @@ class _Run:
         self._later.append(show)
 
     def _measure_conflict(self, probe: ConflictProbe, state: TrainState, step: int) -> None:
-        """Writes how the exits' gradients agree; before any checkpoint of this step is saved."""
-        jax.block_until_ready(state)  # what is still under way is the epoch's own time
+        """Writes the agreement of the exits' gradients, before any checkpoint of this step."""
+        jax.block_until_ready(state)  # so that pending steps count as the epoch's time
         with self._clock.stopped():
             gram = probe(state.params, state.batch_stats)
             epoch = step // self._experiment.sampler.steps_per_epoch
             self._metrics.write(conflict_line(gram, probe.tensor_names, step=step, epoch=epoch))
 
     def _end_epoch(self, state: TrainState, step: int) -> TrainState:
-        """Evaluates and saves where the config asks for it, and starts the next epoch's sums."""
+        """Evaluates and saves as the config says, and starts the next epoch's sums."""
         epoch = step // self._experiment.sampler.steps_per_epoch
         totals, state = state.totals, state.replace(totals=self._zero_totals())
         if epoch % self._config.eval_every_epochs and epoch != self._config.epochs:
@@ -252,7 +251,7 @@ class _Run:
         report = partial(self._report_epoch, kept, totals, lap, answers, step=step, epoch=epoch)
         self._later.append(report)
         if self._experiment.dataset.validation is not None and answers is None:
-            self._catch_up()  # to be evaluated batch by batch, before the next step is sent
+            self._catch_up()  # evaluated batch by batch, before the next step is sent
         return state
 
     def _report_epoch(
@@ -265,7 +264,7 @@ class _Run:
         step: int,
         epoch: int,
     ) -> None:
-        """Writes an epoch's lines, then its checkpoint."""
+        """Writes an epoch's metrics, then its checkpoint."""
         self._check_finite(state.first_bad_step)
         totals = jax.device_get(totals)  # waits for the epoch's last step
         timing = self._clock.read(lap, self._config.batch_size)
@@ -281,11 +280,11 @@ class _Run:
         step: int,
         epoch: int,
     ) -> float:
-        """Writes the validation line and returns the score: the mean accuracy over the exits."""
+        """Writes the validation metrics and returns the score: the mean accuracy of the exits."""
         split = self._experiment.dataset.validation
         if split is None:
             self._progress.evaluated(epoch, None)
-            return float(step)  # nothing to choose by: the last epoch is the best
+            return float(step)  # no score without validation data: the last epoch is the best
         begin = time.perf_counter()
         predictions = answers() if answers is not None else self._evaluate_batches(state, split)
         line = evaluation_line(predictions, step=step, epoch=epoch, split="validation")
@@ -339,5 +338,5 @@ def _create_recalibration(experiment: Experiment) -> Recalibration | None:
 
 
 def _passes(every: int, before: int, step: int) -> bool:
-    """Returns whether a multiple of `every` lies after `before` and up to `step`; 0: never."""
+    """Returns whether (before, step] contains a multiple of `every`; False if `every` is 0."""
     return every > 0 and step // every > before // every

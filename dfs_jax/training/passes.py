@@ -130,7 +130,7 @@ def accumulated(
     Args:
       passes: passes of one micro batch.
       steps: number of micro batches; micro batch k holds examples k, k + steps, k + 2 steps, ... so
-        that each device goes on with its own.
+        that the data of each device stay on it.
       mesh: device mesh over which the batch is divided; None where it is not.
       place: function applied to the gradients of a micro batch, such as a sharding constraint.
     """
@@ -160,7 +160,7 @@ def accumulated(
 def deal(batch: jax.Array, count: int, mesh: Mesh | None = None) -> jax.Array:
     """Returns `count` equal parts of a batch, `[count, batch / count, ...]`.
 
-    Part k holds examples k, k + count, k + 2 count, ... so that each device goes on with its own.
+    Part k holds examples k, k + count, k + 2 count, ... so that each device's data stay on it.
 
     >>> deal(jnp.arange(6), 2).tolist()
     [[0, 2, 4], [1, 3, 5]]

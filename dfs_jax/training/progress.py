@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a bar on a terminal, a line an evaluation elsewhere."""
+"""Progress of a run for the user: a bar on a terminal, otherwise a line for each evaluation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Progress:
     """Shows epoch, step, images/s, loss, each exit's accuracy and the time left.
 
     Args:
-      experiment: the run that is shown.
-      at_closed_pipe: called when nobody reads the stream any more (`| head`). A terminal that is
-        gone, or a full disk, stops no run: it goes on unseen.
-      stream: where to; a bar only where it is a terminal.
+      experiment: run to show.
+      at_closed_pipe: function called when the stream's reader has gone (`| head`). A closed
+        terminal or a full disk does not stop a run, which continues without output.
+      stream: output stream; a bar is shown only on a terminal.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Progress:
         self._bar: tqdm | None = None
 
     def start(self, step: int) -> None:
-        """Says what is trained, and from where."""
+        """Describes the run and its first step."""
         self._say(_describe(self._experiment))
         if step >= self._experiment.total_steps:
             self._say(f"the run is complete: {step} steps")
@@ -54,7 +54,7 @@ class Progress:
             self._show(lambda: self._move(bar, step, totals))
 
     def evaluated(self, epoch: int, line: Mapping[str, Any] | None) -> None:
-        """Shows one evaluation on validation data; None where none is held out."""
+        """Shows one evaluation on validation data; `line` is None if none is held out."""
         label = f"epoch {epoch}/{self._experiment.config.epochs}"
         if line is None:
             self._say(f"{label}  saved (no validation data is held out)")
@@ -66,7 +66,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Leaves the bar as it is and frees the line."""
+        """Closes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._show(self._bar.close)
 
@@ -102,7 +102,7 @@ class Progress:
 
 
 def percents(fractions: Iterable[float]) -> str:
-    """Writes fractions as percentages in a row.
+    """Formats fractions as a row of percentages.
 
     >>> percents([0.5, 0.987])
     '50.0 98.7 %'

@@ -1,9 +1,9 @@
-"""BatchNorm's running statistics, taken again from training images before an evaluation.
+"""Recomputes BatchNorm's running statistics from training images before an evaluation.
 
 A running average over the last ten or so batches lags behind the weights, and a channel that few
-images activate has a variance near zero until one of them comes by. While the learning rate is
-high, an evaluation can then be far off although training is not. Recalibrated statistics are those
-of the present weights:
+images activate has a variance near zero until one of them occurs. While the learning rate is
+high, evaluation can then be far off although training is not. Recalibrated statistics belong to
+the current weights:
 
     mean = mean_k mean_k,   var = mean_k var_k     over batches k of training images
 
@@ -37,7 +37,7 @@ from dfs_jax.types import PyTree, UserError
 class Recalibration:
     """Replaces the running statistics of a network by those of training images.
 
-    The images are the first of a permutation that the run's seed draws, as they are: not augmented.
+    The images are the first of a permutation seeded by the run, without augmentation.
 
     Args:
       experiment: run whose network is recalibrated.
@@ -69,9 +69,9 @@ class Recalibration:
         self._statistics = _compiled(experiment)
 
     def __call__(self, state: TrainState) -> TrainState:
-        """Returns the state with new statistics of the variables that are evaluated.
+        """Returns the state with new statistics among the variables for evaluation.
 
-        Training steps go on as without: they use the statistics of their own batches.
+        Training is not affected, since its steps use the statistics of their own batches.
         """
         variables = state.eval_variables
         variables = {**variables, "batch_stats": self.statistics(variables)}
@@ -86,10 +86,10 @@ class Recalibration:
 
 
 def batch_statistics(update: Callable[[PyTree], PyTree], running: PyTree) -> PyTree:
-    """Returns the statistics of a batch itself, of which a network keeps a running average.
+    """Returns the statistics of a batch, given the update of their running average.
 
     Args:
-      update: `running -> m * running + (1 - m) * batch`, with an m of each leaf's own below 1.
+      update: `running -> m * running + (1 - m) * batch`, with m below 1, constant for each leaf.
       running: running statistics, for their shapes.
 
     Example:

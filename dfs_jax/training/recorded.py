@@ -1,4 +1,4 @@
-"""A run's data set from its record alone: images are read when they are first used."""
+"""Builds a run's data set from its record alone; images are read on first use."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from dfs_jax.types import Config, UserError
 
 
 def recorded_dataset(known: RunData, section: Config) -> Dataset:
-    """Returns the data set of a run; a split's images are read on first use, the others never.
+    """Returns the data set of a run; a split's images are read on first use only.
 
-    Training and validation images are those that the run recorded. Those of test are what is there
+    Training and validation images are those that the run recorded. Test images are those present
     now, matched by the names of their classes.
 
     Args:
-      known: what the run was trained on.
-      section: section `data` of its config, with the directory where the data lies now.
+      known: record of the run's data.
+      section: section `data` of the run's config, with the present directory of the data.
     """
     if known.files:
         read = functools.partial(_read_files, known, section)
@@ -68,12 +68,12 @@ def recorded_dataset(known: RunData, section: Config) -> Dataset:
 def check_unchanged(workdir: Path, section: Config, *, accept: bool = False) -> None:
     """Raises UserError if training or validation data are not what the run recorded.
 
-    Files are listed, not read; other sets are read.
+    Files are listed, not read; sets of other kinds are read.
 
     Args:
-      workdir: the run's directory.
-      section: section `data` of its config, with the directory where the data lies now.
-      accept: whether changes that a run can take are accepted.
+      workdir: directory of the run.
+      section: section `data` of the run's config, with the present directory of the data.
+      accept: whether to accept changes that a run can use.
     """
     known = read_run_data(workdir)
     if known is None:

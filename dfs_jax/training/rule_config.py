@@ -1,4 +1,4 @@
-"""From a config's section `gradients` to the gradient rule, and whether it fits the run."""
+"""Builds the gradient rule from a config's section `gradients`, and checks that it fits the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rule_from_config(section: Config) -> GradientRule:
     rule = create_rule(section.name, **others)
     if not isinstance(rule, GradientRule):
         raise UserError(
-            f"gradients.name={section.name!r} is no gradient rule: derive {type(rule).__name__} "
+            f"gradients.name={section.name!r} is not a gradient rule: derive {type(rule).__name__} "
             f"from dfs_jax.gradients.GradientRule or dfs_jax.gradients.combiner.Combiner"
         )
     check_exits(section.exits)

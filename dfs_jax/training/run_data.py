@@ -1,11 +1,11 @@
-"""What data a run was trained on: written beside the run when training starts, read ever after.
+"""Record of the data that a run was trained on, written when training starts.
 
     data.json            class names in the order of the network's outputs, image shape, mean and
-                         deviation, sizes and fingerprints of the splits, how validation examples
-                         were held out
-    data_files.json.gz   for sets that lie in files: relative path and size of each, by split
+                         standard deviation, sizes and fingerprints of the splits, parameters of
+                         the validation split
+    data_files.json.gz   for sets that are stored as files: relative path and size of each, by split
 
-A network is evaluated, exported and resumed with these, whatever the data directory holds by then.
+A network is evaluated, exported and resumed with this record, even if the data directory changes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class SplitRecord(NamedTuple):
     """One split of a run's data.
 
     Attributes:
-      examples: how many there are.
-      fingerprint: of its files, or of its labels where it does not lie in files; None for a TFDS
-        set, which its version identifies.
+      examples: number of examples.
+      fingerprint: checksum of its files, or of its labels if it is not stored as files; None for a
+        TFDS set, which its version identifies.
     """
 
     examples: int
@@ -47,20 +47,20 @@ class SplitRecord(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """What data a run was trained on.
+    """Record of the data that a run was trained on.
 
     Attributes:
       name: name of the set in the config.
       version: version of a TFDS set.
-      class_names: in the order of the network's outputs.
+      class_names: names of the classes, in the order of the network's outputs.
       image_shape: `(height, width, channels)`.
-      mean: by channel, in units in which white is 1.
-      std: likewise.
+      mean: mean of each channel, in units in which white is 1.
+      std: standard deviation of each channel, in the same units.
       split_seed: random seed of the held-out examples.
-      validation_examples: how many were asked for.
-      splits: a record for each split that the run has.
-      files: for each split that lies in files, its files in the order of its examples.
-      left_out: paths of files that are no readable images.
+      validation_examples: number of held-out examples in the config.
+      splits: record of each split of the run.
+      files: for each split that is stored as files, its files in the order of its examples.
+      left_out: paths of files that are not readable images.
     """
 
     name: str
@@ -76,16 +76,16 @@ class RunData:
     left_out: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> RunData:
-        """Returns a record with other values in some fields."""
+        """Returns a record with other values for some fields."""
         return dataclasses.replace(self, **changes)
 
 
 def describe_data(dataset: Dataset, section: Config) -> RunData:
-    """Returns what a run records of its data set.
+    """Returns a run's record of its data set.
 
     Args:
-      dataset: what the run is trained on.
-      section: section `data` of its config.
+      dataset: data set that the run is trained on.
+      section: section `data` of the run's config.
     """
     files = dataset.origin.files
     splits = {part: getattr(dataset, part) for part in PARTS}
@@ -109,7 +109,7 @@ def describe_data(dataset: Dataset, section: Config) -> RunData:
 
 
 def files_fingerprint(files: Iterable[tuple[str, int]]) -> str:
-    """Returns a checksum of relative paths and sizes, whatever their order.
+    """Returns a checksum of relative paths and sizes, independent of their order.
 
     Example:
       >>> files_fingerprint([("a", 1), ("b", 2)]) == files_fingerprint([("b", 2), ("a", 1)])
@@ -135,7 +135,7 @@ def _fingerprint(dataset: Dataset, part: str, split: AnySplit) -> str | None:
 
 
 def record_data(workdir: Path, data: RunData) -> None:
-    """Writes what a run is trained on into its directory, unless it stands there already.
+    """Writes the record of a run's data into its directory, unless there is one already.
 
     Raises:
       UserError: it cannot be written, or this process reads other data than the writer.
@@ -160,15 +160,15 @@ def _write(workdir: Path, data: RunData, text: str) -> str:
 
 
 def known_data(workdir: Path) -> RunData | None:
-    """Returns what a run with checkpoints was trained on; None for a new run, or an older one."""
+    """Returns the data record of a run with checkpoints; None for a new run, or an older one."""
     return read_run_data(workdir) if has_steps(workdir) else None
 
 
 def read_run_data(workdir: Path) -> RunData | None:
-    """Returns what the run in `workdir` was trained on; None for runs that did not record it yet.
+    """Returns the data record of the run in `workdir`; None for runs of versions without one.
 
     Raises:
-      UserError: the record is damaged, or of a version that this program does not know.
+      UserError: the record is damaged, or has a version that this program does not know.
     """
     path = workdir / FILE
     if not path.exists():
@@ -191,7 +191,7 @@ def read_run_data(workdir: Path) -> RunData | None:
 
 
 def to_json(data: RunData) -> str:
-    """Returns the record without its files, which lie in a file of their own."""
+    """Returns the record without its files, which are written to a separate file."""
     content = {
         "version": VERSION,
         "name": data.name,

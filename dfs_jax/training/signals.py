@@ -1,4 +1,4 @@
-"""Requests to stop a run: signals and, from another thread, an event."""
+"""Requests to stop a run, by signals or by an event from another thread."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGHUP and the first Ctrl-C into a request that the loop reads between steps.
+    """Turns SIGTERM, SIGHUP and the first Ctrl-C into a request that the loop checks between steps.
 
-    Of several processes one that is asked to stop is enough, and all stop after the same step. JAX
-    sees to that: SIGTERM is its notice of preemption, which must be left to it.
+    With several processes, a request to one is enough, and all stop after the same step. JAX
+    handles SIGTERM for that purpose, as its notice of preemption.
 
-    Signals arrive in a program's main thread alone: in another one only the event stops a run. A
-    program that was started to outlive its terminal (`nohup`) ignores SIGHUP, and goes on doing so.
+    Python receives signals in the main thread only: in another thread only the event stops a run.
+    If SIGHUP is ignored at the start (`nohup`), it stays ignored.
 
     Args:
-      event: once set, the run stops as after Ctrl-C; None where nobody will.
+      event: event that stops the run like Ctrl-C once it is set; None for no event.
     """
 
     def __init__(self, event: threading.Event | None = None):
@@ -41,14 +41,14 @@ class StopSignals:
         return self
 
     def request(self, number: int) -> None:
-        """Asks the run to stop after the present step, as the signal of that number would."""
+        """Requests a stop after the current step, as the signal of that number would."""
         is_first = not self._received
         self._received.append(number)
         if is_first and not self._is_alone:
             signal.raise_signal(signal.SIGTERM)
 
     def stop_after(self, step: int) -> int | None:
-        """Returns the signal that ends the run after this step; has to be asked after each one."""
+        """Returns the signal that ends the run after this step; must be called after each step."""
         if self._event is not None and self._event.is_set() and not self._received:
             self.request(signal.SIGINT)
         if self._is_alone:
@@ -61,12 +61,12 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        # Asked twice: the user will not wait. A terminal's end comes from its shell, too.
+        # A second request ends the run at once, except SIGHUP, which the shell repeats.
         if number in self._received and number != signal.SIGHUP:
             self._restore(number)
             signal.raise_signal(number)
         self.request(number)
 
     def _restore(self, number: int) -> None:
-        before = self._before[number]  # None: not Python's own
+        before = self._before[number]  # None for a handler that Python did not install
         signal.signal(number, signal.SIG_DFL if before is None else before)  # pyright: ignore

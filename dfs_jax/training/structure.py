@@ -1,4 +1,4 @@
-"""The shapes of a checkpoint's arrays beside those of a run's state: damage is something else."""
+"""Compares a checkpoint's shapes and types with a run's state, to tell a mismatch from damage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from etils import epath
 
 from dfs_jax.types import PyTree
 
-# From a leaf's name, such as "params/block1/conv/kernel", to its type and shape.
+# Maps a leaf's name, such as "params/block1/conv/kernel", to its type and shape.
 Structure = dict[str, str]
 
 
 def structure_of(tree: PyTree) -> Structure:
-    """Returns what every leaf of a pytree is.
+    """Returns the type and shape of every leaf of a pytree.
 
     Example:
       >>> structure_of({"w": np.zeros((3, 5), np.float32), "none": None})
@@ -31,10 +31,10 @@ def structure_of(tree: PyTree) -> Structure:
 
 
 def saved_structure(state_directory: Path) -> Structure:
-    """Returns what every leaf of a saved state is, without reading the arrays.
+    """Returns the type and shape of every leaf of a saved state, without reading the arrays.
 
     Raises:
-      Exception: of many kinds, where files are missing or damaged.
+      Exception: of various types, if files are missing or damaged.
     """
     handler = ocp.StandardCheckpointHandler()
     try:
@@ -45,7 +45,7 @@ def saved_structure(state_directory: Path) -> Structure:
 
 
 def difference(saved: Mapping[str, str], needed: Mapping[str, str]) -> str | None:
-    """Says how the first leaf that differs does; None where all agree.
+    """Describes the difference of the first leaf that differs; None if all agree.
 
     Example:
       >>> difference({"w": "float32 [3, 5]"}, {"w": "float32 [3, 7]"})
@@ -55,7 +55,7 @@ def difference(saved: Mapping[str, str], needed: Mapping[str, str]) -> str | Non
     different = [name for name in sorted({*saved, *needed}) if saved.get(name) != needed.get(name)]
     if not different:
         return None
-    # The network's own parameters say most; what an optimizer keeps follows from them.
+    # Parameters of the network are named first, since the optimizer's state follows from them.
     first = min(different, key=lambda name: (not name.startswith("params/"), name))
     others = f" ({len(different) - 1} more differ)" if len(different) > 1 else ""
     return (
@@ -65,7 +65,7 @@ def difference(saved: Mapping[str, str], needed: Mapping[str, str]) -> str | Non
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """Returns a leaf's place, whatever the kinds of the containers on the way to it."""
+    """Returns a leaf's path, independent of the kinds of its containers."""
     return "/".join(str(_key(entry)) for entry in path)
 
 

@@ -1,6 +1,6 @@
-"""Scalars as TensorBoard events, written at once: a full disk is seen where it happens.
+"""Writes scalars as TensorBoard events immediately, so that a full disk is noticed at once.
 
-tensorboardX is imported with the first scalar: a machine that lacks it trains all the same.
+tensorboardX is imported with the first scalar; training also works without it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from absl import logging
 class EventsFile:
     """A new events file in `directory`, opened with its first scalar.
 
-    tensorboardX's own `SummaryWriter` hands events to a thread, whose errors nobody hears.
+    tensorboardX's own `SummaryWriter` writes in a thread, whose errors are lost.
 
     Args:
-      directory: where TensorBoard will look.
-      start_step: what earlier files of this directory hold of later steps no longer counts.
+      directory: directory for TensorBoard.
+      start_step: step from which events in earlier files of this directory are superseded.
     """
 
     def __init__(self, directory: Path, start_step: int):
@@ -30,10 +30,10 @@ class EventsFile:
         self._is_missing = False
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of one step; without tensorboardX only says, once, that it is missing.
+        """Writes the scalars of one step; without tensorboardX, logs once that it is missing.
 
         Raises:
-          OSError: they could not be written.
+          OSError: the scalars could not be written.
         """
         if self._writer is None and not self._is_missing:
             self._writer = self._open()

@@ -229,7 +229,7 @@ def test_more_workers_than_cores_are_refused():
 
 def test_a_file_of_something_else_is_not_overwritten(results):
     results.path.write_text("[]")
-    with pytest.raises(UserError, match="is no results' file"):
+    with pytest.raises(UserError, match="is not a results' file"):
         results.record(CELLS[0], "hash", FINISHED, {})
     assert results.path.read_text() == "[]"
 

@@ -35,7 +35,7 @@ CARD = "H100"
 
 
 class FakeTime:
-    """A clock that stands still unless it is told."""
+    """A clock that advances only on request."""
 
     def __init__(self):
         self.now = 1000.0

@@ -116,7 +116,7 @@ def test_what_is_no_trace_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no operation of a device is in"):
         read_profile(path)
     path.write_bytes(b"not gzip")
-    with pytest.raises(UserError, match=r"is no trace of jax.profiler"):
+    with pytest.raises(UserError, match=r"is not a trace of jax.profiler"):
         read_profile(find_trace(tmp_path))
     assert main([]) == 2
 

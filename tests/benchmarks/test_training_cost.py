@@ -137,7 +137,7 @@ def test_a_peer_runs_the_same_without_augmentation(compiled, capsys):
     assert theirs == [(layout, m) for layout in FakePeer.layouts for m in ("dsn", "dfs")]
     assert {row["compile_s"] for row in rows if row["framework"] == "fake"} == {None}
     assert {experiment.config.data.augmentation for experiment in compiled} == {"none"}
-    assert "augmentation: none (always so beside fake)" in capsys.readouterr().out
+    assert "augmentation: none (always with fake)" in capsys.readouterr().out
 
 
 def test_a_peer_refuses_before_anything_is_compiled(compiled):

@@ -215,9 +215,9 @@ def test_absent_set_is_told_with_the_command(tmp_path):
         ("cifer10", r"cifer10.*did you mean cifar10"),
         ("digit", r"did you mean .*digits"),
         ("zzzzqqqq", r"unknown data set 'zzzzqqqq'"),
-        ("../cifar10", "is no data set name"),
+        ("../cifar10", "is not a data set name"),
         ("cifar10:three", "there is no module"),
-        ("", "is no data set name"),
+        ("", "is not a data set name"),
     ],
 )
 def test_unknown_names(tmp_path, name, message):

@@ -89,7 +89,7 @@ def test_what_is_no_number_is_never_sure(name):
 
 @pytest.mark.parametrize("name", SLOW)
 def test_rows_are_independent_under_jit(name):
-    """What a stage's padding holds does not reach the examples beside it."""
+    """The content of padding does not affect the other examples of a batch."""
     measure = MEASURES.resolve(name)
 
     @jax.jit

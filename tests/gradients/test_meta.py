@@ -188,7 +188,7 @@ def test_micro_batches_give_what_the_batch_gives():
 
 
 class NoExamples:
-    """A loss that is not told apart by example."""
+    """A loss without values by example."""
 
     def __call__(self, outputs, labels):
         return LOSS(outputs, labels)

@@ -84,7 +84,7 @@ def test_other_types_are_no_pixels(dtype):
 def test_ragged_lists_and_other_things():
     _, places, errors = check_images([[[1], [2, 3]], np.zeros((2, 2, 3), np.uint8)], EXAMPLE)
     assert places.tolist() == [1]
-    assert errors[0].startswith("it is no array")
+    assert errors[0].startswith("it is not an array")
     for thing in (3, None, np.uint8(3)):
         with pytest.raises(UserError, match="must be an array"):
             check_images(thing, EXAMPLE)

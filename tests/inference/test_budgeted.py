@@ -1,4 +1,4 @@
-"""Budgeted batch: golden numbers, a slow loop beside the fast code, ties, edges and speed."""
+"""Budgeted batch: golden numbers, a slow loop as reference, ties, edges and speed."""
 
 import math
 import time

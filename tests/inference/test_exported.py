@@ -210,7 +210,7 @@ def test_damage_is_told(tmp_path, directory, name, damage):
     assert ("No such file" if damage == "gone" else "is damaged") in str(told.value)
 
 
-MANIFESTS = {"": "is no JSON", "[]": '"version" is None', '{"version": 7}': '"version" is 7'}
+MANIFESTS = {"": "is not JSON", "[]": '"version" is None', '{"version": 7}': '"version" is 7'}
 
 
 @pytest.mark.parametrize("content", MANIFESTS)

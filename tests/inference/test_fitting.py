@@ -19,7 +19,7 @@ EXITS, CLASSES = 3, 4
 
 
 def draw(n, seed=0):
-    """Logits that deeper exits draw with less noise around the truth, the first told too surely."""
+    """Logits with less noise at deeper exits; the first exit is overconfident."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, n)
     truth = 2.5 * np.eye(CLASSES)[labels]
@@ -146,7 +146,7 @@ def test_few_examples_are_told_with_an_interval(n, is_few):
 
 
 def test_every_exit_unsure_alike_or_a_class_missing():
-    """All confidences equal: nobody can be told from another, and all leave together."""
+    """All confidences are equal, so that all examples exit together."""
     flat = np.zeros((EXITS, 40, CLASSES), np.float32)
     labels = np.zeros(40, int)
     fitted = fit_policy(flat, labels, COSTS, at_most=COSTS[0])

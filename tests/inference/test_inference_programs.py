@@ -98,7 +98,7 @@ def test_benchmark_rows(workdir, staged):
     images = staged.images("test", 13)
     candidates = find_candidates(staged, None, "margin", len(images))
     names = [c.name for c in candidates]
-    assert names[:3] == ["full", "exit 1", "nobody leaves"]
+    assert names[:3] == ["full", "exit 1", "no early exit"]
     rows = benchmark(staged, candidates, images, batch=4, rounds=2)
     assert [row["policy"] for row in rows] == names
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows

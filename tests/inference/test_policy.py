@@ -67,7 +67,7 @@ def test_little_is_needed(tmp_path):
 BAD = {
     '{"version": 2, "thresholds": [0.5]}': 'its "version" is 2, this program reads 1',
     "[1]": 'its "version" is None',
-    "{": "is no JSON",
+    "{": "is not JSON",
     '{"version": 1}': "thresholds are needed",
     '{"version": 1, "thresholds": [0.5], "treshold": 3}': "treshold: thresholds are needed, and",
     '{"version": 1, "thresholds": 0.5}': "thresholds must be a list, got 0.5",

@@ -139,7 +139,7 @@ HALF_LEAVES = {
     # policy, seconds of the whole network, does it run
     "expected": (Policy((0.83, 0.79), exit_shares=(0.2, 0.3, 0.5)), FAST, True),
     "expected, slow": (Policy((0.83, 0.79), exit_shares=(0.2, 0.3, 0.5)), SLOW, False),
-    "nobody leaves": (last_exit_only(EXITS), FAST, True),
+    "no early exit": (last_exit_only(EXITS), FAST, True),
     "not known yet": (Policy((0.83, 0.79)), FAST, False),
     "not allowed": (Policy((0.8, 0.7), exit_shares=(0, 0, 1), falls_back=False), FAST, False),
 }

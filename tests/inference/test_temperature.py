@@ -15,7 +15,7 @@ def cross_entropy(logits, labels, temperature):
 
 
 def draw(sharpness):
-    """Labels drawn from the softmax of logits, which are then told `sharpness` times too surely."""
+    """Labels drawn from the softmax of logits, which are then multiplied by `sharpness`."""
     rng = np.random.default_rng(5)
     logits = 2 * rng.standard_normal((EXITS, EXAMPLES, CLASSES))
     gumbel = rng.gumbel(size=(EXAMPLES, CLASSES))

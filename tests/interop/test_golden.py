@@ -120,12 +120,12 @@ def test_other_numbers_fail_with_status_1(x64, tmp_path, capsys):
     [
         (lambda f: f.update(model="vgg99"), "unknown model 'vgg99'"),
         (lambda f: f.update(options={"depth": 3}), "no option 'depth'"),
-        (lambda f: f.pop("labels"), "damaged or no golden file"),
-        (lambda f: f.update(surprise=1), "damaged or no golden file"),
+        (lambda f: f.pop("labels"), "damaged or not a golden file"),
+        (lambda f: f.update(surprise=1), "damaged or not a golden file"),
         (lambda f: f.update(labels=[1, 2]), r"labels are \[1, 2\]"),
         (lambda f: f.update(labels=[1, 2, 7]), "labels are"),
         (lambda f: f.update(exit_gradient="half"), "exit_gradient is 'half'"),
-        (lambda f: f["eval_logits"][0].pop(), "damaged or no golden file"),
+        (lambda f: f["eval_logits"][0].pop(), "damaged or not a golden file"),
         (lambda f: f["batch_stats_after"].popitem(), "batch statistics are missing"),
         (lambda f: f.update(losses={}), "losses or batch statistics are missing"),
         (lambda f: f["losses"]["deep_supervision"]["grads"].popitem(), "names of deep_supervision"),
@@ -156,7 +156,7 @@ def test_missing_and_damaged_files_are_told_with_status_2(x64, tmp_path, capsys)
         (tmp_path / "bad.json.gz").write_bytes(damaged)
         assert program.main(["check", str(GOLDEN[0]), str(tmp_path / "bad.json.gz")]) == 2
         captured = capsys.readouterr()
-        assert "is damaged or no golden file" in captured.err
+        assert "is damaged or not a golden file" in captured.err
         assert not captured.out  # told before anything is computed
 
 

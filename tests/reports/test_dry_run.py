@@ -167,5 +167,5 @@ def test_train_compiles_for_a_tpu_that_is_not_there(tmp_path):
 @pytest.mark.slow
 def test_topologies_that_no_tpu_has():
     pytest.importorskip("libtpu")
-    with pytest.raises(UserError, match=r"topology=v5e:3x3 is no slice .* such as v5e:4x4"):
+    with pytest.raises(UserError, match=r"topology=v5e:3x3 is not a slice .* such as v5e:4x4"):
         topology_devices("v5e:3x3")

@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 def agree() -> dict[str, object]:
-    """Answers, arrays and errors are the same in both processes; rows are each one's own."""
+    """Answers, arrays and errors are the same in both processes; each has its own rows."""
     found: dict[str, object] = {
         "answer": by_writer(lambda name: f"{name} of {jax.process_index()}", "answer"),
         "errors": [_message(Refused), _message(UserError)],

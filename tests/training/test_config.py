@@ -1,4 +1,4 @@
-"""A run's config: checked, kept beside the run, and compared when it is picked up again."""
+"""A run's config: checked, recorded with the run, and compared when it resumes."""
 
 from __future__ import annotations
 

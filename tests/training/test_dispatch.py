@@ -47,7 +47,7 @@ AT_ONCE = {"steps_per_dispatch": 4, "data.on_device": True}
 
 
 def after(experiment, feed, sizes):
-    """Returns the state after dispatches of so many steps each."""
+    """Returns the state after dispatches with these numbers of steps."""
     state, step = initial_state(experiment), training_step(experiment, feed.takes)
     for steps in sizes:
         state = step(state, *feed.next(steps))
@@ -149,7 +149,7 @@ def recorded(monkeypatch, at_step=None, action=None):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run that nobody disturbed, and the dispatches that it was made of."""
+    """An uninterrupted run, and its dispatches."""
     workdir = tmp_path_factory.mktemp("at_once")
     with pytest.MonkeyPatch.context() as patch:
         taken = recorded(patch)

@@ -1,4 +1,4 @@
-"""Whole runs, in process: resuming to the bit, stopping cleanly, mistakes told in one sentence."""
+"""Whole runs, in process: resuming to the bit, stopping cleanly, one sentence for mistakes."""
 
 from __future__ import annotations
 

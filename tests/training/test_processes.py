@@ -208,7 +208,7 @@ def assert_within_rounding(workdir, reference):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of one process that nobody disturbed."""
+    """An uninterrupted run of one process."""
     workdir = tmp_path_factory.mktemp("alone")
     trained(workdir, processes=1)
     return workdir

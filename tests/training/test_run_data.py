@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def root(trained, tmp_path):
-    """A copy of both, to be changed; the run is told where the images lie now."""
+    """A copy of both, to be changed; the run refers to the new location of the images."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -226,7 +226,7 @@ def test_a_renamed_class_keeps_its_output(root):
 
 
 def test_classes_that_are_renamed_at_once_are_told_apart_by_their_files(root):
-    """Here files of two classes have the same names and sizes: nobody can tell them apart."""
+    """Files of two classes have the same names and sizes, and cannot be distinguished."""
     rename(root, "fox", "ant")
     rename(root, "cat", "yak")
     with pytest.raises(UserError, match="'cat' was removed; class 'fox' was removed; class 'ant'"):

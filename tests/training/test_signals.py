@@ -40,7 +40,7 @@ def test_a_signal_is_a_request(number):
 
 
 def test_a_terminal_that_ends_asks_more_than_once():
-    """The kernel and the shell send SIGHUP each; the session's manager SIGTERM beside it."""
+    """The kernel and the shell send SIGHUP each; and the session manager SIGTERM too."""
     with StopSignals() as signals:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
             send(number)

@@ -1,6 +1,6 @@
-"""Which kernels compute which convolution: one rule, from measurements.
+"""Choice of the kernel for each convolution, from measurements.
 
-XLA's time over the kernel's, medians, batches of 64 and 128 on two cores, XLA compiled with
+XLA's time divided by the kernel's, medians, batches of 64 and 128 on two cores, XLA compiled with
 `compiler_options`:
 
     kernel           channels   sides    forward      weights      inputs
@@ -10,8 +10,8 @@ XLA's time over the kernel's, medians, batches of 64 and 128 on two cores, XLA c
     1x1              64 - 512   8 - 32                1.0 ... 3.0               `pointwise`
     3x3, depthwise   64 - 256   8 - 32   10 ... 20    3 ... 12     27 ... 42    `depthwise`
 
-Where nothing is said, and for fewer channels, XLA's is about as fast or faster. Winograd's weight
-gradient would be a fifth faster than that by taps, but less exact than XLA's.
+Elsewhere in the table, and for fewer channels, XLA's kernel is about as fast or faster. Winograd's
+weight gradient would be a fifth faster than that by taps, but less exact than XLA's.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from dfs_jax.tracing.cpu import depthwise, pointwise, taps, winograd
 
 Kernel = Callable[[jax.Array, jax.Array], jax.Array]
 
-# The fewer and the more of input and output channels, and the pixels of an image. What one of a
-# larger image unfolds leaves the cache; one of a smaller image is little work beside the
-# transform of the weights.
+# Bounds for the smaller and the larger of input and output channels, and for an image's pixels. The
+# unfolded form of a larger image exceeds the cache; for a smaller image the transform of the
+# weights outweighs the product.
 LEAST_FOR_WINOGRAD = (32, 64)
-# Beyond it nothing was measured, and every 128 channels make one more part to compile.
+# Larger numbers were not measured, and every 128 channels add another part to compile.
 MOST_FOR_WINOGRAD = 1024
 PIXELS_FOR_WINOGRAD = range(8 * 8, 64 * 64 + 1)
-# Few pixels and many channels are what XLA's own weight gradient is good at.
+# XLA's own weight gradient is good at few pixels and many channels.
 PIXELS_FOR_TAPS = range(24 * 24, 128 * 128 + 1)
 LEAST_FOR_STRIDED = 16
 
 
 class Geometry(NamedTuple):
-    """What a two-dimensional, undilated convolution is, but for its channels.
+    """Geometry of a two-dimensional, undilated convolution, without its channels.
 
     Attributes:
-      kernel: its height and width.
-      strides: down and across.
-      padding: zeros before and after, down and across.
-      sides: the image's height and width.
-      is_depthwise: whether each channel has a kernel of its own; else every output reads every one.
+      kernel: height and width of the kernel.
+      strides: vertical and horizontal stride.
+      padding: zeros before and after, vertically and horizontally.
+      sides: height and width of the image.
+      is_depthwise: whether each channel has its own kernel; else each output reads all channels.
     """
 
     kernel: tuple[int, int]
@@ -58,12 +58,12 @@ class Geometry(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """How many the image has."""
+        """Number of pixels of the image."""
         return math.prod(self.sides)
 
 
 class Kernels(NamedTuple):
-    """The kernels of the three passes, as in `Passes`; None where XLA's own is as good."""
+    """Kernels of the three passes; None where XLA's own is as good."""
 
     forward: Kernel | None = None
     weight_gradient: Kernel | None = None
@@ -71,7 +71,7 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(geometry: Geometry, channels: int, features: int) -> Kernels:
-    """Returns the kernels for so many input and output channels.
+    """Returns the kernels for these numbers of input and output channels.
 
     Example:
       >>> stem = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), sides=(32, 32))

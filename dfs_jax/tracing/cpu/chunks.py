@@ -1,7 +1,7 @@
-"""Running a kernel over a few images at a time, so that what it unfolds stays in the cache.
+"""Runs a kernel on a few images at a time, so that the unfolded images stay in the cache.
 
-The largest single gain on a CPU: what a convolution unfolds of a whole batch (3 to 16 times its
-size) goes through main memory twice, a chunk of it does not.
+This is the largest single gain on a CPU: the unfolded images of a whole batch (3 to 16 times its
+size) pass through main memory twice, those of a chunk do not.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# What a chunk may unfold, in bytes: within the second- and third-level caches of two cores.
+# Size in bytes of a chunk's unfolded images: fits the second- and third-level caches of two cores.
 CHUNK_BYTES = 4 << 20
 
 
 def chunk_size(batch: int, bytes_per_image: int) -> int:
-    """Returns how many images to take at a time.
+    """Returns the number of images in a chunk.
 
-    The largest divisor of the batch that fits, unless that is less than half of what fits: then
-    the batch is cut into equal parts, the last of them padded.
+    It is the largest divisor of the batch that fits, unless that is less than half of what fits:
+    then the batch is split into equal parts, the last of which is padded.
 
     >>> chunk_size(128, CHUNK_BYTES // 9), chunk_size(127, CHUNK_BYTES // 9)
     (8, 9)
@@ -34,7 +34,7 @@ def chunk_size(batch: int, bytes_per_image: int) -> int:
 
 
 def map_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, size: int) -> jax.Array:
-    """Returns `function(x)`, which treats each image of `x` alone, computed `size` at a time."""
+    """Returns `function(x)`, which treats images independently, for `size` images at a time."""
     if size >= len(x):
         return function(x)
     y = lax.map(function, _split(x, size))

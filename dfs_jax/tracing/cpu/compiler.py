@@ -1,4 +1,4 @@
-"""What XLA is told when it compiles a step for a CPU."""
+"""Options of XLA for programs on a CPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 
 import jax
 
-# Newer versions of XLA give matrix products, convolutions and reductions of a CPU to a library.
-# Its reductions are fast; the rest is slower than XLA's own, or runs on one core alone. Medians of
+# Newer versions of XLA compute a CPU's matrix products, convolutions and reductions by a library.
+# Its reductions are fast; the rest is slower than XLA's own, or runs on one core only. Medians of
 # a step on 2 cores, all to the library / reductions alone: VGG7 869 / 723 ms (batch 128), ResNet18
 # 2,613 / 2,288 ms, MSDNet 1,694 / 1,567 ms (batch 64).
 _LIBRARY_FOR_REDUCTIONS = {
@@ -16,9 +16,9 @@ _LIBRARY_FOR_REDUCTIONS = {
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """Returns `jax.jit`'s `compiler_options` for programs that run on that platform.
+    """Returns `jax.jit`'s `compiler_options` for programs on a platform.
 
-    None for other platforms than "cpu", and none where XLA does not know the options.
+    Empty for platforms other than "cpu", and if XLA does not know the options.
 
     Example:
       >>> compiler_options("tpu")
@@ -30,7 +30,7 @@ def compiler_options(platform: str) -> dict[str, str]:
 
 @functools.cache
 def _is_known(options: tuple[tuple[str, str], ...]) -> bool:
-    """Compiles the smallest program with the options, which XLA refuses where they are unknown."""
+    """Returns whether XLA accepts the options, by compiling a minimal program."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         smallest = jax.jit(lambda: 0, compiler_options=dict(options)).lower()
     try:

@@ -1,6 +1,6 @@
-"""Depthwise 3x3 convolutions of padding 1: nine shifted images, each times its tap, added.
+"""Depthwise 3x3 convolutions with padding 1, as a sum of nine shifted and scaled images.
 
-Every channel has a kernel of its own, so there is nothing to multiply as matrices.
+Each channel has its own kernel, so there is no matrix product.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def forward(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
 def weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
     """Returns the kernel's gradient `[3, 3, 1, in]`.
 
-    Image by image, each tap's products are added where they lie, and over the pixels in the end:
-    XLA's reduction over pixels is many times slower than such an addition.
+    The products of each tap are first summed over images, elementwise, and then over pixels, since
+    XLA's reduction over pixels is many times slower than elementwise addition.
     """
 
     def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -34,7 +34,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, stride: int) -> jax.Array:
 
 
 def input_gradient(dy: jax.Array, w: jax.Array, stride: int, sides: tuple[int, int]) -> jax.Array:
-    """Returns the gradient of an input of those sides."""
+    """Returns the gradient of an input with these sides."""
     if stride == 1:
         return forward(dy, w[::-1, ::-1], 1)
     return add_strided(dy[..., None, None, :] * w[:, :, 0], sides)

@@ -1,4 +1,4 @@
-"""The weight gradient of a 1x1 convolution without padding: one matrix product over the pixels."""
+"""Weight gradient of a 1x1 convolution without padding: one matrix product over the pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which equation of a traced program which kernel of a CPU computes."""
+"""Recognises the equations of a traced program that a CPU kernel can compute."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Convolutions as matrix products of shifted images, a chunk of images at a time: exact, any size.
+"""Convolutions as matrix products of shifted images, in chunks: exact, for any size.
 
-A 3x3 kernel has nine taps, products of the image shifted by one of three columns and one of three
-rows. Shifted both ways, the unfolded image is nine times the image; shifted by columns on one side
-of the product and by rows on the other, each is three times, and one product holds all taps.
+A 3x3 kernel has nine taps, each a product with the image shifted by one of three columns and one of
+three rows. Shifted both ways, the unfolded image has nine times the size; with columns shifted on
+one side of the product and rows on the other, each has three times, and one product has all taps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dfs_jax.tracing.cpu.chunks import chunk_size, map_chunks, sum_chunks
 def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """Returns the gradient `[3, 3, in, out]` of a kernel of stride 1 and padding 1.
 
-    With X the columns' three shifts of `x` and G the rows' three shifts of `dy`, X'G has all taps.
+    With X the three column shifts of `x` and G the three row shifts of `dy`, X'G has all taps.
     """
 
     def some_images(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -42,9 +42,9 @@ def strided_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def strided_input_gradient(dy: jax.Array, w: jax.Array, sides: tuple[int, int]) -> jax.Array:
-    """Returns the input's gradient, of those sides, for stride 2 and padding 1.
+    """Returns the gradient of an input with these sides, for stride 2 and padding 1.
 
-    One matrix product gives what each output owes to its nine inputs.
+    One matrix product gives each output's contributions to its nine inputs.
     """
     channels = w.shape[2]
     matrix = w.transpose(3, 0, 1, 2).reshape(w.shape[3], -1)
@@ -56,10 +56,10 @@ def strided_input_gradient(dy: jax.Array, w: jax.Array, sides: tuple[int, int]) 
 
 
 def add_strided(owed: jax.Array, sides: tuple[int, int]) -> jax.Array:
-    """Adds up what outputs owe to inputs, `[batch, height, width, 3, 3, in]`, for stride 2.
+    """Sums the contributions of outputs to inputs, `[batch, height, width, 3, 3, in]`, stride 2.
 
-    In each direction the inputs at even places have one output, under the kernel's middle; those at
-    odd places have two.
+    In each direction, inputs at even positions are read by one output, through the middle of the
+    kernel; those at odd positions are read by two.
     """
     rows = _interleave(owed[..., 1, :, :], owed[..., 2, :, :], owed[..., 0, :, :], axis=1)
     dx = _interleave(rows[..., 1, :], rows[..., 2, :], rows[..., 0, :], axis=2)
@@ -67,7 +67,7 @@ def add_strided(owed: jax.Array, sides: tuple[int, int]) -> jax.Array:
 
 
 def shifts(x: jax.Array, stride: int) -> list[jax.Array]:
-    """Returns the nine images that the taps see, row by row, for padding 1."""
+    """Returns the nine shifted images that the taps read, row by row, for padding 1."""
     height, width, padded = x.shape[1], x.shape[2], _pad(_pad(x, axis=1), axis=2)
     return [
         padded[:, i : i + height : stride, j : j + width : stride]
@@ -85,20 +85,20 @@ def _interleave(even: jax.Array, here: jax.Array, after: jax.Array, *, axis: int
 
 
 def _columns(x: jax.Array) -> jax.Array:
-    """Returns the three shifts along the width side by side: `[pixels, 3 * channels]`."""
+    """Returns the three shifts along the width, concatenated: `[pixels, 3 * channels]`."""
     width, padded = x.shape[2], _pad(x, axis=2)
     shifts = [padded[:, :, j : j + width] for j in range(3)]
     return jnp.concatenate(shifts, axis=-1).reshape(-1, 3 * x.shape[3])
 
 
 def contract_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the products of every channel of `x` with every one of `y`, summed over the rest."""
+    """Returns products of all channels of `x` with all channels of `y`, summed over the rest."""
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
 
 
 def _pad(x: jax.Array, axis: int) -> jax.Array:
-    """Pads one zero at both ends of an axis."""
+    """Pads an axis with one zero at both ends."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (1, 1)
     return jnp.pad(x, widths)

@@ -2,13 +2,13 @@
 
     y = A' [(G w G') * (B' x B)] A          for each tile of 2x2 outputs, 4x4 inputs
 
-* multiplies element by element and sums over input channels: 16 matrix products take the place of
-36. Both sides of the image must be even. Its sums begin with differences of inputs, which costs
-accuracy, and are nine times shorter, which gains some; kept short, they are as exact as XLA's. The
-weight gradient would lose (its sums run over pixels, 1.6 times XLA's error): see `taps`.
+* multiplies element by element and sums over input channels: 16 matrix products replace 36. Both
+sides of the image must be even. The sums begin with differences of inputs, which costs accuracy,
+but are nine times shorter, which improves it; split into short sums, they are as exact as XLA's.
+The weight gradient would not be (its sums run over pixels, 1.6 times XLA's error): see `taps`.
 
-Every transform runs in one direction, then in the other, and what lies between is kept: fused into
-one, XLA would compile and compute each sum up to four times.
+Each transform is applied along one axis, then along the other, with the intermediate result stored:
+if they were fused, XLA would compile and compute each sum up to four times.
 
 Reference: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016.
 """
@@ -23,7 +23,7 @@ from jax import lax
 
 from dfs_jax.tracing.cpu.chunks import chunk_size, map_chunks
 
-# Sums of twice as many products, or more, are split into parts that are added in the end.
+# Sums of at least twice as many products are split into parts, which are added at the end.
 LONGEST_SUM = 128
 
 
@@ -49,11 +49,11 @@ def forward(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def input_gradient(dy: jax.Array, w: jax.Array) -> jax.Array:
-    """Returns the input's gradient: the convolution of `dy` with the kernel turned by 180 degrees.
+    """Returns the input's gradient: the convolution of `dy` with the kernel rotated by 180 degrees.
 
     Args:
-      dy: the output's gradient, `[batch, height, width, out]`.
-      w: the kernel, `[3, 3, in, out]`.
+      dy: gradient of the output, `[batch, height, width, out]`.
+      w: kernel, `[3, 3, in, out]`.
     """
     return forward(dy, w[::-1, ::-1].swapaxes(2, 3))
 
@@ -70,7 +70,7 @@ def _input_tiles(x: jax.Array) -> jax.Array:
 
 
 def _output(products: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns A' m A for the products `[16, tiles, out]` of images of that shape."""
+    """Returns A' m A for the products `[16, tiles, out]` of images with this shape."""
     batch, height, width, _ = shape
     m = products.reshape(4, 4, batch, height // 2, width // 2, -1)
     rows = _materialised(jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]]))
