@@ -19,5 +19,5 @@ def test_the_page_on_any_model_trains_and_answers(capsys):
     learned = np.mean(np.argmax(names["logits"][-1], axis=-1) == names["labels"])
     assert learned > 0.9
     predicted = names["predictor"](names["images"])
-    assert len(set(predicted.exit_index)) > 1
+    assert (predicted.exit_index < 2).any()
     assert str(predicted.predicted) in capsys.readouterr().out
