@@ -182,7 +182,7 @@ def _write(found: Mapping[str, Sequence[Accuracies]], workdir: Path) -> Path:
             {"method": method, "exits": exits, "mean": mean, "ensemble": ensemble, "runs": kept}
         )
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    return write_whole(workdir / FILE, text.encode())
+    return write_whole(workdir / FILE, text)
 
 
 def _numbers(seeds: Sequence[str]) -> list[int]:

@@ -105,7 +105,7 @@ def render_page(docs: Path, directory: Path) -> list[Path]:
         if picture in drawn:
             content[block] += f"\n\n![{caption}]({picture})"
     text = _BLOCK.sub(lambda m: f"{m[1]}{content[m[2]]}\n{m[3]}", text)
-    return [write_whole(path, text.encode()), *written]
+    return [write_whole(path, text), *written]
 
 
 _ON_CIFAR = (suites.SETS[0], suites.SHORT)

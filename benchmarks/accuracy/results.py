@@ -106,7 +106,7 @@ def read_records(path: Path) -> dict[str, Record]:
 
 def write_records(path: Path, cells: Mapping[str, Record]) -> None:
     """Writes records one per line, so that a new cell changes one line of the file."""
-    write_whole(path, _one_line_a_cell(cells).encode())
+    write_whole(path, _one_line_a_cell(cells))
 
 
 def _one_line_a_cell(cells: Mapping[str, Record]) -> str:

@@ -57,7 +57,7 @@ def pack(raw: RawDataset, name: str, directory: Path, *, parts: int = 2) -> list
         "pixels_sha256": {split: _sha256(part.images) for split, part in splits.items()},
         "parts": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
     }
-    return [write_whole(directory / f"{name}.json", json.dumps(about).encode()), *paths]
+    return [write_whole(directory / f"{name}.json", json.dumps(about)), *paths]
 
 
 def unpack(name: str, directory: Path) -> RawDataset:

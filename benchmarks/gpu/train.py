@@ -193,7 +193,7 @@ def _save_unfinished(
             continue
         state, step, total = _restore(config, run, datasets.of(config))
         sessions = [*read_sessions(run), {"card": card(), "step": step}]
-        write_whole(run / SESSIONS, json.dumps(sessions).encode())
+        write_whole(run / SESSIONS, json.dumps(sessions))
         about = {"cell": cell.name, "config_hash": known_as, "step": step, "steps": total}
         try:
             manifest = save_run(
@@ -245,10 +245,10 @@ def _continue_carried(
     state = restore_state(manifest, content, abstract_state(experiment))
     open_workdir(run, config)
     for name, text in manifest["files"].items():
-        write_whole(run / name, text.encode())
+        write_whole(run / name, text)
     sessions = read_sessions(run)
     sessions[-1]["rounded"] = manifest["rounded"]
-    write_whole(run / SESSIONS, json.dumps(sessions).encode())
+    write_whole(run / SESSIONS, json.dumps(sessions))
     checkpoints = Checkpoints(run)
     checkpoints.save(state, manifest["step"], score=None)
     checkpoints.close()

@@ -75,7 +75,7 @@ def save_run(
         if (run / name).exists()
     }
     manifest = {**about, "rounded": rounded, "leaves": leaves, "pieces": pieces, "files": files}
-    write_whole(output / MANIFEST, json.dumps(manifest).encode())
+    write_whole(output / MANIFEST, json.dumps(manifest))
     return manifest
 
 

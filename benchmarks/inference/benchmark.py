@@ -118,7 +118,7 @@ def main() -> None:
             some = benchmark(staged, candidates, images, batch=batch, rounds=rounds.value)
             program.say(table(some))
             rows += some
-        write_whole(path, to_json(rows).encode())
+        write_whole(path, to_json(rows))
         from benchmarks.inference.speed_plots import plot_speed
 
         program.say(f"wrote {path}\nwrote {plot_speed(rows, path.with_suffix('.png'))}")

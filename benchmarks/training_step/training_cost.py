@@ -82,7 +82,7 @@ def write_training_cost(rows: Sequence[CostRow], path: Path) -> None:
     from benchmarks.training_step.cost_plots import plot_training_cost
 
     content = json.dumps(rows, indent=2, allow_nan=False) + "\n"
-    program.say(f"wrote {write_whole(path, content.encode())}")
+    program.say(f"wrote {write_whole(path, content)}")
     program.say(f"wrote {plot_training_cost(rows, path.with_suffix('.png'))}")
 
 

@@ -87,7 +87,7 @@ class Origin(NamedTuple):
     """Record that identifies a version of a set without reading its images.
 
     Attributes:
-      files: for each split that is stored as files, its files in the order of its examples.
+      files: files of each split that is stored as files, in the order of its examples.
       version: version of a prepared TFDS set.
       left_out: files that are not readable images and belong to no split.
     """

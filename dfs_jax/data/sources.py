@@ -73,8 +73,8 @@ def load_dataset(
         examples (1,024 of them if it is streamed).
       streaming: how the images of a TFDS set or a folder are cropped as they are read; None reads
         all into memory.
-      test_examples: for a set without test images, the number of training examples to hold out for
-        the test, or a fraction below 1; drawn with `split_seed`.
+      test_examples: number of training examples held out as the test split of a set without one,
+        or a fraction below 1; drawn with `split_seed`.
       max_corrupt: number of unreadable images of a folder in memory that may be left out.
 
     Raises:

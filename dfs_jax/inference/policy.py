@@ -117,7 +117,7 @@ class Policy:
 
     def save(self, path: Path) -> Path:
         """Writes the policy as JSON, atomically."""
-        return write_whole(path, self.to_json().encode())
+        return write_whole(path, self.to_json())
 
 
 def apply_thresholds(

@@ -116,7 +116,7 @@ def _print_and_write(config: Config, output: Path | None) -> None:
     program.say(table_for_terminal(report))
     if output is not None:
         content = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        written = write_whole(output, content.encode())
+        written = write_whole(output, content)
         program.say(f"wrote {written}")
 
 

@@ -75,7 +75,7 @@ def run_dry(
     program.say(table_for_terminal(found))
     if output is not None:
         content = json.dumps(report(found), indent=2, allow_nan=False) + "\n"
-        program.say(f"wrote {write_whole(output, content.encode())}")
+        program.say(f"wrote {write_whole(output, content)}")
 
 
 def dry_run(config: Config, devices: Sequence[Any]) -> DryRun:

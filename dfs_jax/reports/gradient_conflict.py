@@ -149,7 +149,7 @@ def write_measurements(
     from dfs_jax.reports.conflict_plots import plot_conflict, plot_conflict_over_time
 
     content = json.dumps({"runs": list(measurements)}, indent=1, allow_nan=False) + "\n"
-    written = [write_whole(path, content.encode())]
+    written = [write_whole(path, content)]
     written.append(plot_conflict(measurements, path.with_suffix(".png")))
     if all(probes):
         over_time = path.with_name(f"{path.stem}_over_time.png")

@@ -204,7 +204,7 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> tuple[Path, ..
     if page_path == path:
         raise UserError(f"{path} is the page's own name: give the JSON file another suffix")
     page, data = render_markdown(report), _json(report)
-    return write_whole(path, f"{data}\n".encode()), write_whole(page_path, page.encode())
+    return write_whole(path, f"{data}\n"), write_whole(page_path, page)
 
 
 def _json(report: Report) -> str:

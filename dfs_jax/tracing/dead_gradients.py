@@ -32,22 +32,13 @@ from dfs_jax.tracing.channels import (
     live_of,
     propagate,
 )
-from dfs_jax.tracing.equations import bind, evaluate
+from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, evaluate, opened, trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Calls whose program is searched too, under their names in jax 0.7 and later, with the parameter
-# that holds the program.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-}
+# Calls whose program is searched too.
+_CALLS = {**CALLS, **CHECKPOINTS}
 
 
 def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
@@ -87,26 +78,13 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
       True
     """
 
-    call: Any = fn
-
     @functools.wraps(fn)
     def cheaper(*args: P.args, **kwargs: P.kwargs) -> R:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-        def of_arrays(*arrays: jax.Array) -> R:
-            filled = list(leaves)
-            for i, array in zip(places, arrays, strict=True):
-                filled[i] = array
-            inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
-            return call(*inner_args, **inner_kwargs)
-
-        arrays = [leaves[i] for i in places]
-        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        closed, arrays, structure = trace(fn, *args, **kwargs)
         search = _Search()
         found = search(closed.jaxpr, closed.consts, [None] * len(arrays))
         results = _run(search, closed.jaxpr, closed.consts, arrays, found)
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+        return jax.tree.unflatten(structure, results)
 
     return cheaper
 
@@ -172,7 +150,7 @@ class _Search:
         name = _CALLS.get(equation.primitive.name)
         if name not in equation.params or equation.effects:
             return None
-        jaxpr, consts = _opened(equation.params[name])
+        jaxpr, consts = opened(equation.params[name])
         return jaxpr, self(jaxpr, consts, live)
 
     def _by_its_rule(
@@ -199,10 +177,6 @@ class _Search:
         return [live_of(variable, found.live) for variable in traced.jaxpr.outvars]
 
 
-def _opened(program: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    return (program.jaxpr, program.consts) if isinstance(program, ClosedJaxpr) else (program, ())
-
-
 def _run(
     search: _Search, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], found: _Found
 ) -> list[Any]:
@@ -223,7 +197,7 @@ def _apply(
         return bind(equation, inputs)
     name = _CALLS[equation.primitive.name]
     program = equation.params[name]
-    jaxpr, consts = _opened(program)
+    jaxpr, consts = opened(program)
     cheaper = jax.make_jaxpr(lambda *args: _run(search, jaxpr, consts, args, inner[1]))(
         *(variable.aval for variable in jaxpr.invars)
     )

@@ -3,10 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+# Names of calls in jax 0.7 and later, with the parameter that holds the program that is called.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+# Calls that the backward pass computes again.
+CHECKPOINTS = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
+
+
+class Traced(NamedTuple):
+    """A function's program for some arguments.
+
+    Attributes:
+      closed: the program, a function of the arrays among the arguments.
+      arrays: those arrays.
+      structure: structure of the function's result.
+    """
+
+    closed: ClosedJaxpr
+    arrays: list[jax.Array]
+    structure: Any
+
+
+def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
+    """Traces a function; arguments that are not of type `jax.Array` are passed on unchanged.
+
+    Example:
+      >>> traced = trace(lambda x, scale: {"y": scale * x}, jax.numpy.ones(3), scale=2.0)
+      >>> len(traced.arrays), traced.closed.out_avals
+      (1, [ShapedArray(float32[3])])
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def of_arrays(*arrays: jax.Array) -> Any:
+        filled = list(leaves)
+        for i, array in zip(places, arrays, strict=True):
+            filled[i] = array
+        inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
+        return fn(*inner_args, **inner_kwargs)
+
+    arrays = [leaves[i] for i in places]
+    closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+    return Traced(closed, arrays, jax.tree.structure(shapes))
+
+
+def opened(program: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """Returns a program and its constants, of which an open one has none."""
+    return (program.jaxpr, program.consts) if isinstance(program, ClosedJaxpr) else (program, ())
 
 
 def evaluate(

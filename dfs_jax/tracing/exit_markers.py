@@ -19,15 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-from dfs_jax.tracing.equations import bind
+from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, evaluate, opened, trace
 from dfs_jax.types import UserError
 
 _NAME = re.compile(r"dfs_jax exit (\d+)")
-# Calls that are replaced by their program; the parameter that holds it.
-INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-_CHECKPOINTS = ("checkpoint", "remat", "remat2")
 
 
 def exit_logits(exit_index: int, logits: jax.Array) -> jax.Array:
@@ -110,22 +107,12 @@ def with_exit_logits(fn: Callable[..., Any]) -> Callable[..., tuple[Any, jax.Arr
 
     @functools.wraps(fn)
     def marked(*args: Any, **kwargs: Any) -> tuple[Any, jax.Array]:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-        def of_arrays(*arrays: jax.Array) -> Any:
-            filled = list(leaves)
-            for i, array in zip(places, arrays, strict=True):
-                filled[i] = array
-            inner_args, inner_kwargs = jax.tree.unflatten(structure, filled)
-            return fn(*inner_args, **inner_kwargs)
-
-        arrays = [leaves[i] for i in places]
-        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        results, marks = _evaluate(closed.jaxpr, closed.consts, arrays)
+        closed, arrays, structure = trace(fn, *args, **kwargs)
+        marks: list[_Mark] = []
+        results = _evaluate(closed.jaxpr, closed.consts, arrays, marks)
         check_marks([mark.exit_index for mark in marks])
         logits = [mark.logits for mark in sorted(marks, key=lambda mark: mark.exit_index)]
-        return jax.tree.unflatten(jax.tree.structure(shapes), results), jnp.stack(logits)
+        return jax.tree.unflatten(structure, results), jnp.stack(logits)
 
     return marked
 
@@ -136,51 +123,40 @@ class _Mark(NamedTuple):
 
 
 def _evaluate(
-    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
-) -> tuple[list[Any], list[_Mark]]:
-    """Returns a program's results and what it marks."""
-    marks: list[_Mark] = []
-    known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    known.update(zip(jaxpr.invars, args, strict=True))
-
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else known[variable]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(variable) for variable in equation.invars]
-        with jax.named_scope(str(equation.source_info.name_stack)):
-            results, new = _apply(equation, inputs)
-        marks += new
-        known.update(zip(equation.outvars, results, strict=True))
-    return [read(variable) for variable in jaxpr.outvars], marks
+    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: list[_Mark]
+) -> list[Any]:
+    """Returns a program's results, and appends what it marks to `marks`."""
+    return evaluate(jaxpr, consts, args, functools.partial(_apply, marks))
 
 
-def _apply(equation: JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[_Mark]]:
+def _apply(marks: list[_Mark], equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
     exit_index = marked_exit(equation)
     if exit_index is not None:
         results = bind(equation, inputs)
-        return results, [_Mark(exit_index, results[0])]
+        marks.append(_Mark(exit_index, results[0]))
+        return results
     if not any(map(has_marks, jaxprs_in_params(equation.params))):
-        return bind(equation, inputs), []
+        return bind(equation, inputs)
     name = equation.primitive.name
-    if name in INLINED:
-        program: ClosedJaxpr = equation.params[INLINED[name]]
-        return _evaluate(program.jaxpr, program.consts, inputs)
-    if name not in _CHECKPOINTS:
+    if name in CALLS:
+        return _evaluate(*opened(equation.params[CALLS[name]]), inputs, marks)
+    if name not in CHECKPOINTS:
         raise refuse(equation)
-    return _recomputed(equation, inputs)
+    return _recomputed(equation, inputs, marks)
 
 
-def _recomputed(equation: JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[_Mark]]:
+def _recomputed(equation: JaxprEqn, inputs: list[Any], marks: list[_Mark]) -> list[Any]:
     """Evaluates a `jax.checkpoint`, whose program then returns what it marks too."""
-    program, exits = equation.params["jaxpr"], []
+    program, exits = equation.params[CHECKPOINTS[equation.primitive.name]], []
 
     def run(*args: Any) -> list[Any]:
-        results, marks = _evaluate(program, (), args)
-        exits[:] = [mark.exit_index for mark in marks]
-        return [*results, *(mark.logits for mark in marks)]
+        inner: list[_Mark] = []
+        results = _evaluate(*opened(program), args, inner)
+        exits[:] = [mark.exit_index for mark in inner]
+        return [*results, *(mark.logits for mark in inner)]
 
     options = {key: equation.params[key] for key in ("prevent_cse", "policy")}
     found = jax.checkpoint(run, **options)(*inputs)
     count = len(equation.outvars)
-    return list(found[:count]), list(map(_Mark, exits, found[count:]))
+    marks.extend(map(_Mark, exits, found[count:]))
+    return list(found[:count])

@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params, primitives
 
 from dfs_jax.tracing.cpu.recognition import kernel_for
-from dfs_jax.tracing.equations import bind, evaluate
+from dfs_jax.tracing.equations import bind, evaluate, opened
 
 _LOOPS = ("scan", "while")
 _CUSTOM_DERIVATIVES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
@@ -84,8 +84,8 @@ class _Walk:
         if not any(map(_mentions, equation.params.values())):
             return bind(equation, inputs)
         if name in _CUSTOM_DERIVATIVES:
-            program = equation.params[_CUSTOM_DERIVATIVES[name]]
-            return self.run(program.jaxpr, program.consts, inputs, is_in_loop=is_in_loop)
+            program = opened(equation.params[_CUSTOM_DERIVATIVES[name]])
+            return self.run(*program, inputs, is_in_loop=is_in_loop)
         within = is_in_loop or name in _LOOPS
         consts: list[Any] = []
         params = {k: self._rewritten(v, within, consts) for k, v in equation.params.items()}
@@ -109,18 +109,17 @@ class _Walk:
         if isinstance(value, ClosedJaxpr):
             return closed
         consts.extend(closed.consts)
-        return _opened(closed.jaxpr)
+        return _without_constants(closed.jaxpr)
 
     def _retraced(self, program: Jaxpr | ClosedJaxpr, is_in_loop: bool) -> ClosedJaxpr:
-        is_closed = isinstance(program, ClosedJaxpr)
-        jaxpr, consts = (program.jaxpr, program.consts) if is_closed else (program, ())
+        jaxpr, consts = opened(program)
         shapes = [variable.aval for variable in jaxpr.invars]
         return jax.make_jaxpr(lambda *args: self.run(jaxpr, consts, args, is_in_loop=is_in_loop))(
             *shapes
         )
 
 
-def _opened(jaxpr: Jaxpr) -> Jaxpr:
+def _without_constants(jaxpr: Jaxpr) -> Jaxpr:
     """Returns the program with its constants as its first arguments."""
     if not jaxpr.constvars:
         return jaxpr

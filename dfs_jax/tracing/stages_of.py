@@ -15,12 +15,12 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.tree_util import Partial
 
-from dfs_jax.tracing.equations import bind
-from dfs_jax.tracing.exit_markers import INLINED, check_marks, has_marks, marked_exit, refuse
+from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, opened
+from dfs_jax.tracing.exit_markers import check_marks, has_marks, marked_exit, refuse
 from dfs_jax.types import PyTree, UserError
 
 Carry = tuple[jax.Array, ...]
-_OPENED = {**INLINED, "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
+_OPENED = {**CALLS, **CHECKPOINTS}
 
 
 def stages_of(
@@ -44,7 +44,7 @@ def stages_of(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from dfs_jax.tracing.exit_markers import exit_logits
+      >>> from dfs_jax.tracing.exit_markers import check_marks, has_marks, marked_exit, refuse
       >>> def network(params, x):
       ...     x = jnp.tanh(x @ params["a"])
       ...     exit_logits(0, x @ params["b"])
@@ -58,6 +58,7 @@ def stages_of(
     cut = _Cutter(fn, params, example)
     programs = [cut(batch) for batch in (2, 3)]
     for i in range(len(programs[0].stages) - 1):
+        _check_carried(i, programs[0].stages[i])
         _check_batch_first(i, *(program.stages[i] for program in programs))
     return tuple(
         Partial(functools.partial(_run_stage, cut, i), params)
@@ -99,10 +100,7 @@ class _Cutter:
 
     def __init__(self, fn: Callable[..., Any], params: PyTree, example: jax.ShapeDtypeStruct):
         self._fn, self._example = fn, example
-        self._params = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), jax.numpy.result_type(leaf)),
-            params,
-        )
+        self._params = jax.eval_shape(lambda: params)
         self._known: dict[Any, _Program] = {}
 
     def __call__(self, batch: Any) -> _Program:
@@ -179,9 +177,7 @@ def _flat(jaxpr: Jaxpr, renamed: dict[Any, Any], constants: dict[Any, Any]) -> l
             renamed.update(zip(equation.outvars, outputs, strict=True))
             continue
         program = equation.params[parameter]
-        inner, consts = (
-            (program.jaxpr, program.consts) if isinstance(program, ClosedJaxpr) else (program, ())
-        )
+        inner, consts = opened(program)
         inside = dict(zip(inner.invars, inputs, strict=True))
         for variable, const in zip(inner.constvars, consts, strict=True):
             inside[variable] = _Constant(len(constants))
@@ -230,6 +226,14 @@ def _dependent(equations: Sequence[_Equation], inputs: Sequence[Any]) -> set[Any
         if any(not isinstance(v, Literal) and v in found for v in equation.inputs):
             found.update(equation.outputs)
     return found
+
+
+def _check_carried(i: int, stage: _Stage) -> None:
+    """Raises UserError if a stage leaves nothing that the next one reads."""
+    if not stage.carry:
+        raise UserError(
+            f"exit {i + 1} reads nothing that depends on the examples: mark logits of theirs"
+        )
 
 
 def _check_batch_first(i: int, two: _Stage, three: _Stage) -> None:

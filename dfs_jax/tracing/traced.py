@@ -73,7 +73,7 @@ class Operation(NamedTuple):
 
 
 class Kind(enum.IntEnum):
-    """What a value depends on; the last of several kinds takes precedence."""
+    """Kind of a value by what it depends on, the last kind that applies."""
 
     CONSTANT = 0
     WEIGHT = 1

@@ -59,7 +59,7 @@ class RunData:
       split_seed: random seed of the held-out examples.
       validation_examples: number of held-out examples in the config.
       splits: record of each split of the run.
-      files: for each split that is stored as files, its files in the order of its examples.
+      files: files of each split that is stored as files, in the order of its examples.
       left_out: paths of files that are not readable images.
     """
 
@@ -155,7 +155,7 @@ def _write(workdir: Path, data: RunData, text: str) -> str:
         if data.files:
             listing = json.dumps(dict(data.files))
             write_whole(workdir / FILES_FILE, gzip.compress(listing.encode(), mtime=0))
-        write_whole(path, text.encode())
+        write_whole(path, text)
     return text
 
 

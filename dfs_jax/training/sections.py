@@ -42,10 +42,10 @@ class Section(NamedTuple):
 
     def options(self, name: str | None = None) -> dict[str, Option]:
         """Returns the options by name: of one component, or of all of the registry."""
-        registry = Registry("", {}) if self.registry is None else self.registry
-        names = registry.table if name is None else [name] if self.registry else []
-        components = [registry.resolve(name) for name in names]
-        found = {}
+        components, found = [], {}
+        if self.registry is not None:
+            names = self.registry.table if name is None else [name]
+            components = [self.registry.resolve(name) for name in names]
         for option in self.own:
             attribute = self.needs.get(option.name)
             if attribute is None or any(getattr(c, attribute, False) for c in components):
@@ -92,9 +92,7 @@ SECTIONS = {
         given=("learning_rate", "total_epochs", "steps_per_epoch"),
     ),
 }
-
-
-DATA_SETS = "digits, folder, any image classification set of TFDS"
+_DATA_SETS = "digits, folder, any image classification set of TFDS"
 
 
 def create_section(kind: str, name: str, **values: Any) -> ConfigDict:
@@ -187,7 +185,7 @@ def describe_config(config: Config, run_docs: Mapping[str, str]) -> str:
         section = SECTIONS.get(kind, Section(None))
         lines += ["", f"[{kind}]"]
         if "name" in tree:
-            known = DATA_SETS if section.registry is None else ", ".join(section.registry.table)
+            known = _DATA_SETS if section.registry is None else ", ".join(section.registry.table)
             doc = f'one of {known}, or your own "package.module:attribute"'
             lines += _described(f"{kind}.name", str, tree.name, doc)
         known = section.options(str(tree.name)) if kind in SECTIONS else {}

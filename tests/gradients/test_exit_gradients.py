@@ -20,23 +20,12 @@ from dfs_jax.models import create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables, split_trunk_and_heads
 from dfs_jax.types import HeadOutput, UserError
 from tests.support.helpers import TINY_CLASSES, TinyNetwork
+from tests.support.networks import SMALL_MSDNET
 
 BATCH, CLASSES, IMAGE_SHAPE = 3, 5, (8, 8, 3)
 LABELS = jnp.asarray([2, 0, 4])
 KEY = jax.random.key(11)
-MSDNET = {
-    "num_exits": 3,
-    "base": 1,
-    "step": 1,
-    "step_mode": "even",
-    "initial_channels": 3,
-    "growth": 4,
-    "scale_factors": (1, 2),
-    "bottleneck_factors": (1, 2),
-    "stem": "cifar",
-    "head_channels": 5,
-    "head_dropout": 0.5,
-}
+MSDNET = {**SMALL_MSDNET, "head_dropout": 0.5}
 VIT = {"width": 6, "heads": 2, "patch_size": 4, "first_exit_layer": 1, "dropout": 0.2}
 MODELS = {
     "chain": {},

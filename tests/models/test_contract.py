@@ -15,24 +15,11 @@ from dfs_jax.losses import create_loss
 from dfs_jax.models import MODELS, create_model
 from dfs_jax.models.contract import init_variables, split_trunk_and_heads
 from dfs_jax.surgery import partition_channels
+from tests.support.networks import SMALL_MSDNET, SMALL_VIT
 
 BATCH, CLASSES, IMAGE_SHAPE = 3, 7, (11, 13, 3)
 LABELS = jnp.asarray([2, 6, 2])
 BETA = 0.3
-SMALL_MSDNET = {
-    "num_exits": 3,
-    "base": 1,
-    "step": 1,
-    "step_mode": "even",
-    "initial_channels": 3,
-    "growth": 4,
-    "scale_factors": (1, 2),
-    "bottleneck_factors": (1, 2),
-    "stem": "cifar",
-    "head_channels": 5,
-    "head_dropout": 0.0,
-}
-SMALL_VIT = {"width": 6, "heads": 2, "depth": 4, "patch_size": 1, "first_exit_layer": 2}
 SMALL_BASIC_RESNET = {"width": 5, "stage_sizes": (1, 1, 1)}
 SMALL_BOTTLENECK_RESNET = {"width": 3, "stage_sizes": (2, 1, 1)}
 # Options of a small model of each kind.

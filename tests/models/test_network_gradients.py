@@ -17,9 +17,9 @@ from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
 from dfs_jax.tracing import skip_dead_gradients
 from dfs_jax.training.experiment import build_experiment, initial_state, training_step
-from tests.models.test_contract import SMALL_MSDNET
 from tests.support.helpers import tiny_config
 from tests.support.marks import slow
+from tests.support.networks import SMALL_MSDNET
 
 IMAGE_SHAPE = (10, 13, 3)
 CLASSES = 7

@@ -43,23 +43,9 @@ from dfs_jax.training.loop import train
 from dfs_jax.training.metrics import read_metrics
 from dfs_jax.types import UserError
 from tests.support.helpers import tiny_config
+from tests.support.networks import SMALL_MSDNET
 
-MODELS = {
-    "vgg7": {"width": 3},
-    "msdnet": {
-        "num_exits": 3,
-        "base": 1,
-        "step": 1,
-        "step_mode": "even",
-        "initial_channels": 3,
-        "growth": 4,
-        "scale_factors": (1, 2),
-        "bottleneck_factors": (1, 2),
-        "stem": "cifar",
-        "head_channels": 5,
-        "head_dropout": 0.0,
-    },
-}
+MODELS = {"vgg7": {"width": 3}, "msdnet": SMALL_MSDNET}
 LABELS = jnp.asarray([1, 0, 3, 2, 1])
 TIMINGS = ("images_per_second", "data_wait")
 

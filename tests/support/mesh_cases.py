@@ -1,4 +1,4 @@
-"""What runs on eight forced devices: `python -m tests.support.mesh_cases NAME...`.
+"""Cases for eight forced devices: `python -m tests.support.mesh_cases NAME...`.
 
 Every case holds a mesh against one device. Names are those of `CASES` and `CHECKS`.
 """

@@ -1,4 +1,4 @@
-"""What two processes do together: `python -m tests.support.process_cases CASE PORT ID`."""
+"""Cases for two processes: `python -m tests.support.process_cases CASE PORT ID`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on forced devices: `python -m tests.support.scaling_cases DEVICES NAME...`.
+"""Cases for forced devices: `python -m tests.support.scaling_cases DEVICES NAME...`.
 
 Every case compiles one training step for a mesh and for one device alone, and holds what the
 modules say against what the mesh predicts. See `test_mesh_costs`.

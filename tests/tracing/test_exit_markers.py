@@ -18,7 +18,7 @@ from dfs_jax.models.contract import init_variables
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.tracing import exit_logits, skip_dead_gradients, stages_of, with_exit_logits
 from dfs_jax.types import UserError
-from tests.models.test_contract import SMALL_MSDNET
+from tests.support.networks import SMALL_MSDNET
 
 WIDTH, CLASSES, BATCH = 7, 5, 3
 WAYS = {"plain": lambda f: f, "jit": jax.jit, "remat": jax.checkpoint}

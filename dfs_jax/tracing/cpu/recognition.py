@@ -41,11 +41,8 @@ def kernel_for(equation: JaxprEqn) -> Kernel | None:
         return None
     if params["precision"] not in _DEFAULT:
         return None
-    kernel = (
-        _CONVOLUTIONS[tuple(params["dimension_numbers"])](params, *avals)
-        if (tuple(params["dimension_numbers"]) in _CONVOLUTIONS)
-        else None
-    )
+    recognise = _CONVOLUTIONS.get(tuple(params["dimension_numbers"]))
+    kernel = None if recognise is None else recognise(params, *avals)
     return None if kernel is None else _in_float32(kernel)
 
 
