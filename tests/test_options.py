@@ -18,6 +18,7 @@ from dfs_jax.training.sections import (
     create_section,
     describe_config,
     drop_replaced_options,
+    section_options,
 )
 from tests.support.helpers import tiny_config
 
@@ -70,20 +71,20 @@ def test_options_are_the_keyword_arguments_with_types_defaults_and_docs():
 
 @pytest.mark.parametrize(("kind", "name"), COMPONENTS)
 def test_every_option_is_documented_and_has_one_type(kind, name):
-    options = SECTIONS[kind].options(name)
+    options = section_options(kind, name)
     assert all(option.doc for option in options.values()), [o.name for o in options.values()]
-    everything = SECTIONS[kind].options()
+    everything = section_options(kind)
     assert {n: o.kind for n, o in options.items()} == {n: everything[n].kind for n in options}
 
 
 def test_real_defaults_are_those_of_the_preset():
-    options = {name: SECTIONS["model"].options(name) for name in ("vgg7", "vgg16", "vit_tiny")}
+    options = {name: section_options("model", name) for name in ("vgg7", "vgg16", "vit_tiny")}
     assert options["vgg7"]["stage_sizes"].default == (2, 2, 2)
     assert options["vgg16"]["stage_sizes"].default == (2, 2, 3, 3, 3)
     assert "stage_sizes" not in options["vit_tiny"]
-    assert SECTIONS["schedule"].options("multistep")["decay_epochs"].default is REQUIRED
-    assert "exits" in SECTIONS["gradients"].options("pcgrad")
-    assert "exits" not in SECTIONS["gradients"].options("sum")
+    assert section_options("schedule", "multistep")["decay_epochs"].default is REQUIRED
+    assert "exits" in section_options("gradients", "pcgrad")
+    assert "exits" not in section_options("gradients", "sum")
 
 
 def changed_by_flags(config, **fields):

@@ -87,20 +87,15 @@ class _Walk:
             program = opened(equation.params[_CUSTOM_DERIVATIVES[name]])
             return self.run(*program, inputs, is_in_loop=is_in_loop)
         within = is_in_loop or name in _LOOPS
-        consts: list[Any] = []
-        params = {k: self._rewritten(v, within, consts) for k, v in equation.params.items()}
-        return bind(equation, [*consts, *inputs], params)
+        params = {key: self._rewritten(value, within) for key, value in equation.params.items()}
+        return bind(equation, inputs, params)
 
-    def _rewritten(self, value: Any, is_in_loop: bool, consts: list[Any]) -> Any:
-        """Returns an equation's parameter, its programs rewritten.
-
-        An open program has no place for constants: they are appended to `consts`, which become the
-        first arguments.
-        """
+    def _rewritten(self, value: Any, is_in_loop: bool) -> Any:
+        """Returns an equation's parameter, its programs rewritten."""
         if not _mentions(value):
             return value
         if isinstance(value, tuple):  # the branches of a condition
-            return tuple(self._rewritten(part, is_in_loop, consts) for part in value)
+            return tuple(self._rewritten(part, is_in_loop) for part in value)
         key = id(value), is_in_loop
         if key not in self._known:
             self._known[key] = self._retraced(value, is_in_loop)
@@ -108,8 +103,7 @@ class _Walk:
         closed = self._known[key]
         if isinstance(value, ClosedJaxpr):
             return closed
-        consts.extend(closed.consts)
-        return _without_constants(closed.jaxpr)
+        return value if closed.consts else closed.jaxpr  # an open program has no place for them
 
     def _retraced(self, program: Jaxpr | ClosedJaxpr, is_in_loop: bool) -> ClosedJaxpr:
         jaxpr, consts = opened(program)
@@ -117,14 +111,6 @@ class _Walk:
         return jax.make_jaxpr(lambda *args: self.run(jaxpr, consts, args, is_in_loop=is_in_loop))(
             *shapes
         )
-
-
-def _without_constants(jaxpr: Jaxpr) -> Jaxpr:
-    """Returns the program with its constants as its first arguments."""
-    if not jaxpr.constvars:
-        return jaxpr
-    invars = [*jaxpr.constvars, *jaxpr.invars]
-    return Jaxpr([], invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects)
 
 
 def _in_order(lhs: jax.Array, rhs: jax.Array, *, dimension_numbers: Any, **params: Any) -> Any:

@@ -44,7 +44,7 @@ def stages_of(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from dfs_jax.tracing.exit_markers import check_marks, has_marks, marked_exit, refuse
+      >>> from dfs_jax.tracing.exit_markers import exit_logits
       >>> def network(params, x):
       ...     x = jnp.tanh(x @ params["a"])
       ...     exit_logits(0, x @ params["b"])

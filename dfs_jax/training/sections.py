@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,21 +41,6 @@ class Section(NamedTuple):
     functions: tuple[Callable[..., Any], ...] = ()
     needs: Mapping[str, str] = MappingProxyType({})
 
-    def options(self, name: str | None = None) -> dict[str, Option]:
-        """Returns the options by name: of one component, or of all of the registry."""
-        components, found = [], {}
-        if self.registry is not None:
-            names = self.registry.table if name is None else [name]
-            components = [self.registry.resolve(name) for name in names]
-        for option in self.own:
-            attribute = self.needs.get(option.name)
-            if attribute is None or any(getattr(c, attribute, False) for c in components):
-                found[option.name] = option
-        for component in (*self.functions, *components):
-            for option in options_of(component, self.given).values():
-                found.setdefault(option.name, option)
-        return found
-
 
 SECTIONS = {
     "model": Section(
@@ -92,6 +78,30 @@ SECTIONS = {
         given=("learning_rate", "total_epochs", "steps_per_epoch"),
     ),
 }
+
+
+@functools.cache
+def section_options(kind: str, name: str | None = None) -> Mapping[str, Option]:
+    """Returns a section's options by name: for one component, or for all of the registry.
+
+    Args:
+      kind: name of the section, one of `SECTIONS`.
+      name: name of the component; None for all.
+    """
+    section, components, found = SECTIONS[kind], [], {}
+    if section.registry is not None:
+        names = section.registry.table if name is None else [name]
+        components = [section.registry.resolve(name) for name in names]
+    for option in section.own:
+        attribute = section.needs.get(option.name)
+        if attribute is None or any(getattr(c, attribute, False) for c in components):
+            found[option.name] = option
+    for component in (*section.functions, *components):
+        for option in options_of(component, section.given).values():
+            found.setdefault(option.name, option)
+    return MappingProxyType(found)
+
+
 _DATA_SETS = "digits, folder, any image classification set of TFDS"
 
 
@@ -111,7 +121,7 @@ def create_section(kind: str, name: str, **values: Any) -> ConfigDict:
       ((3, 5), None)
     """
     section = ConfigDict({"name": name})
-    for option in SECTIONS[kind].options().values():
+    for option in section_options(kind).values():
         section[option.name] = placeholder(option.kind)
         if option.name in values:
             section[option.name] = values[option.name]
@@ -163,7 +173,7 @@ def _accepted(kind: str, name: str) -> set[str] | None:
             return None
     except UserError:  # said when it is created
         return None
-    return set(section.options(name))
+    return set(section_options(kind, name))
 
 
 def describe_config(config: Config, run_docs: Mapping[str, str]) -> str:
@@ -188,7 +198,7 @@ def describe_config(config: Config, run_docs: Mapping[str, str]) -> str:
             known = _DATA_SETS if section.registry is None else ", ".join(section.registry.table)
             doc = f'one of {known}, or your own "package.module:attribute"'
             lines += _described(f"{kind}.name", str, tree.name, doc)
-        known = section.options(str(tree.name)) if kind in SECTIONS else {}
+        known = section_options(kind, str(tree.name)) if kind in SECTIONS else {}
         for field in sorted(set(tree) - {"name"}):
             if kind in SECTIONS and field not in known:
                 continue

@@ -18,6 +18,7 @@ from dfs_jax.models.contract import init_variables
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.tracing import exit_logits, skip_dead_gradients, stages_of, with_exit_logits
 from dfs_jax.types import UserError
+from tests.support.marks import slow
 from tests.support.networks import SMALL_MSDNET
 
 WIDTH, CLASSES, BATCH = 7, 5, 3
@@ -218,7 +219,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow(MODELS, "resnet18", "vit_tiny"))
 def test_built_in_models_cost_no_more_up_to_any_exit_than_their_stages(name):
     model = create_model(name, num_classes=CLASSES, cpu_kernels=False, **MODELS[name])
     variables = init_variables(model, jax.random.key(0), (10, 15, 3))
