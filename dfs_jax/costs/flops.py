@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr
 
 from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.contract import MultiExitModel, init_variables
+from dfs_jax.tracing.stages_of import stages_of
 from dfs_jax.tracing.traced import (
     Kind,
     Operation,
@@ -35,7 +36,10 @@ class ExitCost(NamedTuple):
     Attributes:
       exit: 1-based label, shallow first.
       params: number of trainable parameters.
-      macs: multiply-adds for one image; 1 MAC = 2 FLOPs.
+      macs: multiply-adds for one image of the stages that early-exit inference runs; they leave to
+        later stages what an exit does not need. 1 MAC = 2 FLOPs.
+      published_macs: multiply-adds for one image of everything that the blocks compute, as in the
+        published code.
       literature_flops: FLOPs for one image as counted in the literature on multi-exit networks.
       macs_without_earlier_heads: multiply-adds of the trunk and this exit's head alone.
     """
@@ -43,6 +47,7 @@ class ExitCost(NamedTuple):
     exit: int
     params: int
     macs: int
+    published_macs: int
     literature_flops: int
     macs_without_earlier_heads: int
 
@@ -70,8 +75,8 @@ def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tupl
                            and k x k per pooled output; a pool over all positions counts them all
 
     Biases of convolutions, normalisation, other non-linearities and additions are free. Everything
-    that a block computes counts, even if an exit does not need it. Adaptation layers are used by a
-    loss in training only and do not count.
+    that a block computes counts, even if an exit does not need it, except in `macs`. Adaptation
+    layers are used by a loss in training only and do not count.
 
     Args:
       model: unbound backbone.
@@ -90,17 +95,20 @@ def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tupl
     Example: two 3x3 convolutions with 2 channels on 8x8 pixels, heads of 2 x 5.
       >>> from dfs_jax.models import create_model
       >>> vgg = create_model("vgg7", num_classes=5, width=2)
-      >>> exit_costs(vgg, (8, 8, 3))[0]
-      ExitCost(exit=1, params=70, macs=3466, literature_flops=3722, macs_without_earlier_heads=3466)
+      >>> first = exit_costs(vgg, (8, 8, 3))[0]
+      >>> first.params, first.macs, first.literature_flops
+      (70, 3466, 3722)
     """
     parts = _Parts(model, image_shape)
     params = parts.parameters()
     macs, literature = parts.operations(MULTIPLY_ADDS), parts.operations(LITERATURE_FLOPS)
+    staged = parts.staged_operations(MULTIPLY_ADDS)
     return tuple(
         ExitCost(
             exit=i + 1,
             params=params.up_to_exit(i),
-            macs=macs.up_to_exit(i),
+            macs=sum(staged[: i + 1]),
+            published_macs=macs.up_to_exit(i),
             literature_flops=literature.up_to_exit(i),
             macs_without_earlier_heads=macs.without_earlier_heads(i),
         )
@@ -118,7 +126,7 @@ class _Parts:
             lambda: init_variables(self.model, jax.random.key(0), image_shape)
         )
         self.blocks, self.heads = [], []
-        carry = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        self.images = carry = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         for i in range(model.num_exits):
             block, carry = self._trace("run_block", i, carry)
             head, _ = self._trace("run_head", i, carry)
@@ -131,6 +139,23 @@ class _Parts:
             tuple(count_by(block, rules) for block in self.blocks),
             tuple(count_by(head, rules) for head in self.heads),
         )
+
+    def staged_operations(self, rules: Mapping[str, Rule]) -> list[int]:
+        """Counts the operations of each stage of early-exit inference."""
+
+        def network(variables, images):
+            self.model.apply(variables, images, PlainFork())
+
+        counts = []
+        carry: PyTree = self.images
+        example = jax.ShapeDtypeStruct(self.images.shape[1:], self.images.dtype)
+        for stage in stages_of(network, self.variables, example):
+            program, shapes = jax.make_jaxpr(lambda stage, carry: stage(carry), return_shape=True)(
+                stage, carry
+            )
+            counts.append(count_by(_traced(program, stage), rules))
+            carry, _ = shapes
+        return counts
 
     def parameters(self) -> PartCount:
         """Counts each part's trainable parameters, by the contract's names."""
@@ -151,9 +176,14 @@ class _Parts:
             return output if part == "run_block" else output.logits
 
         program, shapes = jax.make_jaxpr(run, return_shape=True)(self.variables, carry)
-        kinds = [Kind.WEIGHT] * len(jax.tree.leaves(self.variables))
-        kinds += [Kind.ACTIVATION] * len(jax.tree.leaves(carry))
-        return TracedProgram(program, kinds), shapes
+        return _traced(program, self.variables), shapes
+
+
+def _traced(program: ClosedJaxpr, weights: PyTree) -> TracedProgram:
+    """Returns a program whose first inputs are weights, and the others activations."""
+    count = len(jax.tree.leaves(weights))
+    activations = len(program.jaxpr.invars) - count
+    return TracedProgram(program, [Kind.WEIGHT] * count + [Kind.ACTIVATION] * activations)
 
 
 def _size(tree: PyTree) -> int:

@@ -102,7 +102,7 @@ class EarlyExitPredictor:
         **options: Any,
     ) -> EarlyExitPredictor:
         """Returns the predictor of a model and its variables (see `model_stages`)."""
-        stages = model_stages(model, variables, fork, prepare=prepare)
+        stages = model_stages(model, variables, fork, example, prepare=prepare)
         return cls(stages, example, policy, **options)
 
     def with_policy(self, policy: Policy) -> EarlyExitPredictor:

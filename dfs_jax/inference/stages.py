@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.tree_util import Partial
 
 from dfs_jax.tracing.cpu import compiler_options
 from dfs_jax.tracing.for_cpu import for_cpu
+from dfs_jax.tracing.stages_of import stages_of
 from dfs_jax.types import PyTree, UserError
 
 if TYPE_CHECKING:
@@ -36,51 +37,49 @@ def model_stages(
     model: MultiExitModel,
     variables: dict[str, Any],
     fork: Fork,
+    example: jax.ShapeDtypeStruct,
     *,
     prepare: Callable[[jax.Array], jax.Array] | None = None,
-) -> tuple[Stage, ...]:
-    """Returns the stages of a model, in evaluation mode.
+) -> tuple[Partial, ...]:
+    """Returns the stages of a model, in evaluation mode (see `stages_of`).
 
     Args:
       model: unbound backbone.
       variables: `{"params": ..., "batch_stats": ...}`.
       fork: fork as in training; some forks change values (`referencing="none"` cuts channels).
+      example: shape and type of one image, before `prepare`.
       prepare: function applied to the images first, such as normalisation.
 
     Returns:
-      One stage for each exit, shallow first. Together they compute the same as `run_exits`.
+      One stage for each exit, shallow first. Together they compute the same as `run_exits`; what
+      an exit does not need is computed by the first stage that needs it.
     """
-    return tuple(
-        Partial(
-            functools.partial(_run_stage, model, fork, prepare if i == 0 else None, i),
-            _variables_of(variables, i),
-        )
-        for i in range(model.num_exits)
-    )
+    stages = stages_of(_Network(model, fork, prepare), variables, example)
+    if not model.cpu_kernels:
+        return stages
+    return tuple(Partial(_WithCpuKernels(stage.func), *stage.args) for stage in stages)
 
 
-def _run_stage(
-    model: MultiExitModel,
-    fork: Fork,
-    prepare: Callable[[jax.Array], jax.Array] | None,
-    i: int,
-    variables: dict[str, Any],
-    carry: PyTree,
-) -> tuple[PyTree, jax.Array]:
-    def run(variables: dict[str, Any], carry: PyTree) -> Any:
-        carry = carry if prepare is None else prepare(carry)
-        return model.apply(variables, fork, i, carry, method="run_stage")
+class _Network(NamedTuple):
+    """A model in evaluation mode, which marks its exits, as a function of its variables."""
 
-    is_on_cpu = model.cpu_kernels and jax.default_backend() == "cpu"
-    return for_cpu(run)(variables, carry) if is_on_cpu else run(variables, carry)
+    model: MultiExitModel
+    fork: Fork
+    prepare: Callable[[jax.Array], jax.Array] | None
+
+    def __call__(self, variables: dict[str, Any], images: jax.Array) -> Any:
+        images = images if self.prepare is None else self.prepare(images)
+        return self.model.apply(variables, images, self.fork)
 
 
-def _variables_of(variables: dict[str, Any], i: int) -> dict[str, Any]:
-    names = (f"block{i + 1}", f"head{i + 1}")
-    return {
-        collection: {name: tree[name] for name in names if name in tree}
-        for collection, tree in variables.items()
-    }
+class _WithCpuKernels(NamedTuple):
+    """A stage whose programs for a CPU use this package's kernels."""
+
+    run: Callable[..., Any]
+
+    def __call__(self, weights: dict[str, jax.Array], carry: PyTree) -> Any:
+        is_on_cpu = jax.default_backend() == "cpu"
+        return (for_cpu(self.run) if is_on_cpu else self.run)(weights, carry)
 
 
 def run_stages(stages: Sequence[Stage], images: jax.Array) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,16 @@ from dfs_jax.training.run_data import RunData, read_run_data
 from dfs_jax.types import UserError
 
 _BATCH = 250
+
+
+class _Normalise(NamedTuple):
+    """Normalisation of images; equal ones compare equal, so that compiled programs are shared."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return normalise(images, self.mean, self.std)
 
 
 class StagedRun(NamedTuple):
@@ -110,11 +119,12 @@ def staged_run(
 ) -> StagedRun:
     """Returns the network of an experiment with the given variables, those after `step` steps."""
     dataset = experiment.dataset
+    example = jax.ShapeDtypeStruct(dataset.image_shape, np.uint8)
     stages = model_stages(
         experiment.model,
         variables,
         experiment.fork,
-        prepare=functools.partial(normalise, mean=dataset.mean, std=dataset.std),
+        example,
+        prepare=_Normalise(tuple(dataset.mean), tuple(dataset.std)),
     )
-    example = jax.ShapeDtypeStruct(dataset.image_shape, np.uint8)
     return StagedRun(experiment, step, stages, example, data)

@@ -1,8 +1,8 @@
 """The interface of a backbone, and the walk over its stages.
 
 A backbone defines `block` and `head`, and `feature` and `with_feature` if its carry is more than
-the feature. `run_block` and `run_head` of the base class call these four and the fork; training,
-gradients by exit, staged inference, counting and export call those two.
+the feature. `run_block` and `run_head` of the base class call these four and the fork; `run_exits`
+calls those two in training, gradients by exit and inference, whose stages are cut out of it.
 """
 
 from __future__ import annotations
@@ -97,11 +97,6 @@ class MultiExitModel(nn.Module):
         """Runs classifier i on what block i returned, forked."""
         forked = fork(self.feature(carry), exit_index=i, num_exits=self.num_exits)
         return self.head(i, forked.to_head, train=train)
-
-    def run_stage(self, fork: Fork, i: int, carry: PyTree) -> tuple[PyTree, jax.Array]:
-        """Runs block and classifier i for inference; returns the carry and the logits."""
-        carry = self.run_block(fork, i, carry)
-        return carry, self.run_head(fork, i, carry).logits
 
     def __call__(
         self, images: jax.Array, fork: Fork | None = None, *, train: bool = False

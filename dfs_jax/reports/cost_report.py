@@ -44,7 +44,7 @@ def main() -> None:
 def cost_report(config: Config) -> CostReport:
     """Returns the costs of a config's network as plain data for JSON.
 
-        exits          [{"exit", "params", "macs", "literature_flops",
+        exits          [{"exit", "params", "macs", "published_macs", "literature_flops",
                          "macs_without_earlier_heads"}]     see `ExitCost`
         training_step  {"fork", "loss", "plain", "forked", "speedup"}
 
@@ -90,7 +90,13 @@ def image_set_shape(section: Config) -> DatasetShape:
 def table_for_terminal(report: CostReport) -> str:
     """Returns the report as two tables with their legends, without a final newline."""
     step = report["training_step"]
-    counts = ("params", "macs", "macs_without_earlier_heads", "literature_flops")
+    counts = (
+        "params",
+        "macs",
+        "published_macs",
+        "macs_without_earlier_heads",
+        "literature_flops",
+    )
     parts = ("forward", "weight_gradients", "input_gradients", "total")
     exits = [(cost["exit"], *(cost[count] for count in counts)) for cost in report["exits"]]
     is_plain = step["fork"] == "plain"
@@ -102,9 +108,10 @@ def table_for_terminal(report: CostReport) -> str:
     ratios = ", ".join(f"{how} {ratio:.3f}" for how, ratio in step["speedup"].items())
     speedup = "" if is_plain else f"\nplain / {step['fork']}: {ratios}"
     return f"""\
-One image, up to and including each exit, in millions. MACs are multiply-adds (1 MAC = 2 FLOPs);
-alone: without the heads of earlier exits; literature: what published tables call FLOPs.
-{_counts(("exit", "parameters", "MACs", "MACs alone", "literature"), exits)}
+One image, up to and including each exit, in millions. MACs are multiply-adds (1 MAC = 2 FLOPs)
+of the stages that early exit runs; blocks: of everything that the published blocks compute; alone:
+those without the heads of earlier exits; literature: what published tables call FLOPs.
+{_counts(("exit", "parameters", "MACs", "blocks", "alone", "literature"), exits)}
 
 One training step on one image, in millions of MACs. Traced: as JAX differentiates the network;
 theory: without the gradients of inputs that train nothing.

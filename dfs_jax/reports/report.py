@@ -38,7 +38,7 @@ def build_report(
 ) -> Report:
     """Combines a checkpoint's accuracies and costs in one dictionary for JSON.
 
-        anytime    [{"exit", "accuracy", "macs", "params"}]       shallow first, exit 1-based
+        anytime    [{"exit", "accuracy", "macs", "published_macs", "params"}]   see `ExitCost`
         ensemble   {"accuracy"}                                   mean of all exits' probabilities
         budgeted   [{"p", "thresholds", "accuracy", "macs"}]      see `dfs_jax.inference.budgeted`
         classes    accuracy by class and confusion matrices       see `class_section`
@@ -74,6 +74,7 @@ def build_report(
                 "exit": cost.exit,
                 "accuracy": float(accuracy),
                 "macs": cost.macs,
+                "published_macs": cost.published_macs,
                 "params": cost.params,
             }
             for accuracy, cost in zip(anytime_accuracy(test), costs, strict=True)

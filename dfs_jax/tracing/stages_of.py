@@ -7,13 +7,12 @@ carried: every stage that reads them computes them.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
-from jax.tree_util import Partial
+from jax.tree_util import Partial, keystr
 
 from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, opened
 from dfs_jax.tracing.exit_markers import check_marks, has_marks, marked_exit, refuse
@@ -35,7 +34,7 @@ def stages_of(
     Args:
       fn: function `(params, batch)` that calls `exit_logits`; its result is not used. Rows of the
         batch must not read each other.
-      params: pytree of the function's parameters, which become leaves of the stages.
+      params: pytree of the function's parameters. Those that a stage reads are its leaves, by name.
       example: shape and type of one input, without its batch.
 
     Raises:
@@ -60,9 +59,10 @@ def stages_of(
     for i in range(len(programs[0].stages) - 1):
         _check_carried(i, programs[0].stages[i])
         _check_batch_first(i, *(program.stages[i] for program in programs))
+    leaves = cut.named(params)
     return tuple(
-        Partial(functools.partial(_run_stage, cut, i), params)
-        for i in range(len(programs[0].stages))
+        Partial(_RunStage(cut, i), {name: leaves[name] for name in cut.names_read(stage)})
+        for i, stage in enumerate(programs[0].stages)
     )
 
 
@@ -75,9 +75,13 @@ class _Equation(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """Equations of one stage, in order, and the variables that it reads, marks and leaves."""
+    """Equations of one stage, in order, and what it reads, marks and leaves.
+
+    `parameters` holds positions among the function's parameters.
+    """
 
     equations: list[_Equation]
+    parameters: list[int]
     carried: list[Any]
     logits: Any
     carry: list[Any]
@@ -96,38 +100,79 @@ class _Constant(NamedTuple):
 
 
 class _Cutter:
-    """Cuts a function into stages for a batch size."""
+    """Cuts a function into stages for a batch size.
+
+    Cutters of equal functions, parameters and examples are equal, so that compiled programs of
+    their stages are shared.
+    """
 
     def __init__(self, fn: Callable[..., Any], params: PyTree, example: jax.ShapeDtypeStruct):
         self._fn, self._example = fn, example
         self._params = jax.eval_shape(lambda: params)
+        self._names = list(self.named(self._params))
+        shapes, structure = jax.tree.flatten(self._params)
+        self._key = _identity(fn), example, structure, tuple(shapes)
         self._known: dict[Any, _Program] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Cutter) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def __call__(self, batch: Any) -> _Program:
         if batch not in self._known:
             shape = jax.ShapeDtypeStruct((batch, *self._example.shape), self._example.dtype)
             closed = jax.make_jaxpr(self._fn)(self._params, shape)
-            self._known[batch] = _cut(closed, len(jax.tree.leaves(self._params)))
+            self._known[batch] = _cut(closed, len(self._names))
         return self._known[batch]
 
+    def named(self, params: PyTree) -> dict[str, Any]:
+        """Returns the leaves of the parameters by name, such as `params/block1/kernel`."""
+        found = jax.tree_util.tree_flatten_with_path(params)[0]
+        short = [keystr(path, simple=True, separator="/") for path, _ in found]
+        names = short if len({*short}) == len(short) else [keystr(path) for path, _ in found]
+        return dict(zip(names, (leaf for _, leaf in found), strict=True))
 
-def _run_stage(cut: _Cutter, i: int, params: PyTree, carry: Any) -> tuple[Carry, jax.Array]:
-    arrays = (carry,) if i == 0 else tuple(carry)
-    program = cut(arrays[0].shape[0])
-    stage = program.stages[i]
-    known = {
-        **program.constants,
-        **dict(zip(program.parameters, jax.tree.leaves(params), strict=True)),
-    }
-    known.update(zip(stage.carried, arrays, strict=True))
+    def names_read(self, stage: _Stage) -> list[str]:
+        """Returns the names of the parameters that a stage reads."""
+        return [self._names[k] for k in stage.parameters]
 
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else known[variable]
 
-    for equation, inputs, outputs in stage.equations:
-        with jax.named_scope(str(equation.source_info.name_stack)):
-            known.update(zip(outputs, bind(equation, list(map(read, inputs))), strict=True))
-    return tuple(map(read, stage.carry)), read(stage.logits)
+def _identity(fn: Callable[..., Any]) -> Any:
+    """Returns what stands for a function in comparisons: itself if it can be hashed."""
+    try:
+        hash(fn)
+    except TypeError:
+        return id(fn)
+    return fn
+
+
+class _RunStage(NamedTuple):
+    """A stage as a function of the parameters that it reads and of a carry."""
+
+    cut: _Cutter
+    index: int
+
+    def __call__(self, params: dict[str, jax.Array], carry: Any) -> tuple[Carry, jax.Array]:
+        arrays = (carry,) if self.index == 0 else tuple(carry)
+        program = self.cut(arrays[0].shape[0])
+        stage = program.stages[self.index]
+        names = self.cut.names_read(stage)
+        read_here = [program.parameters[k] for k in stage.parameters]
+        known = {
+            **program.constants,
+            **dict(zip(read_here, map(params.__getitem__, names), strict=True)),
+            **dict(zip(stage.carried, arrays, strict=True)),
+        }
+
+        def read(variable: Any) -> Any:
+            return variable.val if isinstance(variable, Literal) else known[variable]
+
+        for equation, inputs, outputs in stage.equations:
+            with jax.named_scope(str(equation.source_info.name_stack)):
+                known.update(zip(outputs, bind(equation, list(map(read, inputs))), strict=True))
+        return tuple(map(read, stage.carry)), read(stage.logits)
 
 
 def _cut(closed: ClosedJaxpr, num_parameters: int) -> _Program:
@@ -138,22 +183,16 @@ def _cut(closed: ClosedJaxpr, num_parameters: int) -> _Program:
     marks = _marks(equations)
     of_examples = _dependent(equations, inputs)
     stages, computed, done, carried = [], list(inputs), set(), list(inputs)
-    needed = [_needed(equations, maker, [k]) for k in marks]
     for i, mark in enumerate(marks):
-        new = sorted(k for k in needed[i] if k not in done)
+        new = sorted(_needed(equations, maker, [mark], done))
         done |= {k for k in new if not of_examples.isdisjoint(equations[k].outputs)}
         computed += [v for k in new for v in equations[k].outputs if v in of_examples]
-        later = {
-            v
-            for others in needed[i + 1 :]
-            for k in others - done
-            for v in equations[k].inputs
-            if not isinstance(v, Literal)
-        }
+        later = _inputs(equations[k] for k in _needed(equations, maker, marks[i + 1 :], done))
         carry = [v for v in computed if v in later]
-        stages.append(
-            _Stage([equations[k] for k in new], carried, equations[mark].outputs[0], carry)
-        )
+        here, logits = [equations[k] for k in new], equations[mark].outputs[0]
+        read_here = _inputs(here)
+        read = [k for k, v in enumerate(parameters) if v in read_here]
+        stages.append(_Stage(here, read, carried, logits, carry))
         carried = carry
     return _Program(stages, parameters, constants)
 
@@ -204,19 +243,22 @@ def _marks(equations: Sequence[_Equation]) -> list[int]:
     return [marks[i] for i in range(len(marks))]
 
 
-def _needed(equations: Sequence[_Equation], maker: dict[Any, int], ends: Sequence[int]) -> set[int]:
-    """Returns the positions of the equations that some equations depend on, themselves included."""
+def _needed(
+    equations: Sequence[_Equation], maker: dict[Any, int], ends: Sequence[int], done: set[int]
+) -> set[int]:
+    """Returns the positions of the equations, not yet done, that `ends` need, with themselves."""
     needed, left = set(), list(ends)
     while left:
         k = left.pop()
-        if k not in needed:
+        if k not in needed and k not in done:
             needed.add(k)
-            left += [maker[v] for v in equations[k].inputs if _is_made(v, maker)]
+            left += [maker[v] for v in _inputs([equations[k]]) if v in maker]
     return needed
 
 
-def _is_made(variable: Any, maker: dict[Any, int]) -> bool:
-    return not isinstance(variable, Literal) and variable in maker
+def _inputs(equations: Iterable[_Equation]) -> set[Any]:
+    """Returns the variables that equations read."""
+    return {v for equation in equations for v in equation.inputs if not isinstance(v, Literal)}
 
 
 def _dependent(equations: Sequence[_Equation], inputs: Sequence[Any]) -> set[Any]:

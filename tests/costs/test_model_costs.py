@@ -46,6 +46,7 @@ def test_vgg7_by_hand(width, classes, first_and_last):
             exit=i + 1,
             params=params,
             macs=trunk + heads,
+            published_macs=trunk + heads,
             literature_flops=trunk + heads + others,
             macs_without_earlier_heads=trunk + c_out * classes,
         )
@@ -67,7 +68,7 @@ def test_adaptation_layers_are_left_out():
 
 def test_counts_are_plain_numbers():
     cost = exit_costs(create_model("vgg7", num_classes=7, width=3), (8, 8, 3))[0]
-    assert [type(value) for value in cost] == [int] * 5
+    assert [type(value) for value in cost] == [int] * 6
 
 
 def test_nothing_is_executed():
@@ -194,7 +195,7 @@ class TwoScales(MultiExitModel):
 
     def block(self, i, carry, *, train):
         if i == 0:
-            flat = carry.reshape(1, -1)
+            flat = carry.reshape(len(carry), -1)
             return {"unused": self.block1(flat), "read": self.block1(flat)}
         return {"read": self.block2(carry["read"])}
 
@@ -208,9 +209,10 @@ class TwoScales(MultiExitModel):
         return HeadOutput((self.head1 if i == 0 else self.head2)(x), x)
 
 
-def test_what_an_exit_does_not_need_counts_too():
+def test_what_an_exit_does_not_need_counts_in_published_macs():
     first, second = exit_costs(TwoScales(num_classes=5), (2, 3, 1))
-    assert first.macs == 2 * 6 * 11 + 11 * 5
+    assert (first.published_macs, first.macs) == (2 * 6 * 11 + 11 * 5, 6 * 11 + 11 * 5)
+    assert second.published_macs == first.published_macs + 11 * 13 + 13 * 5
     assert second.macs == first.macs + 11 * 13 + 13 * 5
     assert first.params == 6 * 11 + 11 * 5 + 5
     assert second.params == first.params + 11 * 13 + 13 * 5 + 5

@@ -69,7 +69,9 @@ def network_stages(name, variables=None):
     model = create_model(name, num_classes=3, **FAMILIES[name])
     if variables is None:
         variables = init_variables(model, jax.random.key(0), EXAMPLE.shape)
-    return model_stages(model, variables, FeatureSurgery(0.5), prepare=lambda x: x / 127.5 - 1)
+    return model_stages(
+        model, variables, FeatureSurgery(0.5), EXAMPLE, prepare=lambda x: x / 127.5 - 1
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from dfs_jax.types import UserError
 from tests.support.helpers import HalfFork, TinyNetwork
 from tests.support.stage_examples import CLASSES, EXAMPLE, STAGES, images
 
+EXAMPLE_IMAGE = jax.ShapeDtypeStruct((8, 8, 3), jnp.float32)
+
 
 @pytest.mark.parametrize("fork", [FeatureSurgery(0.5, "none"), HalfFork(0.25)])
 def test_a_models_stages_are_its_exits(fork):
@@ -26,7 +28,7 @@ def test_a_models_stages_are_its_exits(fork):
     variables = init_variables(model, jax.random.key(0), (8, 8, 3))
     x = np.random.default_rng(0).standard_normal((3, 8, 8, 3)).astype(np.float32)
     expected = model.apply(variables, x, method=lambda m, x: run_exits(m, x, fork)).logits
-    stages = model_stages(model, variables, fork)
+    stages = model_stages(model, variables, fork, EXAMPLE_IMAGE)
     np.testing.assert_allclose(run_stages(stages, x), expected, atol=1e-6)
     np.testing.assert_allclose(last_logits(stages, x), expected[-1], atol=1e-6)
 
@@ -72,3 +74,15 @@ def test_times_by_hand():
     just = 5.0 / LEAST_GAIN
     assert StageTimes(1, (just - 1e-9, 0, 0), 5.0).stopping_pays((1.0, 0.0, 0.0))
     assert not StageTimes(1, (just + 1e-9, 0, 0), 5.0).stopping_pays((1.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(("fork", "compiled"), [(FeatureSurgery(0.5), 1), (HalfFork(0.5), 2)])
+def test_programs_of_equal_networks_are_shared(fork, compiled):
+    """Forks that cannot be hashed, such as `HalfFork`, are compared by identity."""
+    model = TinyNetwork(num_classes=CLASSES)
+    variables = init_variables(model, jax.random.key(0), (8, 8, 3))
+    run = jax.jit(lambda stages, x: run_stages(stages, x))
+    x = jnp.ones((2, 8, 8, 3))
+    for _ in range(2):
+        run(model_stages(model, variables, fork, EXAMPLE_IMAGE), x)
+    assert run._cache_size() == compiled

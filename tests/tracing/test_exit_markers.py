@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from dfs_jax.costs.flops import count_operations
+from dfs_jax.costs.flops import count_operations, exit_costs
 from dfs_jax.forks import create_fork
 from dfs_jax.inference.stages import check_stages, model_stages
 from dfs_jax.models import create_model
@@ -137,7 +137,10 @@ def test_weights_are_leaves_and_can_be_exchanged():
     params = parameters()
     stages = stages_of(network, params, EXAMPLE)
     other = jax.tree.map(lambda w: 2 * w, params)
-    exchanged = jax.tree.unflatten(jax.tree.structure(stages), 3 * jax.tree.leaves(other))
+    names = [list(stage.args[0]) for stage in stages]
+    assert names == [[f"blocks/{i}", f"heads/{i}"] for i in range(3)]
+    of_stages = list(zip(other["blocks"], other["heads"], strict=True))
+    exchanged = jax.tree.unflatten(jax.tree.structure(stages), jax.tree.leaves(of_stages))
     np.testing.assert_allclose(run(exchanged, X), network(other, X)[1], rtol=1e-6, atol=1e-6)
 
 
@@ -220,25 +223,21 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", slow(MODELS, "resnet18", "vit_tiny"))
-def test_built_in_models_cost_no_more_up_to_any_exit_than_their_stages(name):
+def test_built_in_models_cost_no_more_up_to_any_exit_than_their_blocks(name):
     model = create_model(name, num_classes=CLASSES, cpu_kernels=False, **MODELS[name])
     variables = init_variables(model, jax.random.key(0), (10, 15, 3))
     fork, example = create_fork("dfs"), jax.ShapeDtypeStruct((10, 15, 3), jnp.float32)
-
-    def function(variables, images):
-        return model.apply(variables, images, fork)
-
+    stages = model_stages(model, variables, fork, example)
     images = jax.random.normal(jax.random.key(1), (2, 10, 15, 3))
-    ours, theirs = stages_of(function, variables, example), model_stages(model, variables, fork)
-    np.testing.assert_allclose(run(ours, images), run(theirs, images), rtol=1e-4, atol=1e-5)
-
-    def costs(stages):
-        carry, found = images, []
-        for stage in stages:
-            found.append(multiply_adds(stage, carry))
-            carry = jax.eval_shape(stage, carry)[0]
-        return np.cumsum(found)
-
-    assert (costs(ours) <= costs(theirs)).all()
-    assert costs(ours)[-1] == costs(theirs)[-1] or name == "msdnet"
-    assert (costs(ours)[0] < costs(theirs)[0]) == (name == "msdnet")
+    carry, staged_carry, by_blocks, macs = images, images, [], []
+    for i, stage in enumerate(stages):
+        macs.append(multiply_adds(stage, staged_carry))
+        staged_carry, _ = jax.eval_shape(stage, staged_carry)
+        carry = model.apply(variables, fork, i, carry, method="run_block")
+        by_blocks.append(model.apply(variables, fork, i, carry, method="run_head").logits)
+    np.testing.assert_allclose(run(stages, images), by_blocks, rtol=1e-4, atol=1e-5)
+    counted = exit_costs(model, (10, 15, 3))
+    np.testing.assert_array_equal(np.cumsum(macs), [2 * cost.macs for cost in counted])
+    saved = [cost.published_macs - cost.macs for cost in counted]
+    assert min(saved) >= 0
+    assert (saved[0] > 0) == (name == "msdnet")
