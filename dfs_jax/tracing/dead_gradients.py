@@ -45,16 +45,17 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
     """Returns `fn` with a cheaper derivative: channels behind `stop_gradient` cost none.
 
     Wrap the loss, then differentiate it. Values and gradients equal those of `fn`, gradients within
-    rounding. A convolution or
-    matrix product of m multiply-adds takes 3m forward and backward; with only a fraction beta of
-    its input channels live it takes (2 + beta) m. A network of L equal layers, the first of which
-    reads images and each of the others a feature forked at ratio beta, thus takes
+    rounding. A convolution or matrix product of m multiply-adds takes 3m forward and backward; with
+    only a fraction beta of its input channels live it takes (2 + beta) m. A network of L equal
+    layers, the first of which reads images and each of the others a feature forked at ratio beta,
+    thus takes
 
         3 L - 1 - (1 - beta) (L - 1)        instead of        3 L - 1
 
-    Channels lie on the last axis. They are followed through elementwise operations, slices,
-    concatenations, pools, normalisation over the batch, `jit`, `remat` and `custom_jvp`; anything
-    else (loops, operations across channels, custom VJPs) is left as it is and saves nothing.
+    Channels may lie on any axis. They are followed through elementwise operations, slices,
+    concatenations, transpositions, pools, normalisation over the batch, `jit`, `vmap`, `remat` and
+    `custom_jvp`; anything else (loops, operations across channels, custom VJPs) is left as it is
+    and saves nothing.
     Forward mode, higher derivatives and `vmap` work where they do for `fn`.
 
     Args:
@@ -220,17 +221,13 @@ def _contracted(equation: JaxprEqn, live: Sequence[LiveChannels]) -> tuple[int, 
     else:
         return None
     for axes in pairs:
-        if any(
-            _live_along(variable, one, axis) is not None
-            for variable, one, axis in zip(equation.invars, live, axes, strict=True)
-        ):
+        sizes = [
+            variable.aval.shape[axis] for variable, axis in zip(equation.invars, axes, strict=True)
+        ]
+        kept = map(intervals, live, axes, sizes)
+        if any(some != ((0, size),) for some, size in zip(kept, sizes, strict=True)):
             return axes
     return None
-
-
-def _live_along(variable: Any, live: LiveChannels, axis: int) -> LiveChannels:
-    """Returns the live indices of an axis: those of the channels on the last axis, else all."""
-    return live if axis == variable.aval.ndim - 1 else None
 
 
 def _contract_live(
@@ -242,10 +239,8 @@ def _contract_live(
 ) -> jax.Array:
     """Returns the equation's result, whose tangent sums over the live channels alone."""
     sets = [
-        intervals(_live_along(variable, one, axis), operand.shape[axis])
-        for variable, operand, one, axis in zip(
-            equation.invars, (lhs, rhs), live, axes, strict=True
-        )
+        intervals(one, axis, operand.shape[axis])
+        for operand, one, axis in zip((lhs, rhs), live, axes, strict=True)
     ]
 
     def over(some: Sequence[tuple[int, int]], *operands: jax.Array) -> jax.Array:

@@ -5,26 +5,25 @@
         exit_logits(0, x.mean((1, 2)) @ params["head1"])
         ...
 
-A mark is a name in the traced program: the function's values, types and derivatives stay as they
-are, and nothing of it is left in a compiled program.
+A mark is an operation of the traced program that returns its input: the function's values, types
+and derivatives stay as they are, and nothing of it is left in a compiled program.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive, jaxprs_in_params
+from jax.interpreters import ad, batching, mlir
 
 from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, evaluate, opened, trace
 from dfs_jax.types import UserError
 
-_NAME = re.compile(r"dfs_jax exit (\d+)")
+_MARK = Primitive("exit_logits")
 
 
 def exit_logits(exit_index: int, logits: jax.Array) -> jax.Array:
@@ -35,7 +34,8 @@ def exit_logits(exit_index: int, logits: jax.Array) -> jax.Array:
 
     Args:
       exit_index: index of the exit, a Python integer.
-      logits: logits, `[batch, classes]`.
+      logits: logits, `[batch, classes]`, or `[classes]` in a function of one example that `vmap`
+        maps over the batch.
 
     Raises:
       UserError: an index that is not a whole number of at least 0.
@@ -46,15 +46,29 @@ def exit_logits(exit_index: int, logits: jax.Array) -> jax.Array:
     """
     if isinstance(exit_index, bool) or not isinstance(exit_index, int) or exit_index < 0:
         raise UserError(f"exit_index must be a whole number of at least 0, got {exit_index!r}")
-    return checkpoint_name(logits, f"dfs_jax exit {exit_index}")
+    return _MARK.bind(jnp.asarray(logits), exit_index=exit_index)
+
+
+def _batched(args: Any, axes: Any, *, exit_index: int) -> tuple[jax.Array, int]:
+    """Marks the logits of a batch, which is their first axis wherever `vmap` has put it."""
+    return _MARK.bind(jnp.moveaxis(args[0], axes[0], 0), exit_index=exit_index), 0
+
+
+def _differentiated(primals: Any, tangents: Any, *, exit_index: int) -> tuple[Any, Any]:
+    """Marks the logits; tangents are none."""
+    return _MARK.bind(*primals, exit_index=exit_index), tangents[0]
+
+
+_MARK.def_impl(lambda logits, *, exit_index: logits)
+_MARK.def_abstract_eval(lambda logits, *, exit_index: logits)
+batching.primitive_batchers[_MARK] = _batched
+ad.primitive_jvps[_MARK] = _differentiated
+mlir.register_lowering(_MARK, lambda context, logits, *, exit_index: [logits])
 
 
 def marked_exit(equation: JaxprEqn) -> int | None:
     """Returns the index of the exit that an equation marks; None if it marks none."""
-    if equation.primitive.name != "name":
-        return None
-    found = _NAME.fullmatch(equation.params["name"])
-    return None if found is None else int(found.group(1))
+    return equation.params["exit_index"] if equation.primitive is _MARK else None
 
 
 def has_marks(jaxpr: Jaxpr) -> bool:

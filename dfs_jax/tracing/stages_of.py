@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.tree_util import Partial, keystr
 
@@ -29,7 +30,8 @@ def stages_of(
 
     The first stage reads a batch; together the stages compute the marked logits, each operation
     once. The carry is the least that later stages read of what has been computed, a tuple of arrays
-    with the batch first. The function is traced again for every batch size.
+    with the batch first, wherever the function has it. The function is traced again for every batch
+    size.
 
     Args:
       fn: function `(params, batch)` that calls `exit_logits`; its result is not used. Rows of the
@@ -39,7 +41,7 @@ def stages_of(
 
     Raises:
       UserError: exits that are not numbered 0, 1, ..., marks inside a loop, a condition or a custom
-        derivative, or a carry that does not have the batch first.
+        derivative, or a carry none of whose axes is the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,15 +57,15 @@ def stages_of(
       ([(2, 5)], (2, 3))
     """
     cut = _Cutter(fn, params, example)
-    programs = [cut(batch) for batch in (2, 3)]
-    for i in range(len(programs[0].stages) - 1):
-        _check_carried(i, programs[0].stages[i])
-        _check_batch_first(i, *(program.stages[i] for program in programs))
-    leaves = cut.named(params)
-    return tuple(
-        Partial(_RunStage(cut, i), {name: leaves[name] for name in cut.names_read(stage)})
-        for i, stage in enumerate(programs[0].stages)
-    )
+    leaves, axes, stages = cut.named(params), (0,), []
+    for i, (two, three) in enumerate(zip(cut(2).stages, cut(3).stages, strict=True)):
+        following = _batch_axes(i, two, three)
+        named = {name: leaves[name] for name in cut.names_read(two)}
+        stages.append(Partial(_RunStage(cut, i, axes, following), named))
+        axes = following
+    for i, stage in enumerate(cut(2).stages[:-1]):
+        _check_carried(i, stage)
+    return tuple(stages)
 
 
 class _Equation(NamedTuple):
@@ -149,14 +151,24 @@ def _identity(fn: Callable[..., Any]) -> Any:
 
 
 class _RunStage(NamedTuple):
-    """A stage as a function of the parameters that it reads and of a carry."""
+    """A stage as a function of the parameters that it reads and of a carry.
+
+    Attributes:
+      cut: the function, cut into stages.
+      index: index of the stage.
+      axes_before: axis of the batch in each value that the stage reads.
+      axes_after: axis of the batch in each value that it hands on.
+    """
 
     cut: _Cutter
     index: int
+    axes_before: tuple[int, ...]
+    axes_after: tuple[int, ...]
 
     def __call__(self, params: dict[str, jax.Array], carry: Any) -> tuple[Carry, jax.Array]:
         arrays = (carry,) if self.index == 0 else tuple(carry)
         program = self.cut(arrays[0].shape[0])
+        arrays = [_moved(x, 0, axis) for x, axis in zip(arrays, self.axes_before, strict=True)]
         stage = program.stages[self.index]
         names = self.cut.names_read(stage)
         read_here = [program.parameters[k] for k in stage.parameters]
@@ -172,7 +184,12 @@ class _RunStage(NamedTuple):
         for equation, inputs, outputs in stage.equations:
             with jax.named_scope(str(equation.source_info.name_stack)):
                 known.update(zip(outputs, bind(equation, list(map(read, inputs))), strict=True))
-        return tuple(map(read, stage.carry)), read(stage.logits)
+        following = zip(map(read, stage.carry), self.axes_after, strict=True)
+        return tuple(_moved(x, axis, 0) for x, axis in following), read(stage.logits)
+
+
+def _moved(x: jax.Array, source: int, target: int) -> jax.Array:
+    return x if source == target else jnp.moveaxis(x, source, target)
 
 
 def _cut(closed: ClosedJaxpr, num_parameters: int) -> _Program:
@@ -278,14 +295,29 @@ def _check_carried(i: int, stage: _Stage) -> None:
         )
 
 
-def _check_batch_first(i: int, two: _Stage, three: _Stage) -> None:
-    """Raises UserError unless carries for batches of 2 and 3 differ in their first axis alone."""
+def _batch_axes(i: int, two: _Stage, three: _Stage) -> tuple[int, ...]:
+    """Returns the axis of the batch in each value that a stage hands on.
+
+    Args:
+      i: index of the stage.
+      two: stage for a batch of 2.
+      three: stage for a batch of 3.
+
+    Raises:
+      UserError: a value without such an axis, or with several.
+    """
+    axes = []
     for variable, other in zip(two.carry, three.carry, strict=True):
-        shapes = variable.aval.shape, other.aval.shape
-        if shapes[0][:1] != (2,) or shapes[1] != (3, *shapes[0][1:]):
+        shape, larger = variable.aval.shape, other.aval.shape
+        differing = [
+            k for k, sizes in enumerate(zip(shape, larger, strict=True)) if sizes == (2, 3)
+        ]
+        if len(differing) != 1 or larger != (*shape[: differing[0]], 3, *shape[differing[0] + 1 :]):
             equation = variable.equation
             where = f"{equation.primitive.name} of {equation.source_info.name_stack}".rstrip(" of")
             raise UserError(
-                f"stage {i + 1} would hand {where}, {list(shapes[0])} for a batch of 2, to later "
-                f"stages: they need values whose first axis is the batch"
+                f"stage {i + 1} would hand {where}, {list(shape)} for a batch of 2, to later "
+                f"stages: they need values one of whose axes is the batch"
             )
+        axes += differing
+    return tuple(axes)

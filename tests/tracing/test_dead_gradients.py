@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.tracing import skip_dead_gradients
-from dfs_jax.tracing.channels import joined, union, window
+from dfs_jax.tracing.channels import Along, joined, union, window
 from tests.support.networks import macs
 
 WIDTH, CLASSES = 7, 5
@@ -302,8 +302,12 @@ def test_arguments_that_are_no_arrays_stay_what_they_are():
 
 
 def test_live_channels_are_joined_cut_and_united():
-    assert union([((0, 2),), ((5, 7),), ()], 7) == ((0, 2), (5, 7))
-    assert union([((0, 2),), None], 7) is None
-    assert joined([None, ((1, 2),)], [2, 3]) == ((0, 2), (3, 4))
-    assert window(((2, 5),), 2, 5, 11) is None
-    assert window(((2, 5),), 5, 11, 11) == ()
+    shape, low, high = (3, 7), Along(1, ((0, 2),)), Along(1, ((5, 7),))
+    assert union([low, high, ()], shape) == Along(1, ((0, 2), (5, 7)))
+    assert union([low, None], shape) is None
+    assert union([low, Along(0, ((0, 2),))], shape) is None
+    assert joined([None, Along(0, ((1, 2),))], [2, 3], 0) == Along(0, ((0, 2), (3, 4)))
+    assert joined([Along(1, ((1, 2),)), ()], [2, 3], 0) == Along(0, ((0, 2),))
+    assert window(Along(1, ((2, 5),)), 1, 2, 5, 11) is None
+    assert window(Along(1, ((2, 5),)), 1, 5, 11, 11) == ()
+    assert window(Along(1, ((2, 5),)), 0, 5, 11, 11) == Along(1, ((2, 5),))

@@ -179,9 +179,15 @@ def twice(w, x):
     return exit_logits(1, exit_logits(0, x @ w)) + exit_logits(1, x)
 
 
+def flattened(w, x):
+    x = jnp.sin(x @ w).reshape(-1)
+    exit_logits(0, x.reshape(-1, WIDTH))
+    exit_logits(1, jnp.tanh(x).reshape(-1, WIDTH))
+
+
 def transposed(w, x):
-    x = (x @ w).T
-    exit_logits(0, x.T)
+    x = jnp.sin(x @ w).T
+    exit_logits(0, (x + 1).T)
     exit_logits(1, jnp.tanh(x).T)
 
 
@@ -202,10 +208,19 @@ def test_what_cannot_be_cut_is_one_sentence(function, message):
             cut()
 
 
-def test_a_carry_without_the_batch_first_is_named():
-    message = r"stage 1 would hand transpose.*\[7, 2\] for a batch of 2"
+def test_a_carry_without_the_batch_is_named():
+    message = r"stage 1 would hand reshape.*\[14\] for a batch of 2"
     with pytest.raises(UserError, match=message):
-        stages_of(transposed, jnp.ones((WIDTH, WIDTH)), EXAMPLE)
+        stages_of(flattened, jnp.ones((WIDTH, WIDTH)), EXAMPLE)
+
+
+def test_a_carry_has_the_batch_first_where_the_function_has_it_last():
+    w = parameters()["blocks"][0]
+    stages = stages_of(transposed, w, EXAMPLE)
+    (carry,), _ = stages[0](X)
+    np.testing.assert_allclose(carry, jnp.sin(X @ w), rtol=1e-6)
+    logits = with_exit_logits(transposed)(w, X)[1]
+    np.testing.assert_allclose(run(stages, X), logits, rtol=1e-6)
 
 
 @pytest.mark.parametrize("index", [-1, 1.0, True, "0"])
