@@ -2,6 +2,7 @@
 
     python notebooks/install.py            what training, reports and inference need
     python notebooks/install.py --prepare  TensorFlow too, where there is none: for preparing data
+    python notebooks/install.py equinox    other packages too, by their requirements
 
 The jax of a hosted notebook is the one that fits its TPU or GPU, and numpy is already loaded: both
 are constraints of every installation here, never a part of it. Requirements that are met stay as
@@ -30,13 +31,15 @@ KEPT = ("jax", "jaxlib", "libtpu", "numpy")  # and jax's plugins, jax-cuda12-plu
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python notebooks/install.py", description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="TensorFlow too, if there is none")
-    wants_tensorflow = parser.parse_args(arguments).prepare
+    parser.add_argument("requirements", nargs="*", type=Requirement, help="other packages")
+    given = parser.parse_args(arguments)
     installed = installed_versions()
     files = ["requirements.txt"]
-    if wants_tensorflow and importlib.util.find_spec("tensorflow") is None:
+    if given.prepare and importlib.util.find_spec("tensorflow") is None:
         files.append("requirements-prepare.txt")
     try:
-        missing = missing_requirements(read_requirements(files), installed)
+        asked = [*read_requirements(files), *given.requirements]
+        missing = missing_requirements(asked, installed)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -221,9 +221,8 @@ def _contracted(equation: JaxprEqn, live: Sequence[LiveChannels]) -> tuple[int, 
     else:
         return None
     for axes in pairs:
-        sizes = [
-            variable.aval.shape[axis] for variable, axis in zip(equation.invars, axes, strict=True)
-        ]
+        avals: list[Any] = [variable.aval for variable in equation.invars]
+        sizes = [aval.shape[axis] for aval, axis in zip(avals, axes, strict=True)]
         kept = map(intervals, live, axes, sizes)
         if any(some != ((0, size),) for some, size in zip(kept, sizes, strict=True)):
             return axes
