@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dfs_jax.inference.exported import load_exported
     from dfs_jax.inference.predictor import EarlyExitPredictor
     from dfs_jax.models import create_model
+    from dfs_jax.models.added_exits import add_exits
     from dfs_jax.surgery import FeatureSurgery
     from dfs_jax.tracing import exit_logits, skip_dead_gradients, stages_of, with_exit_logits
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "EarlyExitPredictor": "dfs_jax.inference.predictor",
     "FeatureSurgery": "dfs_jax.surgery",
+    "add_exits": "dfs_jax.models.added_exits",
     "create_model": "dfs_jax.models",
     "exit_logits": "dfs_jax.tracing",
     "load_exported": "dfs_jax.inference.exported",
@@ -34,6 +36,7 @@ _HOMES = {
 __all__ = [
     "EarlyExitPredictor",
     "FeatureSurgery",
+    "add_exits",
     "create_model",
     "exit_logits",
     "load_exported",

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def test_the_page_on_any_model_trains_and_answers(capsys):
     page = (REPOSITORY / "docs" / "any_model.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     exec("\n".join(blocks), names)
     learned = np.mean(np.argmax(names["logits"][-1], axis=-1) == names["labels"])
@@ -24,3 +24,4 @@ def test_the_page_on_any_model_trains_and_answers(capsys):
     staged = names["EarlyExitPredictor"](*parts, fall_back=False)(names["images"])
     assert (staged.exit_index < 2).any()
     assert len(names["nnx_stages"]) == len(names["eqx_stages"]) == 3
+    assert names["outputs"].logits.shape == (3, 32, 10)

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from dfs_jax import FeatureSurgery, skip_dead_gradients
-from dfs_jax.costs.flops import count_operations
+from dfs_jax.costs.operations import count_operations
 from dfs_jax.forks import FORKS
 from dfs_jax.gradients import RULES
 from dfs_jax.losses import LOSSES

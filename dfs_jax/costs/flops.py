@@ -13,18 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 
+from dfs_jax.costs.operations import LITERATURE_FLOPS, MULTIPLY_ADDS, Rule, count_by
+from dfs_jax.costs.stage_costs import stage_costs, with_weights
 from dfs_jax.forks.plain import PlainFork
 from dfs_jax.models.contract import MultiExitModel, init_variables
 from dfs_jax.tracing.stages_of import stages_of
-from dfs_jax.tracing.traced import (
-    Kind,
-    Operation,
-    TracedProgram,
-    Value,
-    multiply_adds,
-)
+from dfs_jax.tracing.traced import TracedProgram
 from dfs_jax.types import PyTree
 
 
@@ -99,10 +94,14 @@ def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tupl
       >>> first.params, first.macs, first.literature_flops
       (70, 3466, 3722)
     """
+    if not model.runs_in_blocks:
+        return _costs_of_stages(model, image_shape)
     parts = _Parts(model, image_shape)
     params = parts.parameters()
     macs, literature = parts.operations(MULTIPLY_ADDS), parts.operations(LITERATURE_FLOPS)
-    staged = parts.staged_operations(MULTIPLY_ADDS)
+    example = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    network = _network(parts.model)
+    staged = stage_costs(stages_of(network, parts.variables, example), example)
     return tuple(
         ExitCost(
             exit=i + 1,
@@ -116,6 +115,37 @@ def exit_costs(model: MultiExitModel, image_shape: tuple[int, int, int]) -> tupl
     )
 
 
+def _network(model: MultiExitModel) -> Callable[[PyTree, jax.Array], Any]:
+    return lambda variables, images: model.apply(variables, images, PlainFork())
+
+
+def _costs_of_stages(
+    model: MultiExitModel, image_shape: tuple[int, int, int]
+) -> tuple[ExitCost, ...]:
+    """Counts the costs of a model that does not run in blocks: those of its stages."""
+    model = model.clone()  # detached from a parent
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))
+    example = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+    stages = stages_of(_network(model), variables, example)
+    macs, literature = (stage_costs(stages, example, r) for r in (MULTIPLY_ADDS, LITERATURE_FLOPS))
+    sizes: dict[str, int] = {}
+    costs = []
+    for i, stage in enumerate(stages):
+        sizes |= {name: _size(w) for name, w in stage.args[0].items() if name.startswith("params/")}
+        alone = stages_of(_network(model), variables, example, exits=(i,))
+        costs.append(
+            ExitCost(
+                exit=i + 1,
+                params=sum(sizes.values()),
+                macs=sum(macs[: i + 1]),
+                published_macs=sum(macs[: i + 1]),
+                literature_flops=sum(literature[: i + 1]),
+                macs_without_earlier_heads=sum(stage_costs(alone, example)),
+            )
+        )
+    return tuple(costs)
+
+
 class _Parts:
     """The parts of a model by its contract: abstract variables, and a traced program for each."""
 
@@ -126,7 +156,7 @@ class _Parts:
             lambda: init_variables(self.model, jax.random.key(0), image_shape)
         )
         self.blocks, self.heads = [], []
-        self.images = carry = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        carry: PyTree = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         for i in range(model.num_exits):
             block, carry = self._trace("run_block", i, carry)
             head, _ = self._trace("run_head", i, carry)
@@ -139,23 +169,6 @@ class _Parts:
             tuple(count_by(block, rules) for block in self.blocks),
             tuple(count_by(head, rules) for head in self.heads),
         )
-
-    def staged_operations(self, rules: Mapping[str, Rule]) -> list[int]:
-        """Counts the operations of each stage of early-exit inference."""
-
-        def network(variables, images):
-            self.model.apply(variables, images, PlainFork())
-
-        counts = []
-        carry: PyTree = self.images
-        example = jax.ShapeDtypeStruct(self.images.shape[1:], self.images.dtype)
-        for stage in stages_of(network, self.variables, example):
-            program, shapes = jax.make_jaxpr(lambda stage, carry: stage(carry), return_shape=True)(
-                stage, carry
-            )
-            counts.append(count_by(_traced(program, stage), rules))
-            carry, _ = shapes
-        return counts
 
     def parameters(self) -> PartCount:
         """Counts each part's trainable parameters, by the contract's names."""
@@ -176,128 +189,8 @@ class _Parts:
             return output if part == "run_block" else output.logits
 
         program, shapes = jax.make_jaxpr(run, return_shape=True)(self.variables, carry)
-        return _traced(program, self.variables), shapes
-
-
-def _traced(program: ClosedJaxpr, weights: PyTree) -> TracedProgram:
-    """Returns a program whose first inputs are weights, and the others activations."""
-    count = len(jax.tree.leaves(weights))
-    activations = len(program.jaxpr.invars) - count
-    return TracedProgram(program, [Kind.WEIGHT] * count + [Kind.ACTIVATION] * activations)
+        return with_weights(program, self.variables), shapes
 
 
 def _size(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def count_operations(program: ClosedJaxpr) -> int:
-    """Counts the multiply-adds of a program that `jax.make_jaxpr` traced.
-
-    A scan counts as often as it runs, a conditional as its most expensive branch; inner jaxprs
-    (jit, remat, custom derivatives) count where they are called. A product with a constant (a
-    matrix that resizes images, a kernel that cuts patches) is not a layer of a network and does not
-    count. All inputs of the program are taken as variable.
-
-    Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
-
-    Example:
-      >>> program = jax.make_jaxpr(lambda a, b: jnp.tanh(a @ b))(jnp.ones((2, 3)), jnp.ones((3, 5)))
-      >>> count_operations(program)
-      30
-    """
-    inputs = [Kind.ACTIVATION] * len(program.jaxpr.invars)
-    return count_by(TracedProgram(program, inputs), MULTIPLY_ADDS)
-
-
-def count_by(program: TracedProgram, rules: Mapping[str, Rule]) -> int:
-    """Sums the counts of all operations over all their runs, by the rules for their names.
-
-    Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
-    """
-    return sum(
-        over_all_runs(operation, rules[operation.name](operation, program))
-        for operation in program.operations
-        if operation.name in rules
-    )
-
-
-def over_all_runs(operation: Operation, counted: int) -> int:
-    """Returns the count of one run of an operation, multiplied by its number of runs.
-
-    Raises:
-      ValueError: a `while` loop, which runs an unknown number of times, contains operations.
-    """
-    if counted and operation.times is None:
-        raise ValueError("operations inside a while loop cannot be counted: it has no fixed length")
-    return counted * (operation.times or 0)
-
-
-def product(operation: Operation, program: TracedProgram) -> int:
-    """Counts a convolution or matrix product of two operands that are not constant."""
-    if any(program.kind(v) == Kind.CONSTANT for v in operation.inputs):
-        return 0
-    return multiply_adds(operation)
-
-
-def linear_bias(operation: Operation, program: TracedProgram) -> int:
-    """Counts the addition of weights to the result of a matrix product with weights."""
-    for value, bias in (operation.inputs, operation.inputs[::-1]):
-        linear = program.producer(program.before_reshaping(value))
-        if linear is None or linear.name != "dot_general" or program.kind(bias) != Kind.WEIGHT:
-            continue
-        if {program.kind(v) for v in linear.inputs} == {Kind.WEIGHT, Kind.ACTIVATION}:
-            return operation.outputs[0].size
-    return 0
-
-
-def relu(operation: Operation, program: TracedProgram) -> int:
-    """Counts a maximum of zero and an activation; not of a variance, which LayerNorm clips."""
-    literals = [program.before_reshaping(v).literal for v in operation.inputs]
-    if not any(literal is not None and literal == 0 for literal in literals):
-        return 0
-    output = operation.outputs[0]
-    is_feature = output.is_inexact and not _is_statistic(output, program)
-    return output.size if is_feature and program.kind(output) == Kind.ACTIVATION else 0
-
-
-def _is_statistic(value: Value, program: TracedProgram) -> bool:
-    """Returns whether a value depends on activations only through sums over their channels."""
-    if program.kind(value) < Kind.ACTIVATION:
-        return True
-    producer = program.producer(value)
-    if producer is None or producer.name in MULTIPLY_ADDS:
-        return False
-    if producer.name == "reduce_sum":
-        return len(producer.inputs[0].shape) - 1 in producer.params["axes"]
-    return all(_is_statistic(v, program) for v in producer.inputs)
-
-
-def window_pool(operation: Operation, program: TracedProgram) -> int:
-    """Counts a pool: the number of its outputs times the size of its window."""
-    if program.kind(operation.inputs[0]) != Kind.ACTIVATION:
-        return 0
-    return operation.outputs[0].size * math.prod(operation.params["window_dimensions"])
-
-
-def global_pool(operation: Operation, program: TracedProgram) -> int:
-    """Counts a pool over all positions between the batch and the channels: all their elements."""
-    pooled = operation.inputs[0]
-    is_pool = not {0, len(pooled.shape) - 1} & set(operation.params["axes"])
-    return pooled.size if is_pool and program.kind(pooled) == Kind.ACTIVATION else 0
-
-
-# Counts of one operation, by the name of its primitive.
-Rule = Callable[[Operation, TracedProgram], int]
-MULTIPLY_ADDS: Mapping[str, Rule] = {"conv_general_dilated": product, "dot_general": product}
-LITERATURE_FLOPS: Mapping[str, Rule] = {
-    **MULTIPLY_ADDS,
-    "add": linear_bias,
-    "max": relu,
-    "reduce_max": global_pool,
-    "reduce_sum": global_pool,
-    "reduce_window": window_pool,
-    "reduce_window_max": window_pool,
-    "reduce_window_sum": window_pool,
-}

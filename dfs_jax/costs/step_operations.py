@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dfs_jax.costs.flops import over_all_runs, product
+from dfs_jax.costs.operations import over_all_runs, product
 from dfs_jax.forks import Fork
 from dfs_jax.gradients import Batch
 from dfs_jax.gradients.summed import summed_loss

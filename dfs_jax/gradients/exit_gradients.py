@@ -17,7 +17,7 @@ from jax import lax
 
 from dfs_jax.forks import Fork
 from dfs_jax.losses import LossFunction, as_loss
-from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.models.contract import MultiExitModel, split_trunk_and_heads
 from dfs_jax.tracing.dead_gradients import skip_dead_gradients
 from dfs_jax.types import ExitOutputs, HeadOutput, PyTree, UserError
 
@@ -73,9 +73,13 @@ def exit_gradients(
 
     Raises:
       UserError: an unknown value of `exits`, or parameters outside the blocks and heads.
+
+    A model that does not run in blocks (`runs_in_blocks`) takes a backward pass for each exit.
     """
     check_exits(exits)
     check_names(model, variables["params"])
+    if not model.runs_in_blocks:
+        return _of_the_whole(model, fork, loss, variables, images, labels, key, exits)
     stages, outputs, batch_stats = _forward(model, fork, variables, images, key)
     losses, pull = jax.vjp(lambda outputs: loss(outputs, labels), outputs)
     couples = as_loss(loss).couples_exits
@@ -104,7 +108,9 @@ def check_exits(exits: str | None) -> None:
 
 
 def check_names(model: MultiExitModel, params: PyTree) -> None:
-    """Raises UserError unless all parameters lie under block1.. and head1.. of the exits."""
+    """Raises UserError unless the parameters of blocks and heads lie under block1.. and head1.."""
+    if not model.runs_in_blocks:
+        return
     exits = range(1, model.num_exits + 1)
     outside = set(params) - {f"{part}{i}" for part in ("block", "head") for i in exits}
     if outside:
@@ -112,6 +118,41 @@ def check_names(model: MultiExitModel, params: PyTree) -> None:
             f"gradients of single exits need a model whose parameters lie under block1.. and "
             f"head1.., this one also has {', '.join(sorted(outside))}"
         )
+
+
+def _of_the_whole(
+    model: MultiExitModel,
+    fork: Fork,
+    loss: LossFunction,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    exits: str | None,
+) -> ExitGradients:
+    """Returns the gradients with a backward pass of the whole network for each exit."""
+    trunk, heads = split_trunk_and_heads(variables["params"])
+    stats = variables.get("batch_stats", {})
+
+    def losses_of(trunk: PyTree, heads: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        state = {"mutable": ["batch_stats"], "rngs": {"dropout": key}}
+        of_model = {"params": {**trunk, **heads}, "batch_stats": stats}
+        outputs, updated = model.apply(of_model, images, fork, train=True, **state)
+        return loss(outputs, labels), (outputs.logits, updated.get("batch_stats", {}))
+
+    losses_of = skip_dead_gradients(losses_of) if model.partitioned_backward else losses_of
+    losses, pull, (logits, stats) = jax.vjp(losses_of, trunk, heads, has_aux=True)
+    seeds = jnp.eye(len(losses), dtype=losses.dtype)
+    if (exits or best_way(jax.default_backend())) == "vmap":
+        by_exit, of_heads = jax.vmap(pull)(seeds)
+    else:
+        by_exit, of_heads = lax.map(pull, seeds) if exits == "scan" else _stacked(pull, seeds)
+    heads = jax.tree.map(lambda leaf: leaf.sum(0), of_heads)
+    return ExitGradients(losses, logits, by_exit, heads, stats)
+
+
+def _stacked(pull: Callable[[jax.Array], PyTree], seeds: jax.Array) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(pull, seeds))
 
 
 class _Stage(NamedTuple):

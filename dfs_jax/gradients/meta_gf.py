@@ -116,6 +116,7 @@ class MetaGF(GradientRule):
     memory: float | None = None
 
     takes_exit_gradients: ClassVar[bool] = True
+    needs_blocks: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self):

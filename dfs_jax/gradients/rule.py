@@ -129,6 +129,7 @@ class GradientRule:
 
     Attributes:
       is_plain_sum: whether a step is one forward and one backward pass of the summed losses.
+      needs_blocks: whether the model must run in blocks, whose exits the rule tells apart.
       takes_exit_gradients: whether the rule reads the gradients of single exits, which needs a
         model whose parameters all lie under `block1`.. and `head1`..
       looks_ahead: whether the rule takes trial steps, and so needs the optimizer's real update.
@@ -136,6 +137,7 @@ class GradientRule:
 
     is_plain_sum: ClassVar[bool] = False
     takes_exit_gradients: ClassVar[bool] = False
+    needs_blocks: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
 
     def init(self, params: PyTree, num_exits: int, key: jax.Array) -> PyTree:

@@ -24,6 +24,7 @@ from dfs_jax.interop.torch_names import (
     inner_state_dict,
     unwrapped,
 )
+from dfs_jax.models.added_exits import BACKBONE
 from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.paths import local_path, reason
 from dfs_jax.types import UserError
@@ -110,7 +111,8 @@ def load_trunk(
     """Initialises the trunk, parameters and batch statistics, from any checkpoint.
 
     Args:
-      path: file as in `load_weights`, with our flat names or the published PyTorch names.
+      path: file as in `load_weights`, with our flat names or the published PyTorch names; for a
+        network with added exits, also with the names of the network itself.
       model: model of the `variables`.
       variables: `{"params": ..., "batch_stats": ...}`; heads are kept, even if the file has some.
 
@@ -139,8 +141,9 @@ def _is_head(key: Key) -> bool:
 def _trunk_by_our_names(
     model: MultiExitModel, shapes: Mapping[Key, Any], weights: Mapping[str, np.ndarray], path: str
 ) -> dict[Key, np.ndarray]:
-    del model  # the shapes suffice
     flat = {tuple(name.split("/")): array for name, array in weights.items()}
+    if not model.runs_in_blocks and all(BACKBONE not in key for key in flat):
+        flat = {(key[0], BACKBONE, *key[1:]): array for key, array in flat.items()}
     flat = {key: array for key, array in flat.items() if len(key) < 2 or not _is_head(key)}
     check_names_and_shapes(
         {"/".join(key): shape for key, shape in shapes.items()},

@@ -40,6 +40,7 @@ class MultiExitModel(nn.Module):
       partitioned_backward: whether training skips the gradients of channels that train nothing
         (`skip_dead_gradients`); otherwise it computes and discards them. Results are equal.
       cpu_kernels: whether programs for one CPU use this package's convolutions and pools.
+      runs_in_blocks: whether the model defines `block` and `head`; otherwise its `__call__` alone.
       tensor_axes: axis of each parameter that is split over the devices along `TENSOR_AXIS`, by
         the end of the parameter's path; empty if the layers cannot be split.
       dtype: type in which blocks compute; None for that of the parameters. A field of the models
@@ -53,6 +54,7 @@ class MultiExitModel(nn.Module):
     cpu_kernels: bool = True
 
     tensor_axes: ClassVar[Mapping[str, int]] = {}
+    runs_in_blocks: ClassVar[bool] = True
     dtype: ClassVar[str | None] = None
 
     @property

@@ -24,7 +24,11 @@ _OPENED = {**CALLS, **CHECKPOINTS}
 
 
 def stages_of(
-    fn: Callable[[PyTree, jax.Array], Any], params: PyTree, example: jax.ShapeDtypeStruct
+    fn: Callable[[PyTree, jax.Array], Any],
+    params: PyTree,
+    example: jax.ShapeDtypeStruct,
+    *,
+    exits: Sequence[int] | None = None,
 ) -> tuple[Partial, ...]:
     """Returns the stages of a function that marks its exits, `(carry) -> (carry, logits)`.
 
@@ -38,6 +42,7 @@ def stages_of(
         batch must not read each other.
       params: pytree of the function's parameters. Those that a stage reads are its leaves, by name.
       example: shape and type of one input, without its batch.
+      exits: indices of the exits to stop at, in rising order; None for all.
 
     Raises:
       UserError: exits that are not numbered 0, 1, ..., marks inside a loop, a condition or a custom
@@ -56,7 +61,7 @@ def stages_of(
       >>> [x.shape for x in carry], logits.shape
       ([(2, 5)], (2, 3))
     """
-    cut = _Cutter(fn, params, example)
+    cut = _Cutter(fn, params, example, None if exits is None else tuple(exits))
     leaves, axes, stages = cut.named(params), (0,), []
     for i, (two, three) in enumerate(zip(cut(2).stages, cut(3).stages, strict=True)):
         following = _batch_axes(i, two, three)
@@ -108,12 +113,18 @@ class _Cutter:
     their stages are shared.
     """
 
-    def __init__(self, fn: Callable[..., Any], params: PyTree, example: jax.ShapeDtypeStruct):
-        self._fn, self._example = fn, example
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        params: PyTree,
+        example: jax.ShapeDtypeStruct,
+        exits: tuple[int, ...] | None,
+    ):
+        self._fn, self._example, self._exits = fn, example, exits
         self._params = jax.eval_shape(lambda: params)
         self._names = list(self.named(self._params))
         shapes, structure = jax.tree.flatten(self._params)
-        self._key = _identity(fn), example, structure, tuple(shapes)
+        self._key = _identity(fn), example, exits, structure, tuple(shapes)
         self._known: dict[Any, _Program] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -126,7 +137,7 @@ class _Cutter:
         if batch not in self._known:
             shape = jax.ShapeDtypeStruct((batch, *self._example.shape), self._example.dtype)
             closed = jax.make_jaxpr(self._fn)(self._params, shape)
-            self._known[batch] = _cut(closed, len(self._names))
+            self._known[batch] = _cut(closed, len(self._names), self._exits)
         return self._known[batch]
 
     def named(self, params: PyTree) -> dict[str, Any]:
@@ -192,12 +203,12 @@ def _moved(x: jax.Array, source: int, target: int) -> jax.Array:
     return x if source == target else jnp.moveaxis(x, source, target)
 
 
-def _cut(closed: ClosedJaxpr, num_parameters: int) -> _Program:
+def _cut(closed: ClosedJaxpr, num_parameters: int, exits: tuple[int, ...] | None) -> _Program:
     jaxpr, constants = closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     parameters, inputs = jaxpr.invars[:num_parameters], jaxpr.invars[num_parameters:]
     equations = _flat(jaxpr, {}, constants)
     maker = {v: k for k, equation in enumerate(equations) for v in equation.outputs}
-    marks = _marks(equations)
+    marks = _marks(equations, exits)
     of_examples = _dependent(equations, inputs)
     stages, computed, done, carried = [], list(inputs), set(), list(inputs)
     for i, mark in enumerate(marks):
@@ -252,12 +263,17 @@ class _Output:
         self.equation = equation
 
 
-def _marks(equations: Sequence[_Equation]) -> list[int]:
-    """Returns the positions of the marks, by exit."""
+def _marks(equations: Sequence[_Equation], exits: tuple[int, ...] | None) -> list[int]:
+    """Returns the positions of the marks of the chosen exits, or of all if None."""
     found = {k: marked_exit(e.equation) for k, e in enumerate(equations)}
     marks = {exit_index: k for k, exit_index in found.items() if exit_index is not None}
     check_marks([exit_index for exit_index in found.values() if exit_index is not None])
-    return [marks[i] for i in range(len(marks))]
+    chosen = tuple(range(len(marks))) if exits is None else exits
+    if not chosen or list(chosen) != sorted({*chosen} & {*marks}):
+        raise UserError(
+            f"exits must be some of 0 to {len(marks) - 1} in rising order, got {list(chosen)}"
+        )
+    return [marks[i] for i in chosen]
 
 
 def _needed(

@@ -45,6 +45,11 @@ def check_rule(
     A combiner is traced for one update of the model's trunk.
     """
     rule.check(setup)
+    if rule.needs_blocks and not model.runs_in_blocks:
+        raise UserError(
+            f"gradient rule {type(rule).__name__} needs a model that runs in blocks, which "
+            f"{type(model).__name__} does not: choose another rule"
+        )
     if not rule.takes_exit_gradients:
         return
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), image_shape))

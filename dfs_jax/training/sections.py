@@ -44,7 +44,9 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "model": Section(
-        MODELS, given=("num_classes", "adapt_features", "remat", "dtype", "batch_norm_groups")
+        MODELS,
+        (Option("exits_at", tuple, None, "submodules to add exits at, for a module without."),),
+        given=("num_classes", "adapt_features", "remat", "dtype", "batch_norm_groups"),
     ),
     "fork": Section(FORKS),
     "loss": Section(LOSSES),

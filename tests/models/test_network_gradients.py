@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.costs.flops import count_operations
+from dfs_jax.costs.operations import count_operations
 from dfs_jax.costs.step_operations import theoretical_step_cost, traced_step_cost
 from dfs_jax.forks import create_fork
 from dfs_jax.losses import create_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from dfs_jax.costs.flops import count_operations
+from dfs_jax.costs.operations import count_operations
 
 SMALL_MSDNET = {
     "num_exits": 3,

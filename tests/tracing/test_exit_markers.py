@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from dfs_jax.costs.flops import count_operations, exit_costs
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.costs.operations import count_operations
 from dfs_jax.forks import create_fork
 from dfs_jax.inference.stages import check_stages, model_stages
 from dfs_jax.models import create_model

@@ -6,7 +6,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from dfs_jax.costs.flops import (
+from dfs_jax.costs.operations import (
     LITERATURE_FLOPS,
     MULTIPLY_ADDS,
     count_by,
