@@ -30,7 +30,7 @@ RUN: dict[str, tuple[Any, str]] = {
     "steps_per_dispatch": (1, "largest number of steps in one compiled call"),
     "conflict_every_steps": (0, "steps between measurements of gradient conflict; 0: never"),
     "conflict_examples": (128, "validation examples for measuring the conflict"),
-    "init_from": (str, "single-exit weights for the trunk: .safetensors, .npz or .pth"),
+    "init_from": (str, "weights for the trunk: a .safetensors, .npz or .pth file, or a name"),
     "mesh.data": (-1, "devices with different examples; -1: all remaining ones"),
     "mesh.fsdp": (1, "devices that also divide the parameters"),
     "mesh.tensor": (1, "devices that divide the layers of a ViT"),
@@ -78,6 +78,7 @@ def get_config(method: str = "dfs") -> Any:
     config.fork = create_section("fork", "")
     config.loss = create_section("loss", "")
     config.gradients = create_section("gradients", "")
+    config.regime = create_section("regime", "joint")
     config.data = create_section("data", "cifar10", augmentation="crop,flip", split_seed=0)
     config.optimizer = create_section("optimizer", "sgd", learning_rate=0.1)
     config.schedule = create_section("schedule", "cosine")

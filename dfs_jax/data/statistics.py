@@ -16,10 +16,12 @@ class ChannelStatistics(NamedTuple):
     std: tuple[float, ...]
 
 
-# From each set's training images; ImageNet's are the values in common use.
+# From each set's training images; ImageNet's are the values in common use. EfficientNet-Lite's make
+# (x - 127) / 128 of a level x.
 NAMED_STATISTICS = {
     "cifar10": ChannelStatistics((0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159)),
     "cifar100": ChannelStatistics((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
+    "efficientnet_lite": ChannelStatistics((127 / 255,) * 3, (128 / 255,) * 3),
     "imagenet2012": ChannelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 

@@ -15,6 +15,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from dfs_jax.files import replacing
+from dfs_jax.interop.torch_files import read_torch_file
 from dfs_jax.interop.torch_names import (
     Key,
     check_names_and_shapes,
@@ -36,8 +37,8 @@ STEP = "step"  # key of the checkpoint's step in the header of a run's weights
 def load_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads named arrays from a `.safetensors`, `.npz`, `.pth` or `.pt` file.
 
-    PyTorch's files need torch, which is imported only for them, and are read without running any
-    code that they contain; a state_dict inside a checkpoint is found. Parts of names added by
+    PyTorch's files are read without PyTorch, and without running any code that they contain; a
+    state_dict inside a checkpoint is found. Parts of names added by
     module wrappers (`module.`, `_orig_mod.` and similar) are removed in every format.
 
     Returns:
@@ -172,13 +173,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs PyTorch: pip install torch, or convert it to .safetensors"
-        ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = read_torch_file(path)
     except pickle.UnpicklingError as error:
         if "nsupported" not in str(error):  # "Unsupported global ...": anything else is damage
             raise
@@ -187,12 +182,11 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"model.state_dict() instead of the model"
         ) from error
     weights = inner_state_dict(loaded) if isinstance(loaded, Mapping) else {}
-    tensors = {name: x for name, x in weights.items() if isinstance(x, torch.Tensor)}
-    if not tensors:
+    arrays = {name: x for name, x in weights.items() if isinstance(x, np.ndarray)}
+    if not arrays:
         found = ", ".join(map(str, weights)) or type(loaded).__name__
         raise UserError(f"{path} holds no state_dict that can be found, but {found[:200]}")
-    wide = {name: x.float() if x.dtype == torch.bfloat16 else x for name, x in tensors.items()}
-    return {name: x.detach().numpy() for name, x in wide.items()}
+    return arrays
 
 
 def _write_safetensors(

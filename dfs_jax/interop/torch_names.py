@@ -19,6 +19,7 @@ from dfs_jax.types import UserError
 FAMILIES = Registry(
     "family of published weights",
     {
+        "EfficientNetLite": "dfs_jax.interop.efficientnet:FAMILY",
         "MSDNet": "dfs_jax.interop.msdnet:FAMILY",
         "ResNet": "dfs_jax.interop.resnet:FAMILY",
         "VGG": "dfs_jax.interop.vgg:FAMILY",

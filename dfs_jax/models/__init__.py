@@ -13,6 +13,7 @@ from dfs_jax.types import UserError
 MODELS = Registry(
     "model",
     {
+        "efficientnet_lite0": "dfs_jax.models.efficientnet:EfficientNetLite",
         "msdnet": "dfs_jax.models.msdnet:MSDNet",
         "msdnet_cifar100": "dfs_jax.models.msdnet:MSDNet",
         "msdnet_cifar_anytime": "dfs_jax.models.msdnet:AnytimeMSDNet",

@@ -99,7 +99,7 @@ class AddedExits(MultiExitModel, kw_only=True):
     """A network with added exits, as `add_exits` returns it.
 
     Attributes:
-      backbone: the network.
+      backbone: the network, which is the trunk, its own classifier included.
       at: names of the submodules that have an exit.
       make_head: function from the number of classes to the head of an exit.
     """
@@ -157,7 +157,10 @@ class AddedExits(MultiExitModel, kw_only=True):
         self, images: jax.Array, fork: Fork, train: bool
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Runs the network; returns its logits and what each head reads."""
+        train = train and not self.frozen_trunk
         calls, variables = _Calls(self.at, fork, images.shape[0]), self.backbone.variables
+        if self.frozen_trunk:
+            variables = jax.lax.stop_gradient(variables)
         has_statistics = self.is_mutable_collection("batch_stats") and "batch_stats" in variables
         kept = ["batch_stats"] if has_statistics else []
         key = self.make_rng("dropout") if self.has_rng("dropout") else None

@@ -39,6 +39,8 @@ class MultiExitModel(nn.Module):
         memory for another forward pass, equal gradients.
       partitioned_backward: whether training skips the gradients of channels that train nothing
         (`skip_dead_gradients`); otherwise it computes and discards them. Results are equal.
+      frozen_trunk: whether training leaves the trunk as it is: blocks run in evaluation mode and
+        pass no gradients.
       cpu_kernels: whether programs for one CPU use this package's convolutions and pools.
       runs_in_blocks: whether the model defines `block` and `head`; otherwise its `__call__` alone.
       tensor_axes: axis of each parameter that is split over the devices along `TENSOR_AXIS`, by
@@ -51,6 +53,7 @@ class MultiExitModel(nn.Module):
     adapt_features: bool = False
     remat: bool = False
     partitioned_backward: bool = True
+    frozen_trunk: bool = False
     cpu_kernels: bool = True
 
     tensor_axes: ClassVar[Mapping[str, int]] = {}
@@ -93,7 +96,9 @@ class MultiExitModel(nn.Module):
         if i > 0:
             forked = fork(self.feature(carry), exit_index=i - 1, num_exits=self.num_exits)
             carry = self.with_feature(carry, forked.to_trunk)
-        return self.block(i, carry, train=train)
+        if not self.frozen_trunk:
+            return self.block(i, carry, train=train)
+        return jax.lax.stop_gradient(self.block(i, carry, train=False))
 
     def run_head(self, fork: Fork, i: int, carry: PyTree, *, train: bool = False) -> HeadOutput:
         """Runs classifier i on what block i returned, forked."""
@@ -167,6 +172,11 @@ def split_trunk_and_heads(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     >>> split_trunk_and_heads({"block1": 1, "head1": 2})
     ({'block1': 1}, {'head1': 2})
     """
-    trunk = {name: leaf for name, leaf in tree.items() if not name.startswith("head")}
-    heads = {name: leaf for name, leaf in tree.items() if name.startswith("head")}
+    trunk = {name: leaf for name, leaf in tree.items() if not is_head(name)}
+    heads = {name: leaf for name, leaf in tree.items() if is_head(name)}
     return trunk, heads
+
+
+def is_head(name: str) -> bool:
+    """Returns whether a name among a model's parameters is that of a head."""
+    return name.startswith("head")

@@ -20,7 +20,7 @@ from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.paths import output_file
 from dfs_jax.tables import aligned
 from dfs_jax.training.config import options
-from dfs_jax.training.experiment import model_from_config
+from dfs_jax.training.experiment import model_from_config, regime_from_config
 from dfs_jax.training.input_config import dataset_from_config
 from dfs_jax.training.sections import define_config_flag
 from dfs_jax.types import Config, UserError
@@ -60,6 +60,7 @@ def cost_report(config: Config) -> CostReport:
     loss = create_loss(config.loss.name, **options(config.loss))
     num_classes, image_shape = image_set_shape(config.data)
     model = model_from_config(config.model, loss, num_classes=num_classes)
+    model = model.clone(frozen_trunk=regime_from_config(config).frozen_epochs is None)
     try:
         exits = [cost._asdict() for cost in exit_costs(model, image_shape)]
         plain = _step_costs(model, create_fork("plain"), loss, image_shape)

@@ -40,7 +40,11 @@ MAY_CHANGE = (
     "mesh.tensor",
 )
 # Sections that configs of earlier runs lack, with values that those runs used.
-_ADDED_LATER = {"gradients": {"name": "sum", "exits": None}, "mesh": {}}
+_ADDED_LATER = {
+    "gradients": {"name": "sum", "exits": None},
+    "mesh": {},
+    "regime": {"name": "joint"},
+}
 MAY_DIFFER = ("data.data_dir", "data.num_workers", "init_from")  # between the machines of a run
 _AT_LEAST_ONE = ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs", "log_every_steps")
 

@@ -20,16 +20,17 @@ from dfs_jax.forks import Fork, create_fork
 from dfs_jax.gradients import GradientRule, Setup
 from dfs_jax.interop import load_trunk
 from dfs_jax.interop.files import STEP, weights_notes
+from dfs_jax.interop.pretrained import weights_file
 from dfs_jax.losses import Loss, create_loss
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import MultiExitModel, init_variables
-from dfs_jax.paths import input_file
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.config import options, read_config
 from dfs_jax.training.dispatch import BATCH
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.recorded import recorded_dataset
+from dfs_jax.training.regimes import REGIMES, Regime
 from dfs_jax.training.rule_config import check_rule, rule_from_config
 from dfs_jax.training.run_data import read_run_data
 from dfs_jax.training.sharding import (
@@ -64,6 +65,7 @@ class Experiment(NamedTuple):
     fork: Fork
     loss: Loss
     rule: GradientRule
+    regime: Regime
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     augment: Augmentation
@@ -72,6 +74,15 @@ class Experiment(NamedTuple):
     def total_steps(self) -> int:
         """Number of training steps in the whole run."""
         return self.config.epochs * self.sampler.steps_per_epoch
+
+    @property
+    def frozen_steps(self) -> int:
+        """Number of steps from the start with a frozen trunk."""
+        return self.regime.frozen_steps(self.total_steps, self.sampler.steps_per_epoch)
+
+    def model_at(self, step: int) -> MultiExitModel:
+        """Returns the model as it is trained after `step` steps."""
+        return self.model.clone(frozen_trunk=step < self.frozen_steps)
 
     @property
     def score_split(self) -> str:
@@ -107,6 +118,7 @@ def build_experiment(
     fork = create_fork(config.fork.name, **options(config.fork))
     loss = create_loss(config.loss.name, **options(config.loss))
     rule = rule_from_config(config.gradients)
+    regime = regime_from_config(config)
     # Options are checked before the data, which takes its time, is read.
     augmentation_from_config(config.data, mean=(0.0, 0.0, 0.0))
     _configured(model_from_config(config.model, loss, num_classes=2), config)
@@ -121,9 +133,14 @@ def build_experiment(
         config.schedule, config.optimizer.learning_rate, config.epochs, sampler.steps_per_epoch
     )
     optimizer = create_optimizer(config.optimizer, schedule)
-    components = fork, loss, rule, schedule, optimizer, augment
+    components = fork, loss, rule, regime, schedule, optimizer, augment
     experiment = Experiment(config, mesh, dataset, sampler, model, *components)
     check_rule(rule, model, dataset.image_shape, _setup(experiment, parts))
+    if rule.takes_exit_gradients and experiment.frozen_steps:
+        raise UserError(
+            f"gradients.name={config.gradients.name} works on the trunk's gradients, of which the "
+            f"regime {config.regime.name} has none: choose sum, or the regime joint"
+        )
     return experiment
 
 
@@ -167,10 +184,14 @@ def initial_state(experiment: Experiment) -> TrainState:
         finish = jit_for_mesh(finish, e.mesh, out_shardings=where, donate_argnums=0)
     variables = create(_key(e.config.seed, _INIT))
     if e.config.init_from is not None:
-        path = input_file(e.config.init_from, "init_from")
+        path = weights_file(e.config.init_from)
         _warn_of_old_weights(path)
         variables = load_trunk(path, e.model, variables)
         variables = variables if where is None else put_where(variables, split)
+    elif e.frozen_steps:
+        logging.warning(
+            "regime=%s freezes a trunk of random weights: set init_from", e.config.regime.name
+        )
     state = finish(variables)
     return put_replicated(state, e.mesh) if where is None else put_where(state, where)
 
@@ -210,11 +231,29 @@ def accumulate_steps(config: Config) -> int:
     return 1 if steps is None else steps
 
 
-def training_step(experiment: Experiment, takes: str = BATCH) -> TrainStep:
-    """Returns the compiled training step of an experiment, or a loop of steps; see `dispatch`."""
+def regime_from_config(config: Config) -> Regime:
+    """Returns the regime of a section `regime`."""
+    section = config.regime
+    regime = REGIMES.create(section.name, **options(section))
+    regime.check(config.epochs)
+    return regime
+
+
+def training_step(
+    experiment: Experiment, takes: str = BATCH, *, step: int | None = None
+) -> TrainStep:
+    """Returns the compiled training step of an experiment, or a loop of steps; see `dispatch`.
+
+    Args:
+      experiment: experiment that is trained.
+      takes: what a dispatch takes.
+      step: number of steps taken before, which tells whether the trunk is frozen; None for the
+        last steps of the run.
+    """
     e = experiment
+    step = e.total_steps - 1 if step is None else step
     return make_train_step(
-        e.model,
+        e.model_at(step),
         e.fork,
         e.loss,
         e.rule,
@@ -226,6 +265,7 @@ def training_step(experiment: Experiment, takes: str = BATCH) -> TrainStep:
         ema_decay=e.config.optimizer.ema_decay,
         exits=e.config.gradients.exits,
         accumulate_steps=accumulate_steps(e.config),
+        trunk_rate=e.regime.trunk_rate,
         state_shardings=state_shardings(e),
         takes=takes,
     )

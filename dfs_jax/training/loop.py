@@ -158,7 +158,7 @@ class _Run:
         self._copy = state_copier(experiment)
         self._resident: ResidentSplit | None = None
         self._probe = _create_probe(experiment)
-        self._recalibration = _create_recalibration(experiment)
+        self._recalibration: Recalibration | None = None
         self._clock = Clock()
         self._later: list[Callable[[], None]] = []
 
@@ -169,7 +169,6 @@ class _Run:
         if start >= total:
             return TrainResult(experiment, total, None)
         feed = create_feed(experiment, start)
-        train_step = training_step(experiment, feed.takes)
         if feed.takes == INDICES and isinstance(experiment.dataset.validation, Split):
             self._resident = ResidentSplit(experiment, experiment.dataset.validation)
         due = (
@@ -178,10 +177,14 @@ class _Run:
             self._config.conflict_every_steps,
         )
         self._clock.restart()
-        step = start
+        step, train_step = start, None
         while step < total:
+            if step in (start, experiment.frozen_steps):  # both are at the start of an epoch or run
+                train_step = training_step(experiment, feed.takes, step=step)
+                self._recalibration = _create_recalibration(experiment, step)
             before = step
             step += steps_at_once(step, steps_per_dispatch(self._config), due)
+            assert train_step is not None
             state = train_step(state, *self._next_inputs(feed, step - before))
             self._catch_up()
             if _passes(self._config.log_every_steps, before, step):
@@ -332,9 +335,9 @@ def _create_probe(experiment: Experiment) -> ConflictProbe | None:
     return ConflictProbe(experiment, experiment.config.conflict_examples) if every else None
 
 
-def _create_recalibration(experiment: Experiment) -> Recalibration | None:
+def _create_recalibration(experiment: Experiment, step: int) -> Recalibration | None:
     examples = experiment.config.get("recalibrate_examples")
-    return None if examples is None else Recalibration(experiment, examples)
+    return None if examples is None else Recalibration(experiment, examples, step=step)
 
 
 def _passes(every: int, before: int, step: int) -> bool:

@@ -19,6 +19,7 @@ from dfs_jax.gradients.rule import Passes
 from dfs_jax.gradients.summed import summed_loss
 from dfs_jax.losses import Loss, LossFunction
 from dfs_jax.models.contract import MultiExitModel
+from dfs_jax.training.regimes import kept_trunk, scaled_trunk
 from dfs_jax.training.sharding import batch_sharded
 from dfs_jax.training.state_sharding import constrain, scatter
 from dfs_jax.types import PyTree, TrunkAndHeads
@@ -34,6 +35,7 @@ def make_step_parts(
     accumulate_steps: int = 1,
     prepare: Callable[[jax.Array], jax.Array] = lambda images: images,
     mesh: Mesh | None = None,
+    trunk_rate: float = 1.0,
 ) -> StepParts:
     """Returns the parts that a gradient rule builds its step from.
 
@@ -46,12 +48,17 @@ def make_step_parts(
       accumulate_steps: micro batches of a step, see `accumulated`.
       prepare: function applied to the images of a micro batch first, such as normalisation.
       mesh: device mesh that gradients are split over; None where they are not.
+      trunk_rate: learning rate of the trunk, in multiples of the heads'.
     """
 
     def update(trained: Trained, grads: PyTree) -> tuple[Trained, PyTree]:
         grads = constrain(grads, mesh, model)
         updates, opt_state = optimizer.update(grads, trained.opt_state, trained.params)
+        updates = scaled_trunk(updates, trunk_rate)
         params = optax.apply_updates(trained.params, updates)
+        if model.frozen_trunk:
+            params = kept_trunk(trained.params, params)
+            opt_state = kept_trunk(trained.opt_state, opt_state)
         return Trained(params, trained.batch_stats, opt_state), updates
 
     def divide(batch: Batch, count: int) -> list[Batch]:

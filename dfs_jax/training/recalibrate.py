@@ -21,7 +21,9 @@ import numpy as np
 
 from dfs_jax.data.augmentation import normalise
 from dfs_jax.data.dataset import Split
+from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.training.experiment import Experiment, variable_shardings
+from dfs_jax.training.regimes import kept_trunk
 from dfs_jax.training.sharding import (
     batch_sharded,
     jit_for_mesh,
@@ -42,12 +44,13 @@ class Recalibration:
     Args:
       experiment: run whose network is recalibrated.
       examples: number of training images, rounded down to whole batches.
+      step: number of steps taken: the statistics of a trunk that is frozen then are kept.
 
     Raises:
       UserError: a streamed data set, or fewer examples than a batch.
     """
 
-    def __init__(self, experiment: Experiment, examples: int):
+    def __init__(self, experiment: Experiment, examples: int, *, step: int = 0):
         config, train = experiment.config, experiment.dataset.train
         if not isinstance(train, Split):
             raise UserError(
@@ -66,7 +69,8 @@ class Recalibration:
         self._batches = [
             put_batch(train.take(batch[here]).images, experiment.mesh) for batch in rows
         ]
-        self._statistics = _compiled(experiment)
+        self._model = experiment.model_at(step)
+        self._statistics = _compiled(experiment, self._model)
 
     def __call__(self, state: TrainState) -> TrainState:
         """Returns the state with new statistics among the variables for evaluation.
@@ -82,7 +86,8 @@ class Recalibration:
     def statistics(self, variables: dict[str, Any]) -> PyTree:
         """Returns new `batch_stats` for `{"params": ..., "batch_stats": ...}`."""
         found = [self._statistics(variables, images) for images in self._batches]
-        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
+        means = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *found)
+        return kept_trunk(variables["batch_stats"], means) if self._model.frozen_trunk else means
 
 
 def batch_statistics(update: Callable[[PyTree], PyTree], running: PyTree) -> PyTree:
@@ -101,15 +106,17 @@ def batch_statistics(update: Callable[[PyTree], PyTree], running: PyTree) -> PyT
     return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), from_zero, from_one)
 
 
-def _compiled(experiment: Experiment) -> Callable[[dict[str, Any], jax.Array], PyTree]:
+def _compiled(
+    experiment: Experiment, model: MultiExitModel
+) -> Callable[[dict[str, Any], jax.Array], PyTree]:
     e = experiment
 
     def statistics(variables: dict[str, Any], images: jax.Array) -> PyTree:
-        params = constrain(variables, e.mesh, e.model, gathered=True)["params"]
+        params = constrain(variables, e.mesh, model, gathered=True)["params"]
         pixels = normalise(images, e.dataset.mean, e.dataset.std)
 
         def update(running: PyTree) -> PyTree:
-            _, updated = e.model.apply(
+            _, updated = model.apply(
                 {"params": params, "batch_stats": running},
                 pixels,
                 e.fork,
@@ -124,4 +131,4 @@ def _compiled(experiment: Experiment) -> Callable[[dict[str, Any], jax.Array], P
     where = variable_shardings(e) or replicated(e.mesh)
     out = where["batch_stats"] if isinstance(where, dict) else where
     shardings = {"in_shardings": (where, batch_sharded(e.mesh)), "out_shardings": out}
-    return jit_for_mesh(statistics, e.mesh, runs=e.model, **shardings)
+    return jit_for_mesh(statistics, e.mesh, runs=model, **shardings)

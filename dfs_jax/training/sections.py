@@ -21,6 +21,7 @@ from dfs_jax.models import MODELS
 from dfs_jax.options import REQUIRED, Option, options_of, takes_any
 from dfs_jax.registry import Registry
 from dfs_jax.training.optimizer import OPTIMIZERS, SCHEDULES
+from dfs_jax.training.regimes import REGIMES
 from dfs_jax.types import Config, UserError
 
 
@@ -46,7 +47,14 @@ SECTIONS = {
     "model": Section(
         MODELS,
         (Option("exits_at", tuple, None, "submodules to add exits at, for a module without."),),
-        given=("num_classes", "adapt_features", "remat", "dtype", "batch_norm_groups"),
+        given=(
+            "num_classes",
+            "adapt_features",
+            "remat",
+            "dtype",
+            "batch_norm_groups",
+            "frozen_trunk",
+        ),
     ),
     "fork": Section(FORKS),
     "loss": Section(LOSSES),
@@ -65,6 +73,7 @@ SECTIONS = {
         given=("streaming", "names", "mean", "augmentations"),
         functions=(load_dataset, Streaming, create_augmentation),
     ),
+    "regime": Section(REGIMES),
     "optimizer": Section(
         OPTIMIZERS,
         (

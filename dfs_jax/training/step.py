@@ -50,6 +50,7 @@ def make_train_step(
     ema_decay: float | None = None,
     exits: str | None = None,
     accumulate_steps: int = 1,
+    trunk_rate: float = 1.0,
     state_shardings: PyTree = None,
     takes: str = BATCH,
 ) -> TrainStep:
@@ -68,6 +69,7 @@ def make_train_step(
       ema_decay: weight of the old value in the moving average of the parameters; None keeps none.
       exits: way through the exits for gradients of single exits, see `exit_gradients`.
       accumulate_steps: micro batches of a step, see `accumulated`.
+      trunk_rate: learning rate of the trunk, in multiples of the heads'.
       state_shardings: shardings of the state's arrays; None: whole on every device.
       takes: one batch, or what several steps need at once; see `dispatch`.
 
@@ -77,6 +79,7 @@ def make_train_step(
     """
     prepare = preparation(model, mean, std)
     how: Any = {"accumulate_steps": accumulate_steps, "prepare": prepare, "mesh": mesh}
+    how["trunk_rate"] = trunk_rate
     rule_step = rule.wrap(make_step_parts(model, fork, loss, optimizer, exits, **how))
 
     def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:

@@ -110,9 +110,10 @@ def test_benchmark_rows(workdir, staged):
 
 
 def run_program(name, *arguments):
+    module = name if "." in name else f"dfs_jax.inference.{name}"
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "tests")}
     done = subprocess.run(
-        [sys.executable, "-m", f"dfs_jax.inference.{name}", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -138,9 +139,8 @@ def test_the_programs_in_a_row(workdir, tmp_path):
     status, out, err = run_program("classify", tmp_path, image, tmp_path / "none.png")
     assert (status, err) == (1, "")
     assert [line.split(": ")[0] for line in out.splitlines()] == [str(image), "error"]
-    status, out, err = run_program(
-        "benchmark", f"--workdir={workdir}", "--batch=1", "--batch=4", "--examples=13", "--rounds=1"
-    )
+    how = ("--batch=1", "--batch=4", "--examples=13", "--rounds=1")
+    status, out, err = run_program("benchmarks.inference", f"--workdir={workdir}", *how)
     assert (status, err) == (0, "")
     rows = json.loads((workdir / "benchmark.json").read_text())
     assert {row["batch"] for row in rows} == {1, 4}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,6 +27,7 @@ from tests.support import make_golden
 CLASSES, BETA = 7, 0.3
 # A small model of each family that has published names.
 FAMILY_ROWS = {
+    "EfficientNetLite": ("efficientnet_lite0", {"width": 4, "head_width": 5}),
     "MSDNet": ("msdnet", {"num_exits": 3, "base": 1, "growth": 2, "head_channels": 5}),
     "ResNet": ("resnet50", {"width": 2, "stage_sizes": (2, 1, 1)}),
     "VGG": ("vgg7", {"width": 5}),
@@ -228,14 +227,6 @@ def test_files_that_cannot_be_written_are_told_in_a_sentence(tmp_path, variables
         save_weights(tmp_path / "w.pth", variables)
     with pytest.raises(UserError, match=r"cannot write weights to .*No such file or directory"):
         save_weights(tmp_path / "absent" / "w.npz", variables)
-
-
-def test_pytorchs_files_need_pytorch(tmp_path, monkeypatch):
-    path = tmp_path / "w.pth"
-    path.write_bytes(b"some")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"needs PyTorch: pip install torch, or convert"):
-        load_weights(path)
 
 
 def test_pytorchs_files(tmp_path, model, variables, state_dict):

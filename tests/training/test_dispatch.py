@@ -130,8 +130,8 @@ def recorded(monkeypatch, at_step=None, action=None):
     """Notes how many steps each dispatch takes; calls `action` in the one that passes a step."""
     taken, original = [], loop.training_step
 
-    def wrapped(experiment, takes):
-        inner = original(experiment, takes)
+    def wrapped(experiment, takes, **when):
+        inner = original(experiment, takes, **when)
 
         def step_fn(state, *inputs):
             before = int(state.step)

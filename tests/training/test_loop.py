@@ -55,8 +55,8 @@ def interrupt_at(monkeypatch, step, action):
     """Makes the loop call `action` after that step's update, wherever it is in its epoch."""
     original = loop.training_step
 
-    def wrapped(experiment, takes):
-        inner = original(experiment, takes)
+    def wrapped(experiment, takes, **when):
+        inner = original(experiment, takes, **when)
 
         def step_fn(state, *batch):
             due = int(state.step) + 1 == step

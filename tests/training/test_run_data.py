@@ -329,7 +329,7 @@ def test_the_data_is_recorded_before_the_first_step(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def kill(experiment, takes):
+    def kill(experiment, takes, **when):
         raise Killed
 
     monkeypatch.setattr(loop, "training_step", kill)

