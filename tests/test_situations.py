@@ -29,6 +29,7 @@ PATHS = [
     ("dfs_jax.inference.export", "--output={tmp}/exported", "--workdir={tmp}", "--policy={}"),
     ("benchmarks.inference.benchmark", "--workdir={}"),
     ("benchmarks.inference.benchmark", "--workdir={tmp}", "--output={}"),
+    ("benchmarks.inference.benchmark", "--workdir={tmp}", "--static={}"),
     ("dfs_jax.inference.classify", "{}", "image.png"),
     ("dfs_jax.interop", "check", "{}"),
     ("dfs_jax.data.prepare", "cifar10", "--data_dir={}"),
