@@ -38,6 +38,8 @@ PATHS = [
     ("dfs_jax.reports.gradient_conflict", "--workdir={}"),
     ("dfs_jax.reports.gradient_conflict", "--workdirs={},{}"),
     ("dfs_jax.reports.gradient_conflict", "--workdir={tmp}", "--output={}"),
+    ("dfs_jax.reports.placement", "--workdir={}"),
+    ("dfs_jax.reports.placement", "--workdir={tmp}", "--output={}"),
     ("benchmarks.comparison", CONFIG, "--workdir={}"),
     ("benchmarks.guarantee", "--epsilon=0.4", "--workdir={}"),
     ("benchmarks.accuracy", "--nopage", "--data_dir={}"),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inference.static import is_policy, is_static
+from benchmarks.inference.static import PREFIX, is_policy, is_static
 from dfs_jax.reports.figures import (
     Axes,
     LogLocator,
@@ -125,8 +125,7 @@ def _draw_accuracies(
     batch: int,
     color: str,
 ) -> None:
-    by_speed = sorted(early, key=lambda row: row["speedup"])
-    for some, style, name in ((by_speed, "-o", "policies"), (static, "*", "static networks")):
+    for some, style, name in ((early, "-o", "policies"), (static, "*", "static networks")):
         axes.plot(
             [row["speedup"] for row in some],
             [row["accuracy"] for row in some],
@@ -137,7 +136,7 @@ def _draw_accuracies(
         )
     for row in static:
         axes.annotate(
-            row["policy"],
+            row["policy"].removeprefix(PREFIX),
             (row["speedup"], row["accuracy"]),
             xytext=(0, 8),
             textcoords="offset points",

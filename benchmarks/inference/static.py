@@ -19,7 +19,7 @@ from dfs_jax.paths import UserPath, input_directory, shown
 from dfs_jax.tables import aligned
 from dfs_jax.types import UserError
 
-_PREFIX = "static "  # of the names of rows
+PREFIX = "static "  # of the names of rows
 # Fields of a policy's row if there are static networks.
 KEYS = ("static", "speedup_over_static")
 
@@ -90,14 +90,14 @@ def load_static(
         return []
     _, labels = staged.logits("test")
     return [
-        _load(_PREFIX + short, path, staged, labels, images, data_dir)
+        _load(PREFIX + short, path, staged, labels, images, data_dir)
         for short, path in zip(shorts, paths, strict=True)
     ]
 
 
 def is_static(row: Row) -> bool:
     """Returns whether a row of the benchmark is a static network's."""
-    return row["policy"].startswith(_PREFIX)
+    return row["policy"].startswith(PREFIX)
 
 
 def is_policy(row: Row) -> bool:
@@ -139,7 +139,7 @@ def static_table(rows: Sequence[Row]) -> str:
         (
             row["policy"],
             accuracy[row["policy"]],
-            row["static"].removeprefix(_PREFIX),
+            row["static"].removeprefix(PREFIX),
             accuracy[row["static"]],
             f"{row['speedup_over_static']:.2f}",
         )
@@ -164,7 +164,7 @@ def verdict(rows: Sequence[Row]) -> str:
         ]
         if better:
             best = max(better, key=lambda static: static["speedup"])
-            beaten.append(f"{row['policy']} ({best['policy'].removeprefix(_PREFIX)})")
+            beaten.append(f"{row['policy']} ({best['policy'].removeprefix(PREFIX)})")
     start = f"in batches of {rows[0]['batch']}, "
     if not beaten:
         return f"{start}no static network is faster than a policy at no less accuracy"
