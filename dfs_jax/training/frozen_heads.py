@@ -59,7 +59,8 @@ def train_heads(
     sampler = TrainSampler(e.dataset.train.num_examples, e.config.batch_size, seed)
     steps = epochs * sampler.steps_per_epoch
     optimizer = adamw(optax.cosine_decay_schedule(learning_rate, steps))
-    prepare, opt_state = preparation(e.model, e.dataset.mean, e.dataset.std), None
+    prepare = preparation(e.model, e.dataset.mean, e.dataset.std)
+    apply: Any = e.model.apply
 
     @jax.jit
     def step(heads: PyTree, opt_state: PyTree, trunk: PyTree, images, labels, key):
@@ -71,7 +72,7 @@ def train_heads(
                 "params": {**trunk["params"], **params},
                 "batch_stats": {**trunk["batch_stats"], **heads["batch_stats"]},
             }
-            logits, updated = e.model.apply(
+            logits, updated = apply(
                 whole,
                 pixels,
                 e.fork,

@@ -1,6 +1,7 @@
 """Static networks beside the benchmark's policies: which are compared, how, and what is refused."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +28,14 @@ IMAGES = 13
 
 def other_test_images() -> RawDataset:
     """The tiny images, but one pixel of one test image differs."""
-    data = tiny_images()
+    data: Any = tiny_images()
     images = data.test.images.copy()
     images[5, 0, 0, 0] ^= 1
     return data._replace(test=Split(images, data.test.labels))
 
 
 def other_test_labels() -> RawDataset:
-    data = tiny_images()
+    data: Any = tiny_images()
     return data._replace(test=Split(data.test.images, (data.test.labels + 1) % 3))
 
 
@@ -43,7 +44,7 @@ def other_class_order() -> RawDataset:
 
 
 def larger_images() -> RawDataset:
-    data = tiny_images()
+    data: Any = tiny_images()
     splits = {
         part: Split(getattr(data, part).images.repeat(2, axis=1), getattr(data, part).labels)
         for part in ("train", "test")
