@@ -138,8 +138,9 @@ def _draw_accuracies(
         axes.annotate(
             row["policy"].removeprefix(PREFIX),
             (row["speedup"], row["accuracy"]),
-            xytext=(0, 8),
+            xytext=(7, 0),
             textcoords="offset points",
-            ha="center",
+            va="center",
             fontsize=8,
+            color=color,
         )
