@@ -1,15 +1,16 @@
 """Measures the speed-up of early exits on this machine.
 
-    python -m benchmarks.inference --workdir=DIR --output=FILE.json
+    python -m benchmarks.inference --workdir=DIR --output=FILE.json [--static=DIR --static=DIR]
 
 Rows for each batch size and policy, in a list (`KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
     policy                 "full", "exit K", "no early exit", "2.5x" (that many times fewer
-                           operations), "policy.json"
+                           operations), "policy.json", "static RUN"
     accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
     ideal_speedup          if only the stages took time, each its measured time in a full batch,
-                           against that of the whole network as one program
+                           against that of the whole network as one program; null for static
+                           networks, which have no stages
     ideal_speedup_by_macs  if time were proportional to operations
     speedup                measured, of the stream, or of single calls if batch is 1; "full" runs
                            before and after each other policy, see `benchmarks.inference.speed`
@@ -19,7 +20,13 @@ The printed table also has the number of images per second, the number of decisi
 threshold, where rounding decides, and whether the whole network ran instead because it is faster.
 
 Speed-ups are relative to "full": the whole network as one compiled program, with only its last
-head. "exit K" is such a program up to exit K, for all examples.
+head. "exit K" is such a program up to exit K, for all examples. "static RUN" is the whole network
+of another run (`--static`, its best checkpoint) as such a program; rows of policies then also have
+
+    static                 name of the static network that is nearest in accuracy
+    speedup_over_static    the policy's throughput over this network's
+
+and a sentence says which policies are slower than a static network of no less accuracy.
 """
 
 from __future__ import annotations
@@ -32,6 +39,14 @@ import numpy as np
 from absl import flags, logging
 
 from benchmarks.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
+from benchmarks.inference.static import KEYS as STATIC_KEYS
+from benchmarks.inference.static import (
+    StaticNetwork,
+    compared,
+    load_static,
+    static_directories,
+    static_table,
+)
 from dfs_jax import program
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.files import write_whole
@@ -102,21 +117,30 @@ def main() -> None:
     examples = flags.DEFINE_integer("examples", 5120, "Number of test examples to time.")
     rounds = flags.DEFINE_integer("rounds", 5, "Number of rounds that medians are taken over.")
     measure = flags.DEFINE_string("measure", "max_softmax", "Confidence measure of the policies.")
+    static = flags.DEFINE_multi_string(
+        "static", [], "Directory of a smaller network's run to compare with; may be repeated."
+    )
 
     def run() -> None:
         program.use_compilation_cache()
         root = input_directory(workdir.value, "--workdir")
         path = root / "benchmark.json" if output.value is None else output.value
         path = output_file(path, "--output")
+        others = static_directories(static.value, root)
         staged, chosen = load_with_policy(
             root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
         )
         images = staged.images("test", examples.value)
+        statics = load_static(others, staged, images, data_dir=data_dir.value)
         candidates = find_candidates(staged, chosen, measure.value, len(images))
         rows: list[Row] = []
         for batch in batches.value:
-            some = benchmark(staged, candidates, images, batch=batch, rounds=rounds.value)
+            some = benchmark(
+                staged, candidates, images, batch=batch, rounds=rounds.value, statics=statics
+            )
             program.say(table(some))
+            if statics:
+                program.say(static_table(some))
             rows += some
         write_whole(path, to_json(rows))
         from benchmarks.inference.speed_plots import plot_speed
@@ -172,8 +196,11 @@ def benchmark(
     *,
     batch: int,
     rounds: int,
+    statics: Sequence[StaticNetwork] = (),
 ) -> list[Row]:
     """Returns the rows of one batch size, with speed-ups relative to the first candidate.
+
+    Static networks take turns with the candidates, and their rows are last.
 
     Raises:
       UserError: fewer images than a batch.
@@ -184,12 +211,13 @@ def benchmark(
     images = images[: _ALONE if batch == 1 else len(images) - len(images) % batch]
     contenders = _contenders(staged, candidates, batch)
     predictors = [c.predictor for c in contenders if isinstance(c, EarlyExits)]
+    contenders += [static.contender() for static in statics]
     for contender in contenders:
         contender.go_through(images[:batch], batch)
         contender.answer(images[:batch])
     speeds, times = race(contenders, predictors[0], images, batch=batch, rounds=rounds)
     macs = _macs(staged)
-    return [
+    rows = [
         _row(
             candidate,
             contender,
@@ -198,13 +226,19 @@ def benchmark(
             batch=batch,
             macs=macs,
         )
-        for candidate, contender, speed in zip(candidates, contenders, speeds, strict=True)
+        for candidate, contender, speed in zip(candidates, contenders, speeds, strict=False)
     ]
+    for static, speed in zip(statics, speeds[len(candidates) :], strict=True):
+        rows.append(_static_row(static, speed, batch=batch, macs=macs[-1]))
+    return compared(rows)
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """Returns the rows as JSON, with only the fields of `KEYS`."""
-    kept = [{key: row[key] for key in KEYS} for row in rows]
+    """Returns the rows as JSON: the fields of `KEYS`, and of `STATIC_KEYS` where they have them."""
+    kept = [
+        {key: row[key] for key in (*KEYS, *STATIC_KEYS) if key in row or key in KEYS}
+        for row in rows
+    ]
     return json.dumps(kept, indent=2, allow_nan=False) + "\n"
 
 
@@ -216,7 +250,7 @@ def table(rows: Sequence[Row]) -> str:
             str(row["policy"]),
             f"{100 * row['accuracy']:.2f} %",
             f"{row['macs'] / 1e6:.3f}",
-            *(f"{row[key]:.2f}" for key in ("ideal_speedup_by_macs", "ideal_speedup", "speedup")),
+            *(_number(row[key]) for key in ("ideal_speedup_by_macs", "ideal_speedup", "speedup")),
             f"{row['images_per_second']:,.0f}",
             *(f"{row[key]:.2f}" for key in ("p50_ms", "p99_ms")),
             str(row["close"]),
@@ -257,7 +291,6 @@ def _row(
     macs: Sequence[float],
 ) -> Row:
     early = contender.predictor if isinstance(contender, EarlyExits) else None
-    falls_back = early is not None and early.counts.whole > 0
     result = candidate.result
     return {
         "batch": batch,
@@ -266,13 +299,37 @@ def _row(
         "macs": result.cost,
         "ideal_speedup": ideal_speedup,
         "ideal_speedup_by_macs": macs[-1] / result.cost,
+        **_measured(speed),
+        "falls_back": early is not None and early.counts.whole > 0,
+        "close": 0 if early is None else early.counts.close,
+    }
+
+
+def _static_row(static: StaticNetwork, speed: Speed, *, batch: int, macs: float) -> Row:
+    return {
+        "batch": batch,
+        "policy": static.name,
+        "accuracy": static.accuracy,
+        "macs": static.macs,
+        "ideal_speedup": None,
+        "ideal_speedup_by_macs": macs / static.macs,
+        **_measured(speed),
+        "falls_back": False,
+        "close": 0,
+    }
+
+
+def _measured(speed: Speed) -> Row:
+    return {
         "speedup": speed.speedup,
         "p50_ms": 1000 * speed.p50,
         "p99_ms": 1000 * speed.p99,
         "images_per_second": 1 / speed.seconds,
-        "falls_back": falls_back,
-        "close": 0 if early is None else early.counts.close,
     }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _macs(staged: StagedRun) -> tuple[float, ...]:
