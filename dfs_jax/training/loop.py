@@ -18,7 +18,8 @@ from dfs_jax.data import Dataset
 from dfs_jax.data.dataset import AnySplit, Split
 from dfs_jax.exits.confidence import ExitPredictions
 from dfs_jax.guard import usual_numerics
-from dfs_jax.paths import input_file, output_directory
+from dfs_jax.interop.pretrained import weights_file
+from dfs_jax.paths import output_directory
 from dfs_jax.training.checkpoint import Checkpoints, has_steps
 from dfs_jax.training.clock import Clock, Lap
 from dfs_jax.training.config import check_config, open_workdir, record_config
@@ -95,7 +96,7 @@ def train(
     check_config(config)
     workdir = output_directory(workdir, "workdir")
     if config.init_from is not None and not has_steps(workdir):
-        input_file(config.init_from, "init_from")
+        weights_file(config.init_from)
     with usual_numerics(), locked(workdir) as lock:
         return _train(config, workdir, dataset, accept_data_changes, StopSignals(stop), lock)
 
