@@ -93,16 +93,20 @@ KERNELS = {
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("sides", [(5, 8), (6, 7)])
-def test_depthwise_kernels_equal_xlas(stride, sides):
+@pytest.mark.parametrize(
+    ("kernel", "padding"),
+    [(3, PADDED), (3, "SAME"), (3, "VALID"), (5, "SAME"), (5, ((0, 3), (2, 1)))],
+)
+def test_depthwise_kernels_equal_xlas(stride, sides, kernel, padding):
     """Through the layer: float32 takes the kernels, float64 XLA's convolution."""
 
     def loss(x, w):
         options = {"dimension_numbers": DIMENSIONS, "feature_group_count": 3}
-        y = lax.conv_general_dilated(x, w, (stride, stride), PADDED, **options)
+        y = lax.conv_general_dilated(x, w, (stride, stride), padding, **options)
         return jnp.sum(jnp.sin(y)), y
 
     with jax.enable_x64(True):
-        x, w = random(5, *sides, 3), random(3, 3, 1, 3)
+        x, w = random(5, *sides, 3), random(kernel, kernel, 1, 3)
         function = jax.jit(for_cpu(jax.grad(loss, (0, 1), has_aux=True)))
         single = x.astype(np.float32), w.astype(np.float32)
         ours, exact = function(*single), function(x, w)
