@@ -33,6 +33,7 @@ FIXTURES = DIRECTORY.parent.parent / "tests" / "fixtures"
 FIRST = ("vgg7", "resnet18", "msdnet_cifar100")  # models of the published tables
 CLASSES, BATCH, BETA = 7, 4, 0.5
 _NARROW: dict[str, dict[str, Any]] = {
+    "efficientnet": {"width": 4, "head_width": 8, "exits": (2, 5)},
     "vgg": {"width": 4},
     "resnet": {"width": 4},
     "msdnet": {"growth": 2, "initial_channels": 4, "base": 1, "step": 1},

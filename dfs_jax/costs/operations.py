@@ -22,6 +22,8 @@ def count_operations(program: ClosedJaxpr) -> int:
       ValueError: a `while` loop, which runs an unknown number of times, contains operations.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
       >>> program = jax.make_jaxpr(lambda a, b: jnp.tanh(a @ b))(jnp.ones((2, 3)), jnp.ones((3, 5)))
       >>> count_operations(program)
       30

@@ -12,6 +12,8 @@ from dfs_jax.costs.operations import MULTIPLY_ADDS, Rule, count_by
 from dfs_jax.tracing.traced import Kind, TracedProgram
 from dfs_jax.types import PyTree
 
+_EXAMPLES = 2  # for which `stages_of` has traced the function already
+
 
 def stage_costs(
     stages: Sequence[Any],
@@ -38,10 +40,10 @@ def stage_costs(
       (40, 40)
     """
     counts = []
-    carry: PyTree = jax.ShapeDtypeStruct((1, *example.shape), example.dtype)
+    carry: PyTree = jax.ShapeDtypeStruct((_EXAMPLES, *example.shape), example.dtype)
     for stage in stages:
         program, shapes = jax.make_jaxpr(_call, return_shape=True)(stage, carry)
-        counts.append(count_by(with_weights(program, stage), rules))
+        counts.append(count_by(with_weights(program, stage), rules) // _EXAMPLES)
         carry, _ = shapes
     return tuple(counts)
 

@@ -42,6 +42,6 @@ def _block(name: str, path: str, widens: bool) -> list[Entry]:
 
 FAMILY = Family(
     efficientnet_entries,
-    head_prefixes=("exit_heads", "adaptation_layer", "_fc"),
+    head_prefixes=("exit_heads", "adaptation_layer", "_fc", "fc"),
     image_shape=(224, 224, 3),
 )

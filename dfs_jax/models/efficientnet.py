@@ -23,7 +23,6 @@ BLOCKS = (
     (320, 1, 3, 6),
 )
 STEM, TOP = 32, 1280  # channels of the first and of the last convolution
-HALVINGS = 5
 
 
 class ConvNorm(nn.Module):
@@ -169,7 +168,7 @@ class EfficientNetLite(ConvolutionalModel):
       head_dropout: dropout rate before the last classifier.
 
     Raises:
-      UserError: blocks that do not exist or rise, or (when called) images too small.
+      UserError: blocks that do not exist or do not rise.
 
     Reference: Tan and Le, "EfficientNet", ICML 2019, and the Lite variants of 2020.
 
@@ -225,8 +224,6 @@ class EfficientNetLite(ConvolutionalModel):
             start = end
 
     def block(self, i: int, carry: jax.Array, *, train: bool) -> jax.Array:
-        if i == 0:
-            self._check_size(carry.shape)
         return getattr(self, f"block{i + 1}")(carry, train=train)
 
     def head(self, i: int, x: jax.Array, *, train: bool) -> HeadOutput:
@@ -234,10 +231,3 @@ class EfficientNetLite(ConvolutionalModel):
 
     def _scaled(self, channels: int) -> int:
         return max(1, round(channels * self.width / STEM))
-
-    def _check_size(self, shape: tuple[int, ...]) -> None:
-        if min(shape[1:3]) < 2**HALVINGS:
-            raise UserError(
-                f"images of {shape[1]}x{shape[2]} are too small for EfficientNet, which halves "
-                f"them {HALVINGS} times: each side needs at least {2**HALVINGS} pixels"
-            )

@@ -99,6 +99,7 @@ class Row(NamedTuple):
 MSDNET = Row(100, 32, (898_996, 1_835_992, 2_797_212, 3_758_208, 4_915_812, 6_102_472, 7_362_348))
 # At their usual sizes.
 MODEL_ROWS = {
+    "efficientnet_lite0": Row(1000, 224, (590_008, 1_343_472, 2_361_624, 6_312_864)),
     "msdnet": MSDNET,
     "msdnet_cifar100": MSDNET,
     "msdnet_cifar_anytime": Row(

@@ -204,7 +204,9 @@ def test_statistics_of_another_set_by_name(own_set):
     dataset = load_dataset(own_set(raw_set), statistics="cifar10")
     assert dataset.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-4)
     assert dataset.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=1e-4)
-    with pytest.raises(UserError, match=r"'cifar'.*cifar10, cifar100, imagenet2012"):
+    with pytest.raises(
+        UserError, match=r"'cifar'.*cifar10, cifar100, efficientnet_lite, imagenet2012"
+    ):
         load_dataset(own_set(raw_set), statistics="cifar")
 
 

@@ -162,6 +162,7 @@ def test_gradients_are_those_of_exits_written_by_hand_and_cost_less():
     assert macs(jax.grad(naive), params) - macs(ours, params) == dead
 
 
+@pytest.mark.slow
 def test_gradients_by_exit_are_one_backward_pass_each():
     model, variables = network(block=WithoutDropout)
     loss, labels, key = create_loss("deep_supervision"), jnp.arange(7) % CLASSES, jax.random.key(2)

@@ -24,6 +24,7 @@ SMALL_BASIC_RESNET = {"width": 5, "stage_sizes": (1, 1, 1)}
 SMALL_BOTTLENECK_RESNET = {"width": 3, "stage_sizes": (2, 1, 1)}
 # Options of a small model of each kind.
 MODEL_ROWS = {
+    "efficientnet_lite0": {"width": 4, "head_width": 5, "exits": (2, 5)},
     "msdnet": SMALL_MSDNET,
     "msdnet_cifar100": SMALL_MSDNET,
     "msdnet_cifar_anytime": SMALL_MSDNET,
@@ -54,7 +55,7 @@ class Network(NamedTuple):
 
 
 # A bottleneck ResNet compiles longest, and is put against the network written again elsewhere.
-SLOW = ("resnet50",)
+SLOW = ("resnet50", "efficientnet_lite0")
 NETWORKS = [
     pytest.param(model, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
     for model, name in DISTINCT.items()

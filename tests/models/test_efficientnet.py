@@ -13,7 +13,6 @@ import pytest
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.interop import load_trunk, load_weights
 from dfs_jax.interop.pretrained import CARRIED, weights_file
-from dfs_jax.interop.torch_names import from_torch_state_dict, to_torch_state_dict
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
 from dfs_jax.models.efficientnet import ConvNorm
@@ -49,24 +48,10 @@ def test_strided_padding_is_tensorflows():
     assert got.shape == (1, 3, 3, 1)
 
 
-def test_names_of_weights_go_both_ways():
-    model = create(num_classes=7, width=4, head_width=5)
-    variables = init_variables(model, jax.random.key(1), (32, 32, 3))
-    named = to_torch_state_dict(model, variables)
-    assert {"_conv_stem.weight", "_blocks.15._project_conv.weight", "_fc.bias"} <= set(named)
-    back = from_torch_state_dict(model, named)
-    jax.tree.map(np.testing.assert_array_equal, back, variables)
-
-
 @pytest.mark.parametrize("exits", [(), (16,), (0, 4), (5, 5), (8, 5)])
 def test_exits_that_cannot_be(exits):
     with pytest.raises(UserError, match="some of the blocks 1 to 15 in rising order"):
         create(exits=exits)
-
-
-def test_images_that_are_too_small():
-    with pytest.raises(UserError, match=r"31x64 are too small.*at least 32 pixels"):
-        init_variables(create(width=2), jax.random.key(0), (31, 64, 3))
 
 
 def test_weights_whose_package_is_missing(monkeypatch):

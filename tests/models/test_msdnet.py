@@ -140,10 +140,15 @@ def test_counts_by_hand_are_the_published_ones(name):
     ("options", "size"),
     [
         ({"prune": "min", "step_mode": "lin_grow", "step": 1}, 32),
-        ({"prune": "min", "reduction": 0.7, "head_channels": None, "growth": 6}, 32),
-        (
+        pytest.param(
+            {"prune": "min", "reduction": 0.7, "head_channels": None, "growth": 6},
+            32,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"scale_factors": (1, 2, 2, 6), "bottleneck_factors": (3, 1, 2, 4), "growth": 10},
             64,
+            marks=pytest.mark.slow,
         ),
         ({"scale_factors": (3,), "bottleneck_factors": (2,), "num_exits": 3, "step": 3}, 8),
         ({"stem": "imagenet", "num_exits": 2, "head_channels": None}, 128),

@@ -28,11 +28,10 @@ from dfs_jax.training.experiment import (
 )
 from dfs_jax.training.loop import train
 from dfs_jax.training.recalibrate import Recalibration
-from dfs_jax.training.regimes import Regime, kept_trunk, scaled_trunk
+from dfs_jax.training.regimes import REGIMES, Regime, kept_trunk, scaled_trunk
 from dfs_jax.training.sharding import put_batch
 from dfs_jax.types import UserError
 from tests.support.helpers import ThreeStageVGG, tiny_config
-from tests.support.marks import slow
 from tests.training.test_loop import interrupt_at
 
 DECAY = {"optimizer.weight_decay": 0.1, "optimizer.learning_rate": 0.1}
@@ -145,7 +144,8 @@ def final_state(workdir, config):
     return Checkpoints(workdir, read_only=True).restore("latest", abstract_state(experiment))[0]
 
 
-@pytest.mark.parametrize("offset", slow((-1, 0, 1), -1, 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_a_mixed_run_is_frozen_then_joint_and_resumes_to_the_bit(tmp_path, monkeypatch, offset):
     changes = {"regime.frozen_epochs": 1, "epochs": 2, "recalibrate_examples": 10}
     config = config_of("mixed", **changes)
@@ -168,6 +168,7 @@ def test_a_mixed_run_is_frozen_then_joint_and_resumes_to_the_bit(tmp_path, monke
     )
 
 
+@pytest.mark.slow
 def test_several_steps_at_once_are_those_steps(tmp_path):
     changes = {"regime.frozen_epochs": 1, "epochs": 2}
     configs = [config_of("mixed", **changes, steps_per_dispatch=k) for k in (1, 3)]
@@ -187,6 +188,21 @@ def test_recalibration_leaves_a_frozen_trunks_statistics():
     assert not np.array_equal(
         changed["block1"]["norm"]["mean"], state.batch_stats["block1"]["norm"]["mean"]
     )
+
+
+# One row for each regime: its options, steps with a frozen trunk of 35, rate of the trunk.
+REGIME_ROWS = {
+    "joint": ({"trunk_rate": 0.5}, 0, 0.5),
+    "frozen": ({}, 35, 1.0),
+    "mixed": ({"frozen_epochs": 2, "trunk_rate": 0.1}, 14, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", REGIME_ROWS)
+def test_each_regime(name):
+    options, frozen, rate = REGIME_ROWS[name]
+    regime = REGIMES.create(name, **options)
+    assert (regime.frozen_steps(35, 7), regime.trunk_rate) == (frozen, rate)
 
 
 def test_parts_of_states_by_hand():
