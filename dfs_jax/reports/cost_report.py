@@ -20,8 +20,9 @@ from dfs_jax.models.contract import MultiExitModel
 from dfs_jax.paths import output_file
 from dfs_jax.tables import aligned
 from dfs_jax.training.config import options
-from dfs_jax.training.experiment import model_from_config, regime_from_config
+from dfs_jax.training.experiment import model_from_config
 from dfs_jax.training.input_config import dataset_from_config
+from dfs_jax.training.regimes import regime_from_config
 from dfs_jax.training.sections import define_config_flag
 from dfs_jax.types import Config, UserError
 

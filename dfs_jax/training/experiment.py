@@ -30,7 +30,7 @@ from dfs_jax.training.dispatch import BATCH
 from dfs_jax.training.input_config import augmentation_from_config, dataset_from_config
 from dfs_jax.training.optimizer import create_optimizer, create_schedule
 from dfs_jax.training.recorded import recorded_dataset
-from dfs_jax.training.regimes import REGIMES, Regime
+from dfs_jax.training.regimes import Regime, regime_from_config
 from dfs_jax.training.rule_config import check_rule, rule_from_config
 from dfs_jax.training.run_data import read_run_data
 from dfs_jax.training.sharding import (
@@ -229,14 +229,6 @@ def accumulate_steps(config: Config) -> int:
     """Returns the number of micro batches of a step."""
     steps = config.get("accumulate_steps")
     return 1 if steps is None else steps
-
-
-def regime_from_config(config: Config) -> Regime:
-    """Returns the regime of a section `regime`."""
-    section = config.regime
-    regime = REGIMES.create(section.name, **options(section))
-    regime.check(config.epochs)
-    return regime
 
 
 def training_step(

@@ -17,7 +17,8 @@ import jax
 
 from dfs_jax.models.contract import is_head
 from dfs_jax.registry import Registry
-from dfs_jax.types import PyTree, UserError, check_whole
+from dfs_jax.training.config import options
+from dfs_jax.types import Config, PyTree, UserError, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,14 @@ def mixed(*, frozen_epochs: int, trunk_rate: float = 1.0) -> Regime:
 
 
 REGIMES = Registry("regime", {"joint": joint, "frozen": frozen, "mixed": mixed})
+
+
+def regime_from_config(config: Config) -> Regime:
+    """Returns the regime of a section `regime`."""
+    section = config.regime
+    regime = REGIMES.create(section.name, **options(section))
+    regime.check(config.epochs)
+    return regime
 
 
 def scaled_trunk(updates: PyTree, rate: float) -> PyTree:
