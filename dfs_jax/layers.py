@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,54 @@ def _cut_and_scaled(drawn: jax.Array, shape: tuple[int, ...], scale: float) -> j
 # Published networks pad every 3x3 by 1 on each side; "SAME" pads (0, 1) at stride 2.
 Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=conv_init)
 Conv1x1 = functools.partial(nn.Conv, kernel_size=(1, 1), padding=0, kernel_init=conv_init)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm and, on request, an activation.
+
+    Attributes:
+      features: number of output channels.
+      kernel: side of the kernel, an odd number.
+      stride: stride of the convolution.
+      use_bias: whether the convolution has a bias.
+      depthwise: whether each channel has a kernel of its own.
+      padding: "SAME" as in TensorFlow; None for half of the kernel on each side, as in PyTorch.
+      activation: activation after the normalisation; None for none.
+      momentum: see `BatchNorm`.
+      epsilon: see `BatchNorm`.
+      dtype: type of the convolution; None for that of its parameters.
+      norm_groups: see `BatchNorm.groups`.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    use_bias: bool = False
+    depthwise: bool = False
+    padding: str | None = None
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: str | None = None
+    norm_groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
+        conv = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            self.stride,
+            padding=self.kernel // 2 if self.padding is None else self.padding,
+            feature_group_count=self.features if self.depthwise else 1,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=conv_init,
+            name="conv",
+        )
+        norm = BatchNorm(self.momentum, self.epsilon, self.norm_groups, name="norm")
+        x = norm(conv(x), train=train)
+        return x if self.activation is None else self.activation(x)
 
 
 def stem_pool(x: jax.Array) -> jax.Array:

@@ -55,10 +55,12 @@ def exit_gradients(
     """Returns the gradient of each exit's own loss in the trunk, and the rest of a step's results.
 
     The forward pass, with batch statistics and dropout, is that of
-    `model.apply(variables, images, fork, train=True, mutable=["batch_stats"], rngs=...)`.
+    `model.apply(variables, images, fork, train=True, mutable=["batch_stats"], rngs=...)`. A model
+    that does not run in blocks (`runs_in_blocks`) takes a backward pass of the whole network for
+    each exit.
 
     Args:
-      model: backbone whose parameters lie under `block1`.. and `head1`..
+      model: backbone; the parameters of one that runs in blocks lie under `block1`.. and `head1`..
       fork: fork at each exit.
       loss: loss of the exits. Unless it sets `couples_exits = False`, the loss of any exit may have
         a gradient at the outputs of any other, and every block is passed for all exits.
@@ -73,8 +75,6 @@ def exit_gradients(
 
     Raises:
       UserError: an unknown value of `exits`, or parameters outside the blocks and heads.
-
-    A model that does not run in blocks (`runs_in_blocks`) takes a backward pass for each exit.
     """
     check_exits(exits)
     check_names(model, variables["params"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -142,9 +142,7 @@ def best_places(
     trunk_costs: Sequence[float],
     head_costs: Sequence[float],
     budget: float,
-    *,
-    most: int | None = None,
-    measure: str = "max_softmax",
+    **options: Any,
 ) -> Placement:
     """Returns the most accurate subset of candidates at a mean cost; see `placements`.
 
@@ -156,9 +154,7 @@ def best_places(
       >>> best.places, round(best.accuracy, 2), round(best.cost, 2)
       ((0, 1), 1.0, 4.67)
     """
-    return placements(logits, labels, trunk_costs, head_costs, budget, most=most, measure=measure)[
-        0
-    ]
+    return placements(logits, labels, trunk_costs, head_costs, budget, **options)[0]
 
 
 def _check(

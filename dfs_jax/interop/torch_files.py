@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Element type of each kind of storage, and of each `torch.dtype` of an untyped one.
+# Element type of each kind of storage.
 _TYPES = {
     "BFloat16Storage": jnp.bfloat16,
     "BoolStorage": np.bool_,

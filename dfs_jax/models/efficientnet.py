@@ -7,7 +7,7 @@ import functools
 import jax
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, conv_init
+from dfs_jax.layers import ConvNorm
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.types import HeadOutput, UserError, check_whole
@@ -23,46 +23,10 @@ BLOCKS = (
     (320, 1, 3, 6),
 )
 STEM, TOP = 32, 1280  # channels of the first and of the last convolution
-
-
-class ConvNorm(nn.Module):
-    """Convolution without a bias, BatchNorm and, on request, ReLU6.
-
-    Attributes:
-      features: number of output channels.
-      kernel: side of the kernel; padding is TensorFlow's `SAME`.
-      stride: stride of the convolution.
-      depthwise: whether each channel has a kernel of its own.
-      activate: whether ReLU6 follows.
-      dtype: type of the convolution; None for that of its parameters.
-      norm_groups: see `BatchNorm.groups`.
-    """
-
-    features: int
-    kernel: int = 1
-    stride: int = 1
-    depthwise: bool = False
-    activate: bool = True
-    dtype: str | None = None
-    norm_groups: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        conv = nn.Conv(
-            self.features,
-            (self.kernel, self.kernel),
-            self.stride,
-            padding="SAME",
-            feature_group_count=self.features if self.depthwise else 1,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=conv_init,
-            name="conv",
-        )
-        norm = BatchNorm(momentum=0.99, epsilon=1e-3, groups=self.norm_groups, name="norm")
-        x = norm(conv(x), train=train)
-        return nn.relu6(x) if self.activate else x
+# As in TensorFlow, where the weights come from.
+Conv = functools.partial(
+    ConvNorm, kernel=1, padding="SAME", activation=nn.relu6, momentum=0.99, epsilon=1e-3
+)
 
 
 class InvertedBlock(nn.Module):
@@ -89,13 +53,15 @@ class InvertedBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        conv = functools.partial(ConvNorm, dtype=self.dtype, norm_groups=self.norm_groups)
+        conv = functools.partial(Conv, dtype=self.dtype, norm_groups=self.norm_groups)
         y, wide = x, self.expansion * x.shape[-1]
         if self.expansion > 1:
             y = conv(wide, name="expand")(y, train=train)
-        depthwise = conv(wide, self.kernel, self.stride, depthwise=True, name="depthwise")
+        depthwise = conv(
+            wide, kernel=self.kernel, stride=self.stride, depthwise=True, name="depthwise"
+        )
         y = depthwise(y, train=train)
-        y = conv(self.features, activate=False, name="project")(y, train=train)
+        y = conv(self.features, activation=None, name="project")(y, train=train)
         return x + y if y.shape == x.shape else y
 
 
@@ -121,12 +87,12 @@ class Segment(nn.Module):
         """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
         how = {"dtype": self.dtype, "norm_groups": self.norm_groups}
         if self.stem is not None:
-            x = ConvNorm(self.stem, 3, 2, **how, name="stem")(x, train=train)
+            x = Conv(self.stem, kernel=3, stride=2, **how, name="stem")(x, train=train)
         for number, features, stride, kernel, expansion in self.blocks:
             block = InvertedBlock(features, stride, kernel, expansion, **how, name=f"layer{number}")
             x = block(x, train=train)
         if self.top is not None:
-            x = ConvNorm(self.top, **how, name="top")(x, train=train)
+            x = Conv(self.top, **how, name="top")(x, train=train)
         return x
 
 
@@ -150,7 +116,7 @@ class WideHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> HeadOutput:
         """Classifies `x` `[batch, height, width, channels]`."""
-        wide = ConvNorm(self.width, dtype=self.dtype, norm_groups=self.norm_groups, name="widen")
+        wide = Conv(self.width, dtype=self.dtype, norm_groups=self.norm_groups, name="widen")
         x = wide(x, train=train)
         pooled = PooledLinearHead(self.num_classes, adapted_width=self.adapted_width, name="pooled")
         return pooled(x)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dfs_jax.layers import BatchNorm, conv_init, stem_pool
+from dfs_jax.layers import ConvNorm, stem_pool
 from dfs_jax.models.contract import ConvolutionalModel
 from dfs_jax.models.heads import PooledLinearHead
 from dfs_jax.models.msdnet_plan import (
@@ -27,42 +27,6 @@ from dfs_jax.types import HeadOutput, UserError, check_whole
 STEM_HALVINGS = {"cifar": 0, "imagenet": 2}
 
 Scales = tuple[jax.Array, ...]
-
-
-class ConvNorm(nn.Module):
-    """Convolution, BatchNorm, ReLU.
-
-    Attributes:
-      features: number of output channels.
-      kernel: side of the kernel, an odd number; each side is padded with half of it.
-      stride: stride of the convolution.
-      use_bias: whether the convolution has a bias.
-      dtype: type of the convolutions; None for that of their parameters.
-      norm_groups: see `BatchNorm.groups`.
-    """
-
-    features: int
-    kernel: int = 3
-    stride: int = 1
-    use_bias: bool = False
-    dtype: str | None = None
-    norm_groups: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps `[batch, height, width, channels]` to `[batch, height', width', features]`."""
-        conv = nn.Conv(
-            self.features,
-            (self.kernel, self.kernel),
-            self.stride,
-            padding=self.kernel // 2,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            kernel_init=conv_init,
-            name="conv",
-        )
-        norm = BatchNorm(groups=self.norm_groups, name="norm")
-        return nn.relu(norm(conv(x), train=train))
 
 
 class BottleneckConv(nn.Module):

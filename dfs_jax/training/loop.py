@@ -52,6 +52,7 @@ from dfs_jax.training.run_data import RunData, describe_data, known_data, record
 from dfs_jax.training.sharding import put_replicated
 from dfs_jax.training.signals import StopSignals
 from dfs_jax.training.state import NO_BAD_STEP, EpochTotals, TrainState
+from dfs_jax.training.step import TrainStep
 from dfs_jax.types import Config, UserError
 
 
@@ -178,14 +179,12 @@ class _Run:
             self._config.conflict_every_steps,
         )
         self._clock.restart()
-        step, train_step = start, None
+        step, train_step = start, self._start_phase(feed, start)
         while step < total:
-            if step in (start, experiment.frozen_steps):  # both are at the start of an epoch or run
-                train_step = training_step(experiment, feed.takes, step=step)
-                self._recalibration = _create_recalibration(experiment, step)
+            if step == experiment.frozen_steps and step > start:  # the first of an epoch
+                train_step = self._start_phase(feed, step)
             before = step
             step += steps_at_once(step, steps_per_dispatch(self._config), due)
-            assert train_step is not None
             state = train_step(state, *self._next_inputs(feed, step - before))
             self._catch_up()
             if _passes(self._config.log_every_steps, before, step):
@@ -211,6 +210,11 @@ class _Run:
         self._progress.close()
         self._metrics.close()
         self._checkpoints.close()
+
+    def _start_phase(self, feed: Feed, step: int) -> TrainStep:
+        """Returns the training step from `step` on, with the trunk frozen or not."""
+        self._recalibration = _create_recalibration(self._experiment, step)
+        return training_step(self._experiment, feed.takes, step=step)
 
     def _next_inputs(self, feed: Feed, steps: int) -> tuple[jax.Array, ...]:
         with self._clock.waiting_for(steps):

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -107,10 +109,10 @@ def kept_trunk(before: PyTree, after: PyTree) -> PyTree:
     return _by_part(lambda old, new: new, lambda old, new: old, before, after)
 
 
-def _by_part(of_head, of_trunk, *trees: PyTree) -> PyTree:
+def _by_part(of_head: Callable, of_trunk: Callable, *trees: PyTree) -> PyTree:
     """Maps the leaves of heads and, where names of parameters lead to them, of the trunk."""
 
-    def change(path, *leaves):
+    def change(path: Sequence[Any], *leaves: Any) -> Any:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         return (of_trunk if names and not is_head(names[0]) else of_head)(*leaves)
 

@@ -15,7 +15,7 @@ from dfs_jax.interop import load_trunk, load_weights
 from dfs_jax.interop.pretrained import CARRIED, weights_file
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
-from dfs_jax.models.efficientnet import ConvNorm
+from dfs_jax.models.efficientnet import Conv
 from dfs_jax.tracing.for_cpu import for_cpu
 from dfs_jax.types import UserError
 
@@ -39,7 +39,7 @@ def test_sizes_as_published():
 
 def test_strided_padding_is_tensorflows():
     """Of 3 outputs over 6 positions, a 3x3/2 window begins at 0, 2 and 4: the padding is last."""
-    conv = ConvNorm(1, kernel=3, stride=2)
+    conv = Conv(1, kernel=3, stride=2)
     x = jnp.arange(36.0).reshape(1, 6, 6, 1)
     variables = conv.init(jax.random.key(0), x, train=False)
     ones = jax.tree.map(jnp.ones_like, variables)
