@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-from dfs_jax.paths import input_file
+from dfs_jax.paths import input_file, local_path
 from dfs_jax.types import UserError
 
 
@@ -41,6 +41,12 @@ def weights_file(value: str) -> Path:
     """
     carried = CARRIED.get(value)
     if carried is None:
+        path = local_path(value, "init_from")
+        if not path.suffix and not path.exists():
+            raise UserError(
+                f"init_from={value} is neither a file nor a network whose weights a package "
+                f"carries: name a file, or {' or '.join(CARRIED)}"
+            )
         return input_file(value, "init_from")
     found = importlib.util.find_spec(carried.module)
     if found is None or found.origin is None:

@@ -62,6 +62,13 @@ def test_weights_whose_package_is_missing(monkeypatch):
         weights_file("efficientnet_lite0")
 
 
+def test_a_name_that_nothing_carries():
+    with pytest.raises(UserError, match=r"init_from=resnet9 is neither a file.*efficientnet_lite0"):
+        weights_file("resnet9")
+    with pytest.raises(UserError, match=r"absent.npz does not exist"):
+        weights_file("absent.npz")
+
+
 def carried():
     if importlib.util.find_spec(CARRIED["efficientnet_lite0"].module) is None:
         pytest.skip("needs the package that carries the weights")

@@ -86,6 +86,10 @@ def test_mistakes(staged, workdir, tmp_path):
         with_new_heads(tmp_path)
     with pytest.raises(UserError, match="learning_rate must be above 0, got 0"):
         with_new_heads(workdir, learning_rate=0.0)
+
+
+@pytest.mark.slow
+def test_runs_whose_exits_cannot_be_chosen(tmp_path):
     train(tiny_config(**{"epochs": 1, "model.exits": (3,)}), tmp_path / "single")
     with pytest.raises(UserError, match="has a single exit"):
         with_new_heads(tmp_path / "single")

@@ -92,10 +92,16 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("sides", [(5, 8), (6, 7)])
 @pytest.mark.parametrize(
-    ("kernel", "padding"),
-    [(3, PADDED), (3, "SAME"), (3, "VALID"), (5, "SAME"), (5, ((0, 3), (2, 1)))],
+    ("sides", "kernel", "padding"),
+    [
+        ((5, 8), 3, PADDED),
+        ((6, 7), 3, PADDED),
+        ((6, 7), 3, "SAME"),
+        ((5, 8), 3, "VALID"),
+        ((5, 8), 5, "SAME"),
+        ((6, 7), 5, ((0, 3), (2, 1))),
+    ],
 )
 def test_depthwise_kernels_equal_xlas(stride, sides, kernel, padding):
     """Through the layer: float32 takes the kernels, float64 XLA's convolution."""

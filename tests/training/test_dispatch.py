@@ -38,7 +38,7 @@ VARIANTS = {
     "meta_gf": {"gradients.name": "meta_gf"},
     "wpn": {"gradients.name": "wpn", "gradients.interval": 2},
 }
-QUICK = ("plain", "accumulated", "pcgrad", "meta_gf")
+QUICK = ("plain", "accumulated", "pcgrad")
 # Here the compiler fuses a loop's body otherwise than a step that stands alone.
 TOLERANCES = {"averaged": 1e-5, "bfloat16": 3e-2, "meta_gf": 1e-5, "wpn": 1e-3}
 TIMINGS = ("images_per_second", "data_wait")

@@ -41,6 +41,7 @@ def test_heads_are_trained_and_the_trunk_is_untouched():
         assert all(jax.tree.leaves(changed["head1"]))
 
 
+@pytest.mark.slow
 def test_every_exit_learns():
     experiment = experiment_of()
     trunk = variables_of(experiment)

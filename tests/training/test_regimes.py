@@ -58,10 +58,10 @@ def run_steps(experiment, count=3, start=0, state=None):
     ("method", "changes"),
     [
         ("dfs", {}),
-        ("ge", {"optimizer.name": "adamw"}),
+        pytest.param("ge", {"optimizer.name": "adamw"}, marks=pytest.mark.slow),
         ("byot", {"accumulate_steps": 5, "optimizer.gradient_clip": 0.5}),
-        ("distillation", {"remat": True}),
-        ("wpn", {"batch_size": 6}),
+        pytest.param("distillation", {"remat": True}, marks=pytest.mark.slow),
+        pytest.param("wpn", {"batch_size": 6}, marks=pytest.mark.slow),
     ],
 )
 def test_a_frozen_trunk_stays_as_it_is(method, changes):
