@@ -139,7 +139,9 @@ def test_counts_by_hand_are_the_published_ones(name):
 @pytest.mark.parametrize(
     ("options", "size"),
     [
-        ({"prune": "min", "step_mode": "lin_grow", "step": 1}, 32),
+        pytest.param(
+            {"prune": "min", "step_mode": "lin_grow", "step": 1}, 32, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"prune": "min", "reduction": 0.7, "head_channels": None, "growth": 6},
             32,
