@@ -11,6 +11,8 @@ EXTRAS = {
     "grain": "data",
     "matplotlib": "plots",
     "ml_collections": "train",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
     "sklearn": "data",
     "tensorboardX": "train",
     "tensorflow_datasets": "data",

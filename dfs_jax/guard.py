@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-
-import jax
 
 from dfs_jax.extras import remedy
 from dfs_jax.output import lasting_streams
@@ -66,7 +65,14 @@ def usual_numerics() -> Iterator[None]:
     """Runs the context under JAX's standard promotion of types and ranks.
 
     Flax and Optax support no other, whatever `JAX_NUMPY_DTYPE_PROMOTION` and
-    `JAX_NUMPY_RANK_PROMOTION` say.
+    `JAX_NUMPY_RANK_PROMOTION` say. A program that has not imported jax may never need it.
     """
+    if "jax" not in sys.modules:
+        for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
+            os.environ.pop(name, None)
+        yield
+        return
+    import jax
+
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import jax
+if TYPE_CHECKING:
+    # Exported networks also run where jax is not installed.
+    import jax
 
 PyTree: TypeAlias = Any
 # An `ml_collections.ConfigDict` or a section of one; its fields are known only at run time.
@@ -22,6 +24,22 @@ def check_whole(name: str, value: Any, *, at_least: int = 1) -> None:
     """Raises UserError unless `value`, called `name`, is an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise UserError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+
+
+class ArrayShape(NamedTuple):
+    """Shape and type of an array, as of `jax.ShapeDtypeStruct`, without jax.
+
+    Attributes:
+      shape: shape, often of one example, without the batch.
+      dtype: type, as numpy names it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+# An `ArrayShape`, or what has the same attributes, such as a `jax.ShapeDtypeStruct`.
+Example: TypeAlias = Any
 
 
 class HeadOutput(NamedTuple):

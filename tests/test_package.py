@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tomllib
@@ -39,8 +40,9 @@ def in_python(source):
 
 def test_requirements_are_the_package_and_its_extras():
     optional = PROJECT["optional-dependencies"]
-    assert optional["all"] == ["dfs-jax[train,data,plots]"]
-    listed = {*PROJECT["dependencies"], *optional["train"], *optional["data"], *optional["plots"]}
+    assert optional["all"] == ["dfs-jax[train,data,plots,onnx]"]
+    extras_listed = (optional[name] for name in ("train", "data", "plots", "onnx"))
+    listed = {*PROJECT["dependencies"], *itertools.chain(*extras_listed)}
     assert requirements("requirements.txt") == listed
     assert requirements("requirements-prepare.txt") == set(optional["prepare"][1:])
 

@@ -32,6 +32,7 @@ ROOMS = (
     "options",
     "surgery",
     "tracing",
+    "onnx",
     "forks",
     "layers",
     "models",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from dfs_jax.exits.scores import max_softmax
+from dfs_jax.inference.onnx_stages import OnnxStages
 from dfs_jax.inference.predictor import EarlyExitPredictor
-from dfs_jax.inference.programs import Programs
-from dfs_jax.inference.stages import Stage
+from dfs_jax.inference.programs import make_programs
 from dfs_jax.inference.timing import StageTimes, measure_stages
 from dfs_jax.stopwatch import seconds_of
+from dfs_jax.types import Example
 
 _ROUNDS_FULL, _ROUNDS_ALONE = 5, 31  # measurements of the stages' times in each round
 _CALLED = 512  # examples (or one full batch) whose latencies are measured in each round
@@ -41,8 +41,8 @@ class UpToExit:
       example: shape and type of an image.
     """
 
-    def __init__(self, stages: Sequence[Stage], k: int, example: jax.ShapeDtypeStruct):
-        self._programs = Programs(stages[: k + 1], max_softmax, (1.0,) * (k + 1), example)
+    def __init__(self, stages: Sequence[Any], k: int, example: Example):
+        self._programs = make_programs(up_to(stages, k), max_softmax, (1.0,) * (k + 1), example)
 
     def go_through(self, images: np.ndarray, batch: int) -> None:
         for part in _batches(images, batch):
@@ -145,6 +145,11 @@ def race(
         for own, reference, ls in zip(seconds, references, latencies, strict=True)
     ]
     return speeds, _median(times)
+
+
+def up_to(stages: Sequence[Any], k: int) -> Sequence[Any]:
+    """Returns the stages up to exit k (0-based), a network of its own."""
+    return stages.up_to(k) if isinstance(stages, OnnxStages) else stages[: k + 1]
 
 
 def _speedup(reference: np.ndarray, own: np.ndarray) -> float:

@@ -6,8 +6,8 @@
     "patience"     number of consecutive exits, up to this one, that gave this answer
 
 p is the softmax of the exit's logits divided by its temperature. Higher values mean more
-confidence; the first three lie in [0, 1]. Compiled stages and recorded logits use the same code, in
-float32.
+confidence; the first three lie in [0, 1]. Compiled stages, recorded logits and runtimes without jax
+use the same code, in float32: on arrays of jax with `jax.numpy`, on others with numpy.
 
 References: Huang et al., ICLR 2018 (maximum); Teerapittayanon et al., "BranchyNet", ICPR 2016
 (entropy); Zhou et al., "BERT Loses Patience", NeurIPS 2020 (patience).
@@ -15,13 +15,15 @@ References: Huang et al., ICLR 2018 (maximum); Teerapittayanon et al., "BranchyN
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from dfs_jax.registry import Registry
 from dfs_jax.types import PyTree
+
+if TYPE_CHECKING:
+    import jax
 
 
 class Measure(Protocol):
@@ -54,20 +56,37 @@ class ExitAnswers(NamedTuple):
 
 
 def answer(
-    measure: Measure, logits: jax.Array, temperature: jax.Array | float, history: PyTree
+    measure: Measure, logits: Any, temperature: Any, history: PyTree
 ) -> tuple[ExitAnswers, PyTree]:
     """Returns an exit's answers, given its logits `[batch, classes]`, and the measure's history.
 
     Example:
-      >>> answers, _ = answer(margin, jnp.log(jnp.array([[0.75, 0.25]])), 1.0, None)
+      >>> answers, _ = answer(margin, np.log(np.array([[0.75, 0.25]])), 1.0, None)
       >>> answers.predicted.tolist(), answers.confidence.round(3).tolist()
       ([0], [0.5])
     """
-    logits = jnp.asarray(logits, jnp.float32)
-    probabilities = jax.nn.softmax(logits / jnp.asarray(temperature, jnp.float32))
-    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    numpy = namespace(logits)
+    logits = numpy.asarray(logits, numpy.float32)
+    probabilities = softmax(logits / numpy.asarray(temperature, numpy.float32))
+    predicted = numpy.argmax(logits, axis=-1).astype(numpy.int32)
     confidence, history = measure(probabilities, predicted, history)
     return ExitAnswers(probabilities, predicted, confidence), history
+
+
+def namespace(array: Any) -> Any:
+    """Returns numpy for its arrays, and `jax.numpy` for those of jax."""
+    if isinstance(array, np.ndarray | np.generic):
+        return np
+    import jax.numpy as jnp
+
+    return jnp
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Returns the softmax over the last axis."""
+    numpy = namespace(logits)
+    raised = numpy.exp(logits - numpy.max(logits, axis=-1, keepdims=True))
+    return raised / numpy.sum(raised, axis=-1, keepdims=True)
 
 
 def max_softmax(
@@ -75,7 +94,7 @@ def max_softmax(
 ) -> tuple[jax.Array, PyTree]:
     """Returns the largest probability."""
     del predicted, history
-    return jnp.max(probabilities, axis=-1), None
+    return namespace(probabilities).max(probabilities, axis=-1), None
 
 
 def entropy(
@@ -83,31 +102,35 @@ def entropy(
 ) -> tuple[jax.Array, PyTree]:
     """Returns 1 minus the entropy, as a fraction of the entropy of a uniform distribution."""
     del predicted, history
-    summed = jnp.sum(jax.scipy.special.entr(probabilities), axis=-1)
-    return 1 - summed / jnp.log(jnp.float32(probabilities.shape[-1])), None
+    numpy = namespace(probabilities)
+    logs = numpy.log(numpy.where(probabilities == 0, 1, probabilities))  # 0 log 0 = 0
+    summed = numpy.sum(-probabilities * logs, axis=-1)
+    return 1 - summed / numpy.log(numpy.float32(probabilities.shape[-1])), None
 
 
 def margin(
     probabilities: jax.Array, predicted: jax.Array, history: PyTree
 ) -> tuple[jax.Array, PyTree]:
     """Returns the largest probability minus the second largest."""
-    classes = jnp.arange(probabilities.shape[-1])
-    others = jnp.where(classes == predicted[:, None], 0, probabilities)
+    numpy = namespace(probabilities)
+    classes = numpy.arange(probabilities.shape[-1])
+    others = numpy.where(classes == predicted[:, None], 0, probabilities)
     del history
-    return jnp.max(probabilities, axis=-1) - jnp.max(others, axis=-1), None
+    return numpy.max(probabilities, axis=-1) - numpy.max(others, axis=-1), None
 
 
 def patience(
     probabilities: jax.Array, predicted: jax.Array, history: PyTree
 ) -> tuple[jax.Array, PyTree]:
     """Returns the number of consecutive exits, up to this one, with this answer: 1, 2, ..."""
+    numpy = namespace(probabilities)
     if history is None:
-        agreeing = jnp.ones(predicted.shape, jnp.float32)
+        agreeing = numpy.ones(predicted.shape, numpy.float32)
     else:
         before, agreeing = history
-        agreeing = jnp.where(predicted == before, agreeing + 1, 1)
+        agreeing = numpy.where(predicted == before, agreeing + 1, numpy.float32(1))
     # NaN probabilities have no answer to agree with.
-    confidence = jnp.where(jnp.isnan(probabilities[:, 0]), jnp.nan, agreeing)
+    confidence = numpy.where(numpy.isnan(probabilities[:, 0]), numpy.float32(numpy.nan), agreeing)
     return confidence, (predicted, agreeing)
 
 

@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from dfs_jax.types import UserError
+from dfs_jax.types import Example, UserError
 
 
 class Prediction(NamedTuple):
@@ -183,7 +182,7 @@ class AnswerTable:
 
 
 def check_images(
-    images: np.ndarray | Sequence[Any], example: jax.ShapeDtypeStruct
+    images: np.ndarray | Sequence[Any], example: Example
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Separates the images that the network accepts from the others.
 
@@ -199,7 +198,8 @@ def check_images(
       UserError: neither an array nor a list.
 
     Example:
-      >>> example = jax.ShapeDtypeStruct((2, 2, 3), np.float32)
+      >>> from dfs_jax.types import ArrayShape
+      >>> example = ArrayShape((2, 2, 3), np.float32)
       >>> images = [np.zeros((2, 2, 3)), np.zeros((2, 2)), np.full((2, 2, 3), np.nan)]
       >>> good, places, errors = check_images(images, example)
       >>> good.shape, places.tolist(), errors
@@ -232,7 +232,7 @@ def _one_by_one(images: Any) -> list[Any]:
         ) from error
 
 
-def _problem(image: Any, example: jax.ShapeDtypeStruct) -> str | None:
+def _problem(image: Any, example: Example) -> str | None:
     try:
         image = np.asarray(image)
         return _wrong_kind(image.shape, image.dtype, example)
@@ -240,9 +240,7 @@ def _problem(image: Any, example: jax.ShapeDtypeStruct) -> str | None:
         return f"it is not an array ({error})"
 
 
-def _wrong_kind(
-    shape: tuple[int, ...], dtype: np.dtype, example: jax.ShapeDtypeStruct
-) -> str | None:
+def _wrong_kind(shape: tuple[int, ...], dtype: np.dtype, example: Example) -> str | None:
     if shape != example.shape:
         return f"its shape is {list(shape)}, not {list(example.shape)}"
     both_float = dtype.kind == "f" and np.dtype(example.dtype).kind == "f"

@@ -17,13 +17,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from dfs_jax.inference.stages import Stage, as_pytrees
-from dfs_jax.tracing.cpu import compiler_options
+from dfs_jax.exits.scores import namespace, softmax
+from dfs_jax.inference.onnx_stages import OnnxStages
 from dfs_jax.types import PyTree, UserError
 
 ENSEMBLES = (None, "mean", "product")
@@ -47,7 +44,8 @@ class AnytimePredictor:
     """Yields answers exit by exit; stages beyond the last answer taken are not computed.
 
     Args:
-      stages: functions `(carry) -> (carry, logits)`, shallow first.
+      stages: functions `(carry) -> (carry, logits)`, shallow first, or the stages of an ONNX
+        export.
       temperatures: temperature of each exit; None for 1.
       ensemble: None, "mean" or "product".
       monotone: whether an example keeps its most confident answer so far.
@@ -66,7 +64,7 @@ class AnytimePredictor:
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[Any],
         temperatures: Sequence[float] | None = None,
         *,
         ensemble: str | None = None,
@@ -80,14 +78,15 @@ class AnytimePredictor:
                 f"{len(stages)} stages take {len(stages)} temperatures, "
                 f"got {len(self._temperatures)}"
             )
-        self._stages = as_pytrees(stages)
-        options = compiler_options(jax.default_backend())
-        self._run = [
-            jax.jit(
-                functools.partial(_anytime_program, ensemble, monotone, k), compiler_options=options
-            )
-            for k in range(len(stages))
+        programs = [
+            functools.partial(_anytime_program, ensemble, monotone, k) for k in range(len(stages))
         ]
+        self._stages, self._run = stages, programs
+        if not isinstance(stages, OnnxStages):
+            from dfs_jax.inference.compiled import compiled
+            from dfs_jax.inference.stages import as_pytrees
+
+            self._stages, self._run = as_pytrees(stages), list(map(compiled, programs))
 
     def __call__(self, images: Any) -> Iterator[AnytimeAnswer]:
         """Yields an `AnytimeAnswer` for each exit, shallow first; stop iterating to stop computing.
@@ -97,7 +96,7 @@ class AnytimePredictor:
         """
         carry: PyTree = images
         for k, run in enumerate(self._run):
-            carry, probabilities = run(self._stages[k], jnp.float32(self._temperatures[k]), carry)
+            carry, probabilities = run(self._stages[k], np.float32(self._temperatures[k]), carry)
             answer = np.asarray(probabilities)
             yield AnytimeAnswer(k, answer, answer.argmax(axis=-1))
 
@@ -106,19 +105,22 @@ def _anytime_program(
     ensemble: str | None,
     monotone: bool,
     k: int,
-    stage: Partial,
-    temperature: jax.Array,
+    stage: Any,
+    temperature: Any,
     carry: PyTree,
-) -> tuple[PyTree, jax.Array]:
+) -> tuple[PyTree, Any]:
     inner, total, best = (carry, None, None) if k == 0 else carry
     inner, logits = stage(inner)
-    log_p = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32) / temperature)
-    p = jnp.exp(log_p)
+    numpy = namespace(logits)
+    scaled = numpy.asarray(logits, numpy.float32) / temperature
+    shifted = scaled - scaled.max(axis=-1, keepdims=True)
+    log_p = shifted - numpy.log(numpy.exp(shifted).sum(axis=-1, keepdims=True))
+    p = numpy.exp(log_p)
     if ensemble is not None:
         new = p if ensemble == "mean" else log_p
         total = new if total is None else total + new
-        p = total / (k + 1) if ensemble == "mean" else jax.nn.softmax(total / (k + 1))
+        p = total / (k + 1) if ensemble == "mean" else softmax(total / (k + 1))
     if best is not None:
         is_surer = p.max(axis=-1) > best.max(axis=-1)
-        p = jnp.where(is_surer[:, None], p, best)
+        p = numpy.where(is_surer[:, None], p, best)
     return (inner, total, p if monotone else None), p

@@ -2,22 +2,26 @@
 
     python -m dfs_jax.inference.export --workdir=DIR --output=DIR2
 
-DIR2 receives each stage as StableHLO (any batch size; CPU, CUDA, TPU), the weights, the policy,
-labels and preprocessing: see `dfs_jax.inference.exported`. The default checkpoint is the one that
-the policy was fitted on, or the best if there is no policy. No data is read.
+DIR2 receives each stage as StableHLO (any batch size; CPU, CUDA, TPU) or, with `--format=onnx`, as
+ONNX for runtimes without jax, the weights, the policy, labels and preprocessing: see
+`dfs_jax.inference.exported`. The default checkpoint is the one that the policy was fitted on, or
+the best if there is no policy. No data is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from dfs_jax import program
 from dfs_jax.costs.flops import exit_costs
-from dfs_jax.inference.exported import export_network
+from dfs_jax.inference.export_network import FORMATS, export_network
 from dfs_jax.inference.run_policy import load_with_policy
 from dfs_jax.paths import input_directory, output_directory
+
+BOTH = "both"
 
 
 def main() -> None:
@@ -32,6 +36,8 @@ def main() -> None:
     )
     data_dir = flags.DEFINE_string("data_dir", None, "Directory of the data, if it has moved.")
 
+    format = flags.DEFINE_enum("format", "stablehlo", [*FORMATS, BOTH], "Format of the stages.")
+
     def run() -> None:
         program.use_compilation_cache()
         files = export_run(
@@ -40,6 +46,7 @@ def main() -> None:
             checkpoint=checkpoint.value,
             policy=policy.value,
             data_dir=data_dir.value,
+            formats=[*FORMATS] if format.value == BOTH else [format.value],
         )
         program.say("".join(f"wrote {path}\n" for path in files).rstrip())
 
@@ -53,6 +60,7 @@ def export_run(
     checkpoint: str | None = None,
     policy: str | Path | None = None,
     data_dir: str | None = None,
+    formats: Sequence[str] = ("stablehlo",),
 ) -> tuple[Path, ...]:
     """Exports a checkpoint of a run and returns the files.
 
@@ -64,6 +72,7 @@ def export_run(
       policy: policy file; None for `policy.json` in `workdir`. Without one, or with "none", only
         the last exit answers.
       data_dir: directory of the data, if it has moved.
+      formats: "stablehlo", "onnx", or both.
 
     Raises:
       UserError: no run, no such checkpoint, or a policy that cannot be read or was fitted on
@@ -82,6 +91,7 @@ def export_run(
         labels=dataset.class_names,
         policy=chosen,
         about=about,
+        formats=formats,
     )
 
 

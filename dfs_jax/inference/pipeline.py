@@ -11,8 +11,7 @@ import numpy as np
 from dfs_jax.inference.answers import AnswerTable
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.programs import Programs
-from dfs_jax.inference.waiting import Buffer, Waiting
-from dfs_jax.types import PyTree
+from dfs_jax.inference.waiting import Carry, Waiting
 
 # Padding up to this many places or this fraction of the examples costs less than another run.
 _PLACES, _SHARE = 8, 0.25
@@ -47,7 +46,6 @@ class Engine(NamedTuple):
       programs: compiled stages.
       policy: early-exit policy.
       shapes: batch sizes that programs are compiled for, ascending; the last is a full batch.
-      make_buffer: function from one example's carry to storage for a full batch of carries.
       runs_whole: function that tells whether to run the next batch as one whole program.
       counts: counts of answers.
     """
@@ -55,7 +53,6 @@ class Engine(NamedTuple):
     programs: Programs
     policy: Policy
     shapes: tuple[int, ...]
-    make_buffer: Callable[[PyTree], Buffer]
     runs_whole: Callable[[], bool]
     counts: Counts
 
@@ -88,13 +85,13 @@ class Pipeline:
         self._engine = engine
         self._table = table
         self._queues = [
-            Waiting(lambda carry=carry: engine.make_buffer(carry), engine.full)
-            for carry in engine.programs.carries
+            Waiting(lambda k=k: engine.programs.make_buffer(k, engine.full), engine.full)
+            for k in range(engine.programs.num_exits)
         ]
 
     def add(self, images: np.ndarray, tickets: np.ndarray) -> None:
         """Adds images `[n, height, width, channels]` with these tickets."""
-        self._pass_on(0, images, np.arange(len(images)), tickets)
+        self._pass_on(0, (images,), np.arange(len(images)), tickets)
 
     def finish(self) -> None:
         """Runs the stages, on partial batches too, until every example is answered."""
@@ -120,7 +117,7 @@ class Pipeline:
         # Only full shapes: later examples can fill the next batch, which costs less than padding.
         self._run(k, self._engine.shape_within(self._queues[k].count))
 
-    def _pass_on(self, k: int, carry: PyTree, rows: np.ndarray, tickets: np.ndarray) -> None:
+    def _pass_on(self, k: int, carry: Carry, rows: np.ndarray, tickets: np.ndarray) -> None:
         queue = self._queues[k]
         while len(rows):
             n = min(len(rows), queue.free)
@@ -137,7 +134,7 @@ class Pipeline:
         engine, queue = self._engine, self._queues[k]
         carry, tickets = queue.first(n, engine.shape_for(n)), queue.tickets[:n].copy()
         if k == 0 and engine.runs_whole():
-            answers = engine.programs.run_whole(carry)[:n]
+            answers = engine.programs.run_whole(carry[0])[:n]
             queue.drop(n)
             engine.counts.whole += n
             self._table.record(tickets, answers, engine.programs.num_exits - 1)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from dfs_jax.inference.answers import (
@@ -25,15 +24,17 @@ from dfs_jax.inference.answers import (
 from dfs_jax.inference.identity import check_network
 from dfs_jax.inference.pipeline import Counts, Engine, Pipeline
 from dfs_jax.inference.policy import ROUNDING, Policy, last_exit_only
-from dfs_jax.inference.programs import Programs
-from dfs_jax.inference.stages import Stage, model_stages
+from dfs_jax.inference.programs import make_programs
 from dfs_jax.inference.stream import stream_answers
 from dfs_jax.inference.timing import StageTimes, measure_stages
-from dfs_jax.inference.waiting import Buffer, DeviceBuffer, HostBuffer
-from dfs_jax.types import PyTree, UserError, check_whole
+from dfs_jax.inference.waiting import Carry
+from dfs_jax.types import Example, UserError, check_whole
 
 if TYPE_CHECKING:
+    import jax
+
     from dfs_jax.forks import Fork
+    from dfs_jax.inference.stages import Stage
     from dfs_jax.models.contract import MultiExitModel
 
 _ROUNDS_FULL, _ROUNDS_ALONE = 5, 31
@@ -48,7 +49,8 @@ class EarlyExitPredictor:
     and the last exit answers. A predictor must not be shared between threads.
 
     Args:
-      stages: functions `(carry) -> (carry, logits)`, shallow first; see `model_stages`.
+      stages: functions `(carry) -> (carry, logits)`, shallow first; see `model_stages`. Or the
+        stages of an ONNX export.
       example: shape and type of one image, `jax.ShapeDtypeStruct((height, width, channels), ...)`.
       policy: early-exit policy; None for the last exit alone.
       batch_size: size of a full batch.
@@ -62,6 +64,7 @@ class EarlyExitPredictor:
         another network, or shapes that do not ascend to `batch_size`.
 
     Example: two stages on numbers, of which the first is confident about those far from 0.
+      >>> import jax
       >>> stage = lambda x: (x, jax.numpy.concatenate([x, -x], axis=-1))
       >>> one_number = jax.ShapeDtypeStruct((1,), np.float32)
       >>> predictor = EarlyExitPredictor(
@@ -74,7 +77,7 @@ class EarlyExitPredictor:
     def __init__(
         self,
         stages: Sequence[Stage],
-        example: jax.ShapeDtypeStruct,
+        example: Example,
         policy: Policy | None = None,
         *,
         batch_size: int = 256,
@@ -84,7 +87,7 @@ class EarlyExitPredictor:
         check_whole("batch_size", batch_size)
         policy = last_exit_only(len(stages)) if policy is None else policy
         check_network(policy, stages)
-        self.programs = Programs(stages, policy.measure_function, policy.temperatures, example)
+        self.programs = make_programs(stages, policy.measure_function, policy.temperatures, example)
         self.shapes = _check_shapes(shapes, batch_size)
         self.times: dict[int, StageTimes] = {}
         self._set_policy(policy, fall_back)
@@ -95,13 +98,15 @@ class EarlyExitPredictor:
         model: MultiExitModel,
         variables: dict[str, Any],
         fork: Fork,
-        example: jax.ShapeDtypeStruct,
+        example: Example,
         policy: Policy | None = None,
         *,
         prepare: Callable[[jax.Array], jax.Array] | None = None,
         **options: Any,
     ) -> EarlyExitPredictor:
         """Returns the predictor of a model and its variables (see `model_stages`)."""
+        from dfs_jax.inference.stages import model_stages
+
         stages = model_stages(model, variables, fork, example, prepare=prepare)
         return cls(stages, example, policy, **options)
 
@@ -143,17 +148,18 @@ class EarlyExitPredictor:
         """
         if not self.times:
             example = self.programs.example
-            buffers = [self._make_buffer(carry) for carry in self.programs.carries]
+            programs, full = self.programs, self.batch_size
+            buffers = [programs.make_buffer(k, full) for k in range(programs.num_exits)]
             for shape in self.shapes:
-                carry: PyTree = np.zeros((shape, *example.shape), example.dtype)
-                self.programs.run_whole(carry)
+                carry: Carry = (np.zeros((shape, *example.shape), example.dtype),)
+                programs.run_whole(carry[0])
                 for k, buffer in enumerate(buffers):
                     # Carries arrive in two forms: repacked, and as the stage before returned them.
                     buffer.put(carry, np.arange(shape), 0)
-                    self.programs.run(k, buffer.first(shape))
-                    carry, _ = self.programs.run(k, carry)
+                    programs.run(k, buffer.first(shape))
+                    carry, _ = programs.run(k, carry)
             for batch, rounds in ((1, _ROUNDS_ALONE), (self.batch_size, _ROUNDS_FULL)):
-                self.times[batch] = measure_stages(self.programs, batch, rounds=rounds)
+                self.times[batch] = measure_stages(programs, batch, rounds=rounds)
         return self.times
 
     def __call__(self, images: np.ndarray | Sequence[Any]) -> BatchPrediction:
@@ -229,15 +235,10 @@ class EarlyExitPredictor:
             self.programs,
             self.policy,
             self.shapes,
-            self._make_buffer,
             functools.partial(self.runs_whole, self.batch_size),
             self.counts,
         )
         return Pipeline(engine, table)
-
-    def _make_buffer(self, carry: PyTree) -> Buffer:
-        on_host = jax.default_backend() == "cpu"
-        return (HostBuffer if on_host else DeviceBuffer)(carry, self.batch_size)
 
     def _answer_one(self, image: np.ndarray, now: float) -> BatchPrediction:
         """Runs a single example, which needs neither queues nor copies."""
@@ -245,7 +246,7 @@ class EarlyExitPredictor:
         if self.runs_whole(1):
             self.counts.whole += 1
             return one_answer(self.programs.run_whole(image), last, now)
-        carry: PyTree = image
+        carry: Carry = (image,)
         for k, threshold in enumerate(self._thresholds):
             carry, answers = self.programs.run(k, carry)
             confidence = float(answers[0, self.programs.classes])

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from dfs_jax.inference.onnx_stages import OnnxStages, recorded_onnx
 from dfs_jax.tracing.cpu import compiler_options
 from dfs_jax.tracing.for_cpu import for_cpu
 from dfs_jax.tracing.stages_of import stages_of
-from dfs_jax.types import PyTree, UserError
+from dfs_jax.types import Example, PyTree, UserError
 
 if TYPE_CHECKING:
     # Exported stages also run where flax, which models need, is not installed.
@@ -58,6 +59,14 @@ def model_stages(
     if not model.cpu_kernels:
         return stages
     return tuple(Partial(_WithCpuKernels(stage.func), *stage.args) for stage in stages)
+
+
+def plain_stages(stages: Sequence[Stage]) -> tuple[Partial, ...]:
+    """Returns the stages without this package's kernels for a CPU, for other compilers."""
+    return tuple(
+        Partial(stage.func.run, *stage.args) if isinstance(stage.func, _WithCpuKernels) else stage
+        for stage in as_pytrees(stages)
+    )
 
 
 class _Network(NamedTuple):
@@ -106,10 +115,12 @@ def recorded_logits(
     """Runs every exit on many images and returns logits `[exits, n, classes]` float32.
 
     Args:
-      stages: stages of a model or of an export.
+      stages: stages of a model or of an export, in either format.
       batches: pairs of images `[batch, height, width, channels]`, all of one size, and masks
         `[batch]` bool, False for padding.
     """
+    if isinstance(stages, OnnxStages):
+        return recorded_onnx(stages, batches)
     stages, run = as_pytrees(stages), _recorder(jax.default_backend())
     return np.concatenate([np.asarray(run(stages, x))[:, mask] for x, mask in batches], axis=1)
 
@@ -128,7 +139,7 @@ def as_pytrees(stages: Sequence[Stage]) -> tuple[Partial, ...]:
     return tuple(stage if isinstance(stage, Partial) else Partial(stage) for stage in stages)
 
 
-def check_stages(stages: Sequence[Stage], example: jax.ShapeDtypeStruct) -> int:
+def check_stages(stages: Sequence[Stage], example: Example) -> int:
     """Traces the stages on images like `example` (without a batch); returns the number of classes.
 
     Raises:

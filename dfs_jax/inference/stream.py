@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dfs_jax.inference.answers import AnswerTable, Prediction, check_images
 from dfs_jax.inference.pipeline import Pipeline
+from dfs_jax.types import Example
 
 _READ_AHEAD = 2  # batches
 _PATIENCE = 0.1  # seconds between checks whether the stream has been closed
@@ -40,7 +40,7 @@ def stream_answers(
     batches: Iterable[Any],
     make_pipeline: Callable[[AnswerTable], Pipeline],
     table: AnswerTable,
-    example: jax.ShapeDtypeStruct,
+    example: Example,
     *,
     chunk: int,
     max_wait: float | None,
@@ -104,7 +104,7 @@ class _Reader:
       is_exhausted: whether the end of the input was reached.
     """
 
-    def __init__(self, batches: Iterable[Any], example: jax.ShapeDtypeStruct):
+    def __init__(self, batches: Iterable[Any], example: Example):
         self.is_exhausted = False
         self._queue: queue.Queue[Arrived | None] = queue.Queue(_READ_AHEAD)
         self._stopped = threading.Event()
@@ -129,7 +129,7 @@ class _Reader:
         """Ends the thread, once the input has returned the batch that it waits for."""
         self._stopped.set()
 
-    def _read(self, batches: Iterable[Any], example: jax.ShapeDtypeStruct) -> None:
+    def _read(self, batches: Iterable[Any], example: Example) -> None:
         try:
             for batch in batches:
                 arrived = _check(batch, example)
@@ -150,7 +150,7 @@ class _Reader:
         return False
 
 
-def _check(batch: Any, example: jax.ShapeDtypeStruct) -> Arrived:
+def _check(batch: Any, example: Example) -> Arrived:
     now = time.perf_counter()
     images, places, errors = check_images(batch, example)
     # A copy, because the input may reuse its array while these wait.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dfs_jax.inference.programs import Programs
+from dfs_jax.inference.waiting import Carry
 from dfs_jax.stopwatch import median_seconds
 
 # Least ideal speed-up at which stages are used, which covers the cost of merging and deciding.
@@ -67,7 +68,7 @@ def measure_stages(programs: Programs, batch: int, *, rounds: int) -> StageTimes
       rounds: number of measurements.
     """
     images = _noise(programs, batch)
-    carries = [images]
+    carries: list[Carry] = [(images,)]
     for k in range(programs.num_exits - 1):
         carries.append(programs.run(k, carries[k])[0])
     runs: list[Callable[[], Any]] = [

@@ -6,15 +6,12 @@ the next stage's program took 22 ms); on accelerators the device does.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dfs_jax.types import PyTree
+Carry: TypeAlias = tuple[Any, ...]  # arrays with the batch first
 
 _ALIGNMENT = 64  # bytes; XLA reads host memory of this alignment in place
 
@@ -22,11 +19,11 @@ _ALIGNMENT = 64  # bytes; XLA reads host memory of this alignment in place
 class Buffer(Protocol):
     """Storage for the carries of a fixed number of examples."""
 
-    def put(self, carry: PyTree, rows: np.ndarray, at: int) -> None:
+    def put(self, carry: Carry, rows: np.ndarray, at: int) -> None:
         """Copies rows of a carry to positions `at`, `at + 1`, ..."""
         ...
 
-    def first(self, size: int) -> PyTree:
+    def first(self, size: int) -> Carry:
         """Returns the first `size` positions; valid until the next `put` or `drop`."""
         ...
 
@@ -38,59 +35,20 @@ class Buffer(Protocol):
 class HostBuffer:
     """A buffer in host memory, which programs on a CPU read in place."""
 
-    def __init__(self, example: PyTree, capacity: int):
-        leaves, self._structure = jax.tree.flatten(example)
-        self._arrays = [_aligned((capacity, *leaf.shape), leaf.dtype) for leaf in leaves]
+    def __init__(self, example: Sequence[Any], capacity: int):
+        self._arrays = [_aligned((capacity, *leaf.shape), leaf.dtype) for leaf in example]
 
-    def put(self, carry: PyTree, rows: np.ndarray, at: int) -> None:
-        for array, leaf in zip(self._arrays, jax.tree.leaves(carry), strict=True):
+    def put(self, carry: Carry, rows: np.ndarray, at: int) -> None:
+        for array, leaf in zip(self._arrays, carry, strict=True):
             # "clip" avoids the copy by which the default mode protects `out` from a bad index.
             np.take(np.asarray(leaf), rows, axis=0, out=array[at : at + len(rows)], mode="clip")
 
-    def first(self, size: int) -> PyTree:
-        return jax.tree.unflatten(self._structure, [array[:size] for array in self._arrays])
+    def first(self, size: int) -> Carry:
+        return tuple(array[:size] for array in self._arrays)
 
     def drop(self, n: int, count: int) -> None:
         for array in self._arrays:
             array[: count - n] = array[n:count]
-
-
-class DeviceBuffer:
-    """A buffer in device memory, updated in place by small programs."""
-
-    def __init__(self, example: PyTree, capacity: int):
-        self._capacity = capacity
-        self._arrays = jax.tree.map(
-            lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), example
-        )
-
-    def put(self, carry: PyTree, rows: np.ndarray, at: int) -> None:
-        # Rows that are not kept go to a position outside of the buffer, which drops them.
-        places = np.full(_batch(carry), self._capacity, np.int32)
-        places[rows] = np.arange(at, at + len(rows))
-        self._arrays = _scatter(self._arrays, carry, places)
-
-    def first(self, size: int) -> PyTree:
-        return _first(self._arrays, size) if size < self._capacity else self._arrays
-
-    def drop(self, n: int, count: int) -> None:
-        if count > n:
-            self._arrays = _roll(self._arrays, np.int32(-n))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _scatter(arrays: PyTree, carry: PyTree, places: jax.Array) -> PyTree:
-    return jax.tree.map(lambda a, c: a.at[places].set(c, mode="drop"), arrays, carry)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _first(arrays: PyTree, size: int) -> PyTree:
-    return jax.tree.map(lambda a: a[:size], arrays)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _roll(arrays: PyTree, shift: jax.Array) -> PyTree:
-    return jax.tree.map(lambda a: jnp.roll(a, shift, axis=0), arrays)
 
 
 class Waiting:
@@ -112,14 +70,14 @@ class Waiting:
         self._capacity = capacity
         self._make_buffer = make_buffer
         self._buffer: Buffer | None = None  # made when first needed
-        self._whole: PyTree = None
+        self._whole: Carry | None = None
 
     @property
     def free(self) -> int:
         """Number of further examples that the queue can hold."""
         return self._capacity - self.count
 
-    def put(self, carry: PyTree, rows: np.ndarray, tickets: np.ndarray, now: float) -> None:
+    def put(self, carry: Carry, rows: np.ndarray, tickets: np.ndarray, now: float) -> None:
         """Adds rows of a carry, ascending and at most `free`."""
         n, count = len(rows), self.count
         if not n:
@@ -133,7 +91,7 @@ class Waiting:
         self.since[count : count + n] = now
         self.count += n
 
-    def first(self, n: int, size: int) -> PyTree:
+    def first(self, n: int, size: int) -> Carry:
         """Returns the carries of the first n examples, padded to `size` with arbitrary values."""
         if self._whole is not None and n == self.count and _batch(self._whole) == size:
             return self._whole
@@ -167,8 +125,8 @@ class Waiting:
         return self._buffer
 
 
-def _batch(carry: PyTree) -> int:
-    return len(jax.tree.leaves(carry)[0])
+def _batch(carry: Carry) -> int:
+    return len(carry[0])
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -12,9 +12,11 @@ from jax.tree_util import Partial
 from PIL import Image
 
 from dfs_jax.inference import load_exported
-from dfs_jax.inference.exported import MANIFEST, PLATFORMS, export_network
+from dfs_jax.inference.export_network import export_network
+from dfs_jax.inference.manifest import FILE as MANIFEST
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
+from dfs_jax.inference.stablehlo import PLATFORMS
 from dfs_jax.inference.stages import model_stages, run_stages
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
@@ -158,7 +160,8 @@ def test_every_family_answers_from_its_files_as_before(tmp_path, name):
 
 
 def test_it_is_for_every_platform_and_any_batch(directory):
-    for i, entry in enumerate(json.loads((directory / MANIFEST).read_text())["stages"]):
+    manifest = json.loads((directory / MANIFEST).read_text())
+    for i, entry in enumerate(manifest["formats"]["stablehlo"]["stages"]):
         program = jax.export.deserialize(bytearray((directory / entry["file"]).read_bytes()))
         assert program.platforms == ("cpu", "cuda", "tpu")
         assert str(program.out_avals[-1].shape) == "(batch, 3)"

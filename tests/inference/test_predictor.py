@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.inference import predictor as predictor_module
+from dfs_jax.inference import compiled
+from dfs_jax.inference.device_buffer import DeviceBuffer
 from dfs_jax.inference.policy import Policy, last_exit_only
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.stages import model_stages
 from dfs_jax.inference.timing import StageTimes
-from dfs_jax.inference.waiting import DeviceBuffer
 from dfs_jax.models.contract import init_variables
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.types import UserError
@@ -92,7 +92,7 @@ def test_compaction_on_the_device_is_the_same(monkeypatch):
         made.append(DeviceBuffer(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(predictor_module, "HostBuffer", make)
+    monkeypatch.setattr(compiled, "HostBuffer", make)
     policy, batch = POLICIES["margin"], images(50, 50)
     assert_equals_simulation(policy, batch, make_predictor(policy)(batch))
     assert made
@@ -287,7 +287,7 @@ def test_stages_of_a_model_hold_their_own_variables_alone():
 def test_nothing_is_compiled_once_it_is_warm(buffer, monkeypatch):
     """Weights as a run restores them lie on a mesh; what the host puts together never does."""
     if buffer == "DeviceBuffer":
-        monkeypatch.setattr(predictor_module, "HostBuffer", DeviceBuffer)
+        monkeypatch.setattr(compiled, "HostBuffer", DeviceBuffer)
     traced = []
 
     def stage(weights, carry):

@@ -11,11 +11,11 @@ import pytest
 from dfs_jax.inference import EarlyExitPredictor, load_exported, read_policy
 from dfs_jax.inference.choose import choose_policy
 from dfs_jax.inference.export import export_run
-from dfs_jax.inference.exported import export_network
-from dfs_jax.inference.identity import weights_fingerprint
+from dfs_jax.inference.export_network import export_network
 from dfs_jax.inference.policy import FILE, Policy
 from dfs_jax.inference.run_policy import check_belongs, load_with_policy
 from dfs_jax.inference.trained import load_staged
+from dfs_jax.inference.weights import weights_fingerprint
 from dfs_jax.interop.files import weights_notes
 from dfs_jax.reports.run_report import report_run
 from dfs_jax.training.checkpoint import Checkpoints

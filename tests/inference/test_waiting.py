@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dfs_jax.inference.waiting import DeviceBuffer, HostBuffer, Waiting
+from dfs_jax.inference.device_buffer import DeviceBuffer
+from dfs_jax.inference.waiting import HostBuffer, Waiting
 
 CAPACITY = 11
-EXAMPLE = {
-    "x": jax.ShapeDtypeStruct((2, 3), np.float32),
-    "half": (jax.ShapeDtypeStruct((), jnp.bfloat16), None),
-}
+EXAMPLE = (jax.ShapeDtypeStruct((2, 3), np.float32), jax.ShapeDtypeStruct((), jnp.bfloat16))
 
 
 def carry_of(tickets, size):
@@ -19,7 +17,7 @@ def carry_of(tickets, size):
     values = np.full(size, -7.0, np.float32)
     values[: len(tickets)] = tickets
     x = np.broadcast_to(values[:, None, None], (size, 2, 3))
-    return {"x": jnp.asarray(x), "half": (jnp.asarray(values, jnp.bfloat16), None)}
+    return jnp.asarray(x), jnp.asarray(values, jnp.bfloat16)
 
 
 def make(kind):
@@ -51,10 +49,10 @@ def test_equals_a_list(kind, seed):
         if expected and rng.random() < 0.7:
             n = int(rng.integers(1, len(expected) + 1))
             shape = next(s for s in (1, 4, CAPACITY) if s >= n)
-            carry = jax.device_get(queue.first(n, shape))
-            assert carry["x"].shape == (shape, 2, 3)
-            assert carry["half"][0].dtype == jnp.bfloat16
-            for leaf in (carry["x"][:n, 0, 0], carry["x"][:n, 1, 2], carry["half"][0][:n]):
+            x, half = jax.device_get(queue.first(n, shape))
+            assert x.shape == (shape, 2, 3)
+            assert half.dtype == jnp.bfloat16
+            for leaf in (x[:n, 0, 0], x[:n, 1, 2], half[:n]):
                 assert leaf.astype(int).tolist() == expected[:n]
             queue.drop(n)
             del expected[:n], since[:n]
@@ -70,9 +68,9 @@ def test_a_whole_batch_is_passed_on_without_a_copy(kind):
     assert_holds(queue, [])
     # Into another shape, or behind others, it is copied.
     queue.put(carry, np.arange(3), np.array([3, 5, 7]), 0.0)
-    assert queue.first(3, CAPACITY)["x"].shape[0] == CAPACITY
+    assert queue.first(3, CAPACITY)[0].shape[0] == CAPACITY
     queue.put(carry, np.array([0, 2]), np.array([3, 7]), 0.0)
-    assert np.asarray(queue.first(5, CAPACITY)["x"])[:5, 0, 0].tolist() == [3, 5, 7, 3, 7]
+    assert np.asarray(queue.first(5, CAPACITY)[0])[:5, 0, 0].tolist() == [3, 5, 7, 3, 7]
 
 
 def test_the_host_reads_in_place():

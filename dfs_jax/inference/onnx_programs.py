@@ -1,0 +1,91 @@
+"""Programs of a network whose stages are ONNX models; answers are computed by numpy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.exits.scores import Measure, answer
+from dfs_jax.inference.onnx_stages import OnnxStages
+from dfs_jax.inference.programs import packed
+from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
+from dfs_jax.types import ArrayShape, Example, UserError
+
+
+class OnnxPrograms:
+    """Stages in ONNX Runtime; the attributes and methods are those of `Programs`.
+
+    Args:
+      stages: the stages.
+      measure: measure of confidence.
+      temperatures: temperature of each exit.
+      example: shape and type of one image.
+
+    Raises:
+      UserError: stages that do not fit together.
+    """
+
+    def __init__(
+        self,
+        stages: OnnxStages,
+        measure: Measure,
+        temperatures: Sequence[float],
+        example: Example,
+    ):
+        self.example, self.stages, self.num_exits = example, stages, len(stages)
+        self._measure = measure
+        self._temperatures = list(map(np.float32, temperatures))
+        self.classes, self.carries = self._tried()
+
+    def with_temperatures(self, temperatures: Sequence[float]) -> OnnxPrograms:
+        """Returns the same programs with other temperatures."""
+        programs = copy.copy(self)
+        programs._temperatures = list(map(np.float32, temperatures))
+        return programs
+
+    def run(self, k: int, carry: Carry) -> tuple[Carry, np.ndarray]:
+        """Runs stage k; what the measure remembers of earlier exits is the end of the carry."""
+        inputs = len(self.stages[k].names)
+        following, logits = self.stages[k](carry[:inputs])
+        history = carry[inputs:] if k else None
+        answers, history = self._answer(logits, self._temperatures[k], history)
+        if k == self.num_exits - 1:
+            return (), answers
+        return (*following, *(history or ())), answers
+
+    def run_whole(self, images: Any) -> np.ndarray:
+        """Runs the whole network as one model; returns the last exit's answers."""
+        logits = self.stages.last_logits(images)
+        return self._answer(logits, self._temperatures[-1], None)[0]
+
+    def make_buffer(self, k: int, capacity: int) -> Buffer:
+        """Returns storage for the inputs of stage k."""
+        return HostBuffer(self.carries[k], capacity)
+
+    def _answer(self, logits: np.ndarray, temperature: Any, history: Any) -> tuple[np.ndarray, Any]:
+        with np.errstate(all="ignore"):  # of logits that are not finite, the table says so
+            answers, history = answer(self._measure, logits, temperature, history or None)
+        return packed(*answers, np), history
+
+    def _tried(self) -> tuple[int, list[tuple[ArrayShape, ...]]]:
+        """Runs one example of zeros; returns the number of classes and each stage's inputs."""
+        carry: Carry = (np.zeros((1, *self.example.shape), self.example.dtype),)
+        carries, classes = [], 0
+        for k, stage in enumerate(self.stages):
+            found = [(x.shape[1:], x.dtype) for x in carry[: len(stage.names)]]
+            if found != [(x.shape, x.dtype) for x in stage.carry]:
+                raise UserError(
+                    f"stage {k + 1} reads {_listed(stage.carry)}, the stage before it hands on "
+                    f"{_listed(carry)}: the files are of different networks"
+                )
+            carries.append(tuple(ArrayShape(x.shape[1:], x.dtype) for x in carry))
+            carry, answers = self.run(k, carry)
+            classes = answers.shape[1] - 2
+        return classes, carries
+
+
+def _listed(arrays: Sequence[Any]) -> str:
+    return ", ".join(f"{np.dtype(x.dtype).name} {list(x.shape)}" for x in arrays)

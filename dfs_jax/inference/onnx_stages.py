@@ -1,0 +1,148 @@
+"""Stages of a network as ONNX files, in ONNX Runtime: numpy and onnxruntime are enough.
+
+All stages share one pool of threads. With a pool of its own, each stage's threads would go on
+spinning while the next stage computes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.extras import require
+from dfs_jax.types import ArrayShape, UserError
+
+Carry = tuple[Any, ...]
+_TYPES = {
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+}
+
+
+class OnnxStage:
+    """One stage: `(carry) -> (carry, logits)`, with carries as tuples of numpy arrays.
+
+    Args:
+      model: bytes of the ONNX model, whose first output is the logits.
+      providers: execution providers of ONNX Runtime; None for the CPU.
+
+    Attributes:
+      names: names of the inputs.
+
+    Raises:
+      UserError: bytes that ONNX Runtime does not accept, or a provider that it lacks.
+    """
+
+    def __init__(self, model: bytes, providers: Sequence[str] | None = None):
+        self._session = _session(model, tuple(providers or ("CPUExecutionProvider",)))
+        self.names = [x.name for x in self._session.get_inputs()]
+
+    @property
+    def carry(self) -> tuple[ArrayShape, ...]:
+        """Shapes and types of the input for one example, without the batch."""
+        return tuple(
+            ArrayShape(tuple(x.shape[1:]), np.dtype(_TYPES[x.type]))
+            for x in self._session.get_inputs()
+        )
+
+    def __call__(self, carry: Any) -> tuple[Carry, np.ndarray]:
+        """Returns the next stage's carry and the logits `[batch, classes]`.
+
+        Args:
+          carry: images, or the carry of the stage before.
+        """
+        arrays = carry if isinstance(carry, tuple) else (carry,)
+        logits, *following = self._session.run(None, dict(zip(self.names, arrays, strict=True)))
+        return tuple(following), logits
+
+
+class OnnxStages(tuple):
+    """The stages of a network, shallow first.
+
+    Attributes:
+      whole: the network as one model with the last head alone, a stage without a carry; None for
+        a part of a network.
+      fingerprint: checksum of the network, which a policy's record names.
+    """
+
+    whole: OnnxStage | None
+    fingerprint: str | None
+
+    def __new__(
+        cls,
+        stages: Iterable[OnnxStage],
+        *,
+        whole: OnnxStage | None = None,
+        fingerprint: str | None = None,
+    ) -> OnnxStages:
+        made = super().__new__(cls, stages)
+        made.whole, made.fingerprint = whole, fingerprint
+        return made
+
+    def up_to(self, k: int) -> OnnxStages:
+        """Returns the stages up to exit k (0-based), a network of its own."""
+        return self if k == len(self) - 1 else OnnxStages(self[: k + 1])
+
+    def last_logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the last exit's logits, `[batch, classes]`."""
+        if self.whole is not None:
+            return self.whole(images)[1]
+        carry, logits = (images,), np.zeros(0)
+        for stage in self:
+            carry, logits = stage(carry)
+        return logits
+
+
+def recorded_onnx(
+    stages: OnnxStages, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Runs every exit on many images and returns logits `[exits, n, classes]` float32.
+
+    Args:
+      stages: the stages.
+      batches: pairs of images and masks `[batch]` bool, False for padding.
+    """
+    parts = []
+    for images, mask in batches:
+        carry, found = (images,), []
+        for stage in stages:
+            carry, logits = stage(carry)
+            found.append(logits[mask])
+        parts.append(np.stack(found))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _session(model: bytes, providers: tuple[str, ...]) -> Any:
+    require("onnxruntime")
+    import onnxruntime
+
+    known = onnxruntime.get_available_providers()
+    if {*providers} - {*known}:
+        raise UserError(
+            f"this onnxruntime has no {', '.join(sorted({*providers} - {*known}))}: it has "
+            f"{', '.join(known)}"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    _share_threads()
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except Exception as error:  # its exceptions share no base but this
+        text = " ".join(str(error).split())
+        raise UserError(f"ONNX Runtime does not accept the model: {text:.300}") from error
+
+
+@functools.cache
+def _share_threads() -> None:
+    """Makes the pool of threads that all sessions share, one thread a core."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(0, 1)

@@ -1,0 +1,88 @@
+"""Stages as StableHLO. A stage maps `(weights, carry)` to `(carry, logits)`.
+
+Weights are by name, the carry is a tuple of its arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export
+from jax.tree_util import Partial
+
+from dfs_jax.inference.manifest import STABLEHLO, Manifest
+from dfs_jax.inference.stages import Stage
+from dfs_jax.inference.weights import named_weights, weight_name
+from dfs_jax.types import Example
+
+WEIGHTS = "weights.safetensors"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def written(stages: Sequence[Stage], example: Example) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Returns the files by name, and what the manifest says of them.
+
+    Args:
+      stages: stages whose weights are leaves (`jax.tree_util.Partial`).
+      example: shape and type of one image.
+    """
+    weights = [named_weights(stage) for stage in stages]
+    contents = {WEIGHTS: safetensors.numpy.save({k: v for w in weights for k, v in w.items()})}
+    described = []
+    for i, program in enumerate(_programs(stages, weights, example)):
+        contents[f"stage{i + 1}.stablehlo"] = program
+        described.append({"file": f"stage{i + 1}.stablehlo", "weights": sorted(weights[i])})
+    about = {"stages": described, "platforms": list(PLATFORMS), "jax": jax.__version__}
+    return contents, about
+
+
+def read(manifest: Manifest) -> tuple[tuple[Stage, ...], jax.ShapeDtypeStruct]:
+    """Returns the stages of an export, and the shape and type of one image."""
+    arrays = safetensors.numpy.load(manifest.file(WEIGHTS))
+    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    stages = []
+    for i, stage in enumerate(manifest.formats[STABLEHLO]["stages"]):
+        program = export.deserialize(bytearray(manifest.file(stage["file"])))
+        run = _from_images(program.call) if i == 0 else program.call
+        stages.append(Partial(run, {name: weights[name] for name in stage["weights"]}))
+    image = manifest.content["image"]
+    return tuple(stages), jax.ShapeDtypeStruct(tuple(image["shape"]), np.dtype(image["dtype"]))
+
+
+def _programs(
+    stages: Sequence[Stage], weights: Sequence[dict[str, np.ndarray]], example: Example
+) -> list[bytes]:
+    (batch,) = export.symbolic_shape("batch")
+    carry: tuple[Any, ...] = (jax.ShapeDtypeStruct((batch, *example.shape), example.dtype),)
+    structure = jax.tree.structure(0)
+    programs = []
+    for stage, named in zip(stages, weights, strict=True):
+        shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in named.items()}
+        run = jax.jit(_flat(stage, structure))
+        programs.append(bytes(export.export(run, platforms=PLATFORMS)(shapes, carry).serialize()))
+        following, _ = jax.eval_shape(stage, structure.unflatten(carry))
+        structure = jax.tree.structure(following)
+        carry = tuple(jax.tree.leaves(following))
+    return programs
+
+
+def _flat(stage: Stage, structure: Any) -> Callable[..., Any]:
+    """Returns the stage as a function of named weights and a flat carry, with a flat carry out."""
+    leaves = jax.tree_util.tree_flatten_with_path(stage)[0]
+    names, whole = [weight_name(path) for path, _ in leaves], jax.tree.structure(stage)
+
+    def run(weights: dict[str, jax.Array], carry: tuple[jax.Array, ...]):
+        bound = whole.unflatten([weights[name] for name in names])
+        carry, logits = bound(structure.unflatten(carry))
+        return tuple(jax.tree.leaves(carry)), logits
+
+    return run
+
+
+def _from_images(call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda weights, images: call(weights, (images,))
