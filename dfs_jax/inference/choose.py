@@ -21,6 +21,7 @@ from dfs_jax import program
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference import policy as policies
 from dfs_jax.inference.fitting import FittedPolicy, few_examples_warning, fit_policy, outcome
+from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.run_policy import fitting_record
 from dfs_jax.inference.timing import StageTimes
@@ -107,6 +108,36 @@ def choose_policy(
         **fitted.policy.fitted_on,
     }
     return fitted._replace(policy=dataclasses.replace(fitted.policy, fitted_on=about))
+
+
+def fit_again(staged: StagedRun, policy: Policy) -> FittedPolicy:
+    """Returns a policy for the target of an earlier one, fitted on this network's own confidences.
+
+    Args:
+      staged: checkpoint of the run, with the stages to fit on.
+      policy: policy of the same run, fitted on other stages.
+
+    Raises:
+      UserError: the policy has no record of its target, or as in `choose_policy`.
+    """
+    target = policy.fitted_on.get("target")
+    if not isinstance(target, dict) or len(target) != 1:
+        raise UserError(
+            "the policy does not say what it was chosen for, so it cannot be fitted again: choose "
+            "one with python -m dfs_jax.inference.choose"
+        )
+    ((name, value),) = target.items()
+    options: dict[str, Any] = {
+        "measure": policy.measure,
+        "risk": policy.fitted_on.get("risk", "error"),
+        "scale_temperatures": any(t != 1 for t in policy.temperatures),
+    }
+    guarantee = policy.fitted_on.get("guarantee")
+    if guarantee is not None:
+        calibrated, fitted = guarantee["examples"], policy.fitted_on["examples"]
+        options["calibration_share"] = calibrated / (calibrated + fitted)
+        options |= {key: guarantee[key] for key in ("delta", "seed")}
+    return choose_policy(staged, name, value, **options)
 
 
 def describe(staged: StagedRun, fitted: FittedPolicy) -> str:

@@ -51,7 +51,7 @@ def classify_all(directory: str, images: Sequence[str]) -> int:
       UserError: there is no exported network in `directory`, or a directory without images.
     """
     paths = [found for image in images for found in _image_files(image)]
-    network = load_exported(input_directory(directory, "directory"))
+    network = load_exported(input_directory(directory, "directory"), share_threads=True)
     predictor = network.predictor(batch_size=1)
     predictor.warm_up()
     counts: Counter[str] = Counter()

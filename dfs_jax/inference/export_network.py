@@ -18,6 +18,7 @@ from dfs_jax.paths import output_directory
 from dfs_jax.types import Example, UserError
 
 FORMATS = {STABLEHLO: stablehlo.written, ONNX: onnx_models.written}
+BOTH = "both"
 
 
 def export_network(
@@ -51,23 +52,59 @@ def export_network(
         a policy of another network, an operation that the format lacks, or a file that cannot be
         written.
     """
-    directory = output_directory(directory, "directory")
     classes = check_stages(stages, example)
-    if len(labels) != classes:
-        raise UserError(f"{classes} classes take {classes} labels, got {len(labels)}")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise UserError(f"formats must be some of {', '.join(FORMATS)}, got {list(formats)}")
     policy = last_exit_only(len(stages)) if policy is None else policy
     check_network(policy, stages)
-    contents, described = {policies.FILE: policy.to_json().encode()}, {}
+    contents, described = {}, {}
     for name in formats:
         files, described[name] = FORMATS[name](stages, example)
         contents |= files
+    return write_network(
+        directory,
+        contents,
+        described,
+        example,
+        classes=classes,
+        labels=labels,
+        policy=policy,
+        about=about,
+    )
+
+
+def write_network(
+    directory: Path,
+    contents: Mapping[str, bytes],
+    described: Mapping[str, Any],
+    example: Example,
+    *,
+    classes: int,
+    labels: Sequence[str],
+    policy: Policy,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[Path, ...]:
+    """Writes stages that are files already, with policy, labels and manifest.
+
+    Args:
+      directory: directory to write.
+      contents: content of each file of a stage, by name.
+      described: what the manifest says of each format.
+      example: shape and type of one image.
+      classes: number of classes.
+      labels: names of the classes.
+      policy: early-exit policy.
+      about: further content of the manifest.
+    """
+    directory = output_directory(directory, "directory")
+    if len(labels) != classes:
+        raise UserError(f"{classes} classes take {classes} labels, got {len(labels)}")
+    contents = {policies.FILE: policy.to_json().encode(), **contents}
     manifest = {
         "image": {"shape": list(example.shape), "dtype": np.dtype(example.dtype).name},
         "labels": list(labels),
-        "formats": described,
+        "formats": dict(described),
         "about": dict(about or {}),
     }
     return write_export(directory, contents, manifest)

@@ -64,6 +64,7 @@ def load_exported(
     *,
     format: str | None = None,
     providers: Sequence[str] | None = None,
+    share_threads: bool = False,
 ) -> ExportedNetwork:
     """Reads a network written by `python -m dfs_jax.inference.export`.
 
@@ -73,6 +74,8 @@ def load_exported(
         onnxruntime is installed.
       providers: execution providers of ONNX Runtime, such as `["CUDAExecutionProvider"]`; None for
         the CPU.
+      share_threads: whether all stages share one pool of threads, which is faster, but which every
+        other session of ONNX Runtime in this process then has to share too.
 
     Raises:
       UserError: a file is missing or damaged, or has a version that this program does not know, or
@@ -85,7 +88,7 @@ def load_exported(
     """
     manifest = Manifest(local_path(directory, "directory"))
     if _format(manifest, format) == ONNX:
-        stages, example = _read_onnx(manifest, providers)
+        stages, example = _read_onnx(manifest, providers, share_threads)
     else:
         from dfs_jax.inference import stablehlo
 
@@ -115,13 +118,13 @@ def _format(manifest: Manifest, wanted: str | None) -> str:
 
 
 def _read_onnx(
-    manifest: Manifest, providers: Sequence[str] | None
+    manifest: Manifest, providers: Sequence[str] | None, share_threads: bool
 ) -> tuple[OnnxStages, ArrayShape]:
     form, image = manifest.formats[ONNX], manifest.content["image"]
 
     def stage(name: str) -> OnnxStage:
         try:
-            return OnnxStage(manifest.file(name), providers)
+            return OnnxStage(manifest.file(name), providers, share_threads=share_threads)
         except UserError as error:
             raise UserError(f"{manifest.path.parent / name}: {error}") from error
 

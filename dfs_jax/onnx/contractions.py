@@ -142,7 +142,7 @@ def _with_weights(
         held = [len(own) if x in contracted[0] else own.index(x) for x in a.axes]
         return Tensor(name, tuple(held), tuple(sizes))
     left = ordered(graph, a, (*before, *contracted[0]))
-    if len(contracted[0]) > 1:
+    if len(contracted[0]) != 1:
         left = graph.add("Reshape", left, shape_of(graph, [*(a.sizes[x] for x in before), rows]))
     name = graph.add("MatMul", left, graph.constant(matrix))
     held = [*(own.index(x) for x in before), *range(len(own), len(sizes))]

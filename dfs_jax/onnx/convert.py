@@ -15,7 +15,7 @@ from jax import export
 from jax.extend.core import JaxprEqn
 
 from dfs_jax.onnx.contractions import CONTRACTIONS
-from dfs_jax.onnx.elementwise import ELEMENTWISE, elementwise
+from dfs_jax.onnx.elementwise import ELEMENTWISE, cast, elementwise
 from dfs_jax.onnx.graph import BATCH, OPSET, Graph, serialized
 from dfs_jax.onnx.moves import MOVES
 from dfs_jax.onnx.reductions import REDUCTIONS
@@ -30,6 +30,7 @@ from dfs_jax.onnx.values import (
     in_order,
     narrowed,
     ordered,
+    usual_axes,
 )
 from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, evaluate, opened
 from dfs_jax.types import UserError
@@ -91,13 +92,20 @@ def to_onnx(
       name: name of the graph.
 
     Raises:
-      UserError: an operation that has no counterpart.
+      UserError: an operation that has no counterpart, or a function that cannot be traced for a
+        batch of any size.
     """
     (batch,) = export.symbolic_shape(BATCH)
     shapes = [jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for x in inputs]
-    closed = jax.make_jaxpr(lambda *arrays: tuple(function(*arrays)))(*shapes)
+    try:
+        closed = jax.make_jaxpr(lambda *arrays: tuple(function(*arrays)))(*shapes)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} cannot be traced for a batch of any size: {reason}") from error
     graph = Graph()
-    given: list[Value] = [Tensor(x.name, x.axes, (batch, *x.shape)) for x in inputs]
+    given = [_channels_second(graph, Tensor(x.name, x.axes, (batch, *x.shape))) for x in inputs]
     sizes = graph.add("Shape", inputs[0].name, start=0, end=1)
     results = _Walk(graph, sizes).run(closed.jaxpr, closed.consts, given)
     made, following = [], []
@@ -126,13 +134,15 @@ class _Walk:
 
     def _apply(self, equation: JaxprEqn, inputs: list[Any]) -> list[Value]:
         name = equation.primitive.name
-        values = [x if isinstance(x, Tensor) else as_array(x) for x in inputs]
+        values = [_typed(x, aval) for x, aval in zip(inputs, avals(equation), strict=True)]
         if name in _CALLED:
             return self.run(*opened(equation.params[_CALLED[name]]), values)
         if name in _IDENTITIES:
             return values
         if name == "scan":
             return self._unrolled(equation, values)
+        if name == "dim_as_value":
+            return [self._size_of_batch(equation)]
         if name not in ("broadcast_in_dim", *ELEMENTWISE) and _are_known(values):
             shapes = [aval.shape for aval in avals(equation)]
             arrays = [np.broadcast_to(x, s) for x, s in zip(values, shapes, strict=True)]
@@ -146,6 +156,15 @@ class _Walk:
         except NotImplementedError as error:
             where = str(equation.source_info.name_stack) or "the function"
             raise UserError(f"{name} of {where} cannot be converted to ONNX: {error}") from error
+
+    def _size_of_batch(self, equation: JaxprEqn) -> Value:
+        """Returns the size of the batch, as a number that the function computes with."""
+        dim = equation.params["dim"]
+        aval: Any = equation.outvars[0].aval
+        if str(dim) != BATCH:
+            raise UserError(f"{dim} cannot be converted to ONNX: only the batch's size itself can")
+        scalar = self._graph.add("Squeeze", self._batch, self._graph.integers([0]))
+        return Tensor(cast(self._graph, scalar, aval.dtype), (), ())
 
     def _unrolled(self, equation: JaxprEqn, values: list[Value]) -> list[Value]:
         """Returns the results of a loop of fixed length, written out."""
@@ -170,8 +189,19 @@ class _Walk:
         return [*carry, *joined]
 
 
+def _typed(x: Any, aval: Any) -> Value:
+    """Returns an input; a literal of the program in the type that it has there."""
+    return x if isinstance(x, Tensor) else np.asarray(x).astype(narrowed(aval.dtype))
+
+
 def _are_known(values: Sequence[Value]) -> bool:
     return not any(isinstance(x, Tensor) for x in values)
+
+
+def _channels_second(graph: Graph, x: Tensor) -> Tensor:
+    """Returns an image with its channels second at once, while it is small and of uint8."""
+    axes = usual_axes(x.rank)
+    return Tensor(ordered(graph, x, axes), axes, x.sizes)
 
 
 def _plain(graph: Graph, tensor: Tensor) -> Tensor:

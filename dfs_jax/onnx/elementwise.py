@@ -9,7 +9,16 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from dfs_jax.onnx.graph import Graph
-from dfs_jax.onnx.values import Tensor, Value, as_array, avals, narrowed, ordered, usual_axes
+from dfs_jax.onnx.values import (
+    Tensor,
+    Value,
+    as_array,
+    avals,
+    in_order,
+    narrowed,
+    ordered,
+    usual_axes,
+)
 from dfs_jax.tracing.equations import bind
 
 _Emit = Callable[..., str]
@@ -39,6 +48,7 @@ _ON_NUMPY: dict[str, Callable[..., Any]] = {
     "min": np.minimum,
     "mul": np.multiply,
     "neg": np.negative,
+    "rem": lambda g, e, a, b: g.add("Mod", a, b, fmod=1),
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "sqrt": np.sqrt,
     "square": np.square,
@@ -58,9 +68,9 @@ def _known(equation: JaxprEqn, values: Sequence[Value], sizes: tuple[Any, ...]) 
 
 def _of_rank(x: Value, rank: int) -> Value:
     """Returns a scalar with `rank` dimensions of size 1, as which it takes part in broadcasts."""
-    if isinstance(x, Tensor) or x.ndim == rank:
-        return x
-    return x.reshape((1,) * rank)
+    if isinstance(x, Tensor):
+        return x if x.rank == rank else Tensor(x.name, in_order(rank), (1,) * rank)
+    return x if x.ndim == rank else x.reshape((1,) * rank)
 
 
 def _sizes(x: Value) -> tuple[Any, ...]:
@@ -89,11 +99,11 @@ def _scalar(graph: Graph, equation: JaxprEqn, value: float) -> str:
     return graph.constant(np.array(value, aval.dtype))
 
 
-def _cast(graph: Graph, equation: JaxprEqn, x: str) -> str:
+def cast(graph: Graph, x: str, dtype: Any) -> str:
+    """Returns the name of a value in another type."""
     from onnx import helper
 
-    to = helper.np_dtype_to_tensor_dtype(narrowed(equation.params["new_dtype"]))
-    return graph.add("Cast", x, to=to)
+    return graph.add("Cast", x, to=helper.np_dtype_to_tensor_dtype(narrowed(dtype)))
 
 
 def _power(graph: Graph, equation: JaxprEqn, x: str) -> str:
@@ -154,13 +164,14 @@ ELEMENTWISE: dict[str, _Emit] = {
         }.items()
     },
     "clamp": _clamp,
-    "convert_element_type": _cast,
+    "convert_element_type": lambda g, e, x: cast(g, x, e.params["new_dtype"]),
     "erfc": lambda g, e, x: g.add("Sub", _scalar(g, e, 1), g.add("Erf", x)),
     "expm1": lambda g, e, x: g.add("Sub", g.add("Exp", x), _scalar(g, e, 1)),
     "integer_pow": _power,
     "is_finite": _finite,
     "log1p": lambda g, e, x: g.add("Log", g.add("Add", x, _scalar(g, e, 1))),
     "ne": lambda g, e, a, b: g.add("Not", g.add("Equal", a, b)),
+    "rem": lambda g, e, a, b: g.add("Mod", a, b, fmod=1),
     "rsqrt": lambda g, e, x: g.add("Div", _scalar(g, e, 1), g.add("Sqrt", x)),
     "select_n": _select,
     "square": lambda g, e, x: g.add("Mul", x, x),

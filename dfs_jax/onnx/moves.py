@@ -208,29 +208,55 @@ def _gather(graph: Graph, equation: JaxprEqn, values: Sequence[Value], batch: st
     """Takes one part at a known place (a slice, beside a batch of any size), or rows of a table."""
     numbers = equation.params["dimension_numbers"]
     aval, rows = avals(equation)
+    indices, axes = values[1], numbers.start_index_map
     if numbers.operand_batching_dims:
         raise NotImplementedError("every example would look up in its own table")
-    if len(rows.shape) == 1 and not isinstance(values[1], Tensor):
+    if len(rows.shape) == 1 and not isinstance(indices, Tensor):
         return [_part(graph, equation, values)]
-    (axis, *more) = numbers.start_index_map
     rank, out = len(rows.shape) - 1, len(_out(equation))
-    # The axes of the indices take the place of the axis that is looked up in.
-    expected = tuple(a for a in range(out) if not axis <= a < axis + rank)
-    sizes = tuple(1 if a == axis else s for a, s in enumerate(aval.shape))
+    if len(axes) == 1:  # the axes of the indices take the place of the one that is looked up in
+        (axis,) = axes
+        kept = [a for a in range(out) if not axis <= a < axis + rank]
+    else:
+        kept = [a for a in range(out) if a not in axes]
+    sizes = [1 if a in axes else s for a, s in enumerate(aval.shape)]
     if (
-        more
-        or numbers.collapsed_slice_dims != (axis,)
-        or numbers.offset_dims != expected
-        or tuple(equation.params["slice_sizes"]) != sizes
+        numbers.collapsed_slice_dims != tuple(axes)
+        or list(numbers.offset_dims) != kept
+        or list(equation.params["slice_sizes"]) != sizes
     ):
-        raise NotImplementedError("it does not look rows up along one axis")
-    operand = ordered(graph, full(graph, values[0], aval.shape, batch), in_order(len(aval.shape)))
-    where = ordered(graph, full(graph, values[1], rows.shape, batch), in_order(rank + 1))
+        raise NotImplementedError("it does not look rows up along whole axes")
+    x = full(graph, values[0], aval.shape, batch)
+    if len(axes) > 1:
+        grid = None if isinstance(indices, Tensor) else _grid(indices)
+        if grid is None:
+            raise NotImplementedError("it looks up along several axes at once")
+        tensor = as_tensor(graph, x)
+        for axis, places in zip(axes, grid, strict=True):
+            name = graph.add("Gather", tensor.name, graph.integers(places), axis=tensor.place(axis))
+            tensor = tensor._replace(name=name)
+        return [tensor._replace(sizes=_out(equation))]
+    where = ordered(graph, full(graph, indices, rows.shape, batch), in_order(rank + 1))
     where = graph.add("Squeeze", where, graph.integers([rank]))
     if equation.params["mode"] == GatherScatterMode.CLIP:
         low, high = (graph.constant(np.array(v, rows.dtype)) for v in (0, aval.shape[axis] - 1))
         where = graph.add("Min", graph.add("Max", where, low), high)
+    operand = ordered(graph, x, in_order(len(aval.shape)))
     return [Tensor(graph.add("Gather", operand, where, axis=axis), in_order(out), _out(equation))]
+
+
+def _grid(indices: np.ndarray) -> list[list[int]] | None:
+    """Returns the places along each axis, if the indices are all combinations of such; else None.
+
+    Args:
+      indices: indices `[n_1, ..., n_k, k]`.
+    """
+    k = indices.shape[-1]
+    if indices.ndim != k + 1:
+        return None
+    places = [indices[(*[0] * a, slice(None), *[0] * (k - a - 1), a)] for a in range(k)]
+    grid = np.stack(np.meshgrid(*places, indexing="ij"), axis=-1)
+    return [row.tolist() for row in places] if np.array_equal(grid, indices) else None
 
 
 def _part(graph: Graph, equation: JaxprEqn, values: Sequence[Value]) -> Value:

@@ -1,0 +1,122 @@
+"""Networks in int8, by ONNX Runtime's static quantisation.
+
+Activations are quantised to 8 bits with ranges seen on calibration images, weights to 7 bits for
+each channel (with 8, sums of two products overflow on processors without VNNI). The last layer of
+each head stays in float. What a quantised network is sure of is something else, so its policy is
+fitted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfs_jax.extras import require
+from dfs_jax.inference.onnx_models import WHOLE
+from dfs_jax.inference.onnx_stages import OnnxStage, OnnxStages
+
+_BATCH = 32
+
+
+def quantized(
+    contents: Mapping[str, bytes], about: Mapping[str, Any], images: np.ndarray
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Returns the models of `onnx_models.written` in int8, and what the manifest says of them.
+
+    Args:
+      contents: models in float32, by name.
+      about: what the manifest says of them.
+      images: images to find the ranges of activations on, `[n, height, width, channels]`.
+    """
+    require("onnx", "onnxruntime")
+    inputs = _batches(images)
+    found = {WHOLE: _quantized(contents[WHOLE], ["images"], inputs)}
+    for entry in about["stages"]:
+        stage = OnnxStage(contents[entry["file"]])
+        found[entry["file"]] = _quantized(contents[entry["file"]], stage.names, inputs)
+        inputs = [stage(carry)[0] for carry in inputs]
+    checksum = hashlib.sha256(b"".join(content for _, content in sorted(found.items())))
+    described = {"precision": "int8", "fingerprint": checksum.hexdigest()}
+    return {name: found[name] for name in contents}, {**about, **described}
+
+
+def opened(contents: Mapping[str, bytes], about: Mapping[str, Any]) -> OnnxStages:
+    """Returns models as stages that run."""
+    return OnnxStages(
+        [OnnxStage(contents[entry["file"]]) for entry in about["stages"]],
+        whole=OnnxStage(contents[WHOLE]),
+        fingerprint=about["fingerprint"],
+    )
+
+
+def _batches(images: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    return [(images[at : at + _BATCH],) for at in range(0, len(images), _BATCH)]
+
+
+def _quantized(
+    model: bytes, names: Sequence[str], inputs: Sequence[tuple[np.ndarray, ...]]
+) -> bytes:
+    import onnx
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self._feeds: Iterator[dict[str, np.ndarray]] = (
+                dict(zip(names, arrays, strict=True)) for arrays in inputs
+            )
+
+        def get_next(self) -> Any:
+            return next(self._feeds, None)
+
+    loaded = onnx.load_from_string(model)
+    _without_normalisation(loaded.graph)
+    kept = [node.name for node in loaded.graph.node if "logits" in node.output]
+    with tempfile.TemporaryDirectory() as directory:
+        before, after = Path(directory) / "float.onnx", Path(directory) / "int8.onnx"
+        onnx.save(loaded, before)
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # it advises what has been done
+        try:
+            quantization.quantize_static(
+                before,
+                after,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+                nodes_to_exclude=kept,
+            )
+        finally:
+            root.setLevel(level)
+        return after.read_bytes()
+
+
+def _without_normalisation(graph: Any) -> None:
+    """Turns each `BatchNormalization` into a 1x1 convolution of each channel, which has an int8."""
+    from onnx import helper, numpy_helper
+
+    known = {x.name: x for x in graph.initializer}
+    for k, node in enumerate(list(graph.node)):
+        if node.op_type != "BatchNormalization":
+            continue
+        scale = numpy_helper.to_array(known[node.input[1]])
+        name = f"{node.name}_weights"
+        graph.initializer.append(numpy_helper.from_array(scale.reshape(-1, 1, 1, 1), name))
+        inputs = [node.input[0], name, node.input[2]]
+        conv = helper.make_node(
+            "Conv", inputs, node.output, node.name, group=len(scale), kernel_shape=[1, 1]
+        )
+        graph.node.remove(node)
+        graph.node.insert(k, conv)
+    used = {name for node in graph.node for name in node.input}
+    for unused in [x for x in graph.initializer if x.name not in used]:
+        graph.initializer.remove(unused)
