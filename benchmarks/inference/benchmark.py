@@ -1,10 +1,12 @@
 """Measures the speed-up of early exits on this machine.
 
     python -m benchmarks.inference --workdir=DIR --output=FILE.json [--static=DIR --static=DIR]
+    python -m benchmarks.inference --workdir=DIR --runtimes=jax,onnx,onnx_int8
 
-Rows for each batch size and policy, in a list (`KEYS`):
+Rows for each batch size, runtime and policy, in a list (`KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
+    runtime                "jax", "onnx" or "onnx_int8" (ONNX Runtime)
     policy                 "full", "exit K", "no early exit", "2.5x" (that many times fewer
                            operations), "policy.json", "static RUN"
     accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
@@ -19,9 +21,11 @@ Rows for each batch size and policy, in a list (`KEYS`):
 The printed table also has the number of images per second, the number of decisions within 1e-6 of a
 threshold, where rounding decides, and whether the whole network ran instead because it is faster.
 
-Speed-ups are relative to "full": the whole network as one compiled program, with only its last
-head. "exit K" is such a program up to exit K, for all examples. "static RUN" is the whole network
-of another run (`--static`, its best checkpoint) as such a program; rows of policies then also have
+Speed-ups are relative to "full", the whole network as one program with only its last head, in the
+runtime where it is fastest. "exit K" is such a program up to exit K, for all examples (measured if
+there is one runtime). Policies of a network in int8 are fitted to its own confidences. "static RUN"
+is the whole network of another run (`--static`, its best checkpoint) as such a program, in the
+fastest runtime; rows of policies then also have
 
     static                 name of the static network that is nearest in accuracy
     speedup_over_static    the policy's throughput over this network's
@@ -31,6 +35,7 @@ and a sentence says which policies are slower than a static network of no less a
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,6 +43,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags, logging
 
+from benchmarks.inference.runtimes import INT8, RUNTIMES, check_runtimes, in_runtimes
 from benchmarks.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
 from benchmarks.inference.static import KEYS as STATIC_KEYS
 from benchmarks.inference.static import (
@@ -57,6 +63,7 @@ from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.run_policy import load_with_policy
 from dfs_jax.inference.trained import StagedRun
 from dfs_jax.paths import input_directory, output_file
+from dfs_jax.stopwatch import median_seconds
 from dfs_jax.tables import aligned
 from dfs_jax.types import UserError
 
@@ -64,8 +71,10 @@ SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 # One at a time: fewer examples and more rounds, so that contenders alternate faster than the speed
 # of the machine drifts.
 _ALONE, _TURNS_ALONE = 128, 5
+_TRIES = 7  # of each runtime's whole network, to find the fastest
 KEYS = (
     "batch",
+    "runtime",
     "policy",
     "accuracy",
     "macs",
@@ -102,6 +111,20 @@ class Candidate(NamedTuple):
         return tuple((counts / n).tolist())
 
 
+class Runtime(NamedTuple):
+    """A run in one runtime.
+
+    Attributes:
+      name: name of the runtime.
+      staged: checkpoint of the run, with its stages in this runtime.
+      candidates: what to measure, the whole network first.
+    """
+
+    name: str
+    staged: StagedRun
+    candidates: list[Candidate]
+
+
 def main() -> None:
     """Runs the program."""
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -117,6 +140,7 @@ def main() -> None:
     examples = flags.DEFINE_integer("examples", 5120, "Number of test examples to time.")
     rounds = flags.DEFINE_integer("rounds", 5, "Number of rounds that medians are taken over.")
     measure = flags.DEFINE_string("measure", "max_softmax", "Confidence measure of the policies.")
+    runtimes = flags.DEFINE_list("runtimes", ["jax"], f"Some of {', '.join(RUNTIMES)}.")
     static = flags.DEFINE_multi_string(
         "static", [], "Directory of a smaller network's run to compare with; may be repeated."
     )
@@ -126,18 +150,23 @@ def main() -> None:
         root = input_directory(workdir.value, "--workdir")
         path = root / "benchmark.json" if output.value is None else output.value
         path = output_file(path, "--output")
+        names = check_runtimes(runtimes.value)
         others = static_directories(static.value, root)
         staged, chosen = load_with_policy(
             root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
         )
         images = staged.images("test", examples.value)
         statics = load_static(others, staged, images, data_dir=data_dir.value)
-        candidates = find_candidates(staged, chosen, measure.value, len(images))
+        measured = []
+        for name, in_it in in_runtimes(staged, names).items():
+            policy = None if name == INT8 else chosen  # which was fitted on other confidences
+            candidates = find_candidates(
+                in_it, policy, measure.value, len(images), with_exits=len(names) == 1
+            )
+            measured.append(Runtime(name, in_it, candidates))
         rows: list[Row] = []
         for batch in batches.value:
-            some = benchmark(
-                staged, candidates, images, batch=batch, rounds=rounds.value, statics=statics
-            )
+            some = benchmark(measured, images, batch=batch, rounds=rounds.value, statics=statics)
             program.say(table(some))
             if statics:
                 program.say(static_table(some))
@@ -151,7 +180,7 @@ def main() -> None:
 
 
 def find_candidates(
-    staged: StagedRun, own: Policy | None, measure: str, timed: int
+    staged: StagedRun, own: Policy | None, measure: str, timed: int, *, with_exits: bool = True
 ) -> list[Candidate]:
     """Returns the whole network, every exit, policies of fewer operations, and the run's policy.
 
@@ -162,6 +191,7 @@ def find_candidates(
       own: policy of the run, if it has one.
       measure: confidence measure of the other policies.
       timed: number of test examples, from the first, that may be timed.
+      with_exits: whether the network up to each exit is a candidate.
     """
     macs = _macs(staged)
     last = len(macs) - 1
@@ -175,7 +205,8 @@ def find_candidates(
         return Policy((*[None] * k, *[policies.EVERYBODY] * (last - k)))
 
     found = [candidate("full", last_exit_only(last + 1), last)]
-    found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
+    if with_exits:
+        found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
     found.append(candidate("no early exit", last_exit_only(last + 1)))
     try:
         validation = staged.logits(staged.experiment.score_split)
@@ -190,17 +221,17 @@ def find_candidates(
 
 
 def benchmark(
-    staged: StagedRun,
-    candidates: Sequence[Candidate],
+    runtimes: Sequence[Runtime],
     images: np.ndarray,
     *,
     batch: int,
     rounds: int,
     statics: Sequence[StaticNetwork] = (),
 ) -> list[Row]:
-    """Returns the rows of one batch size, with speed-ups relative to the first candidate.
+    """Returns the rows of one batch size, with speed-ups relative to the fastest whole network.
 
-    Static networks take turns with the candidates, and their rows are last.
+    Rows of the runtime in which it is fastest are first, those of static networks last. All take
+    turns.
 
     Raises:
       UserError: fewer images than a batch.
@@ -209,27 +240,41 @@ def benchmark(
     if len(images) < batch:
         raise UserError(f"batches of {batch} need as many examples: there are {len(images)}")
     images = images[: _ALONE if batch == 1 else len(images) - len(images) % batch]
-    contenders = _contenders(staged, candidates, batch)
-    predictors = [c.predictor for c in contenders if isinstance(c, EarlyExits)]
-    contenders += [static.contender() for static in statics]
+    by_runtime = [_contenders(r.staged, r.candidates, batch) for r in runtimes]
+    whole = [functools.partial(c[0].go_through, images[:batch], batch) for c in by_runtime]
+    seconds = median_seconds(whole, _TRIES) if len(runtimes) > 1 else [0.0]
+    order = np.argsort(seconds, kind="stable")  # the fastest whole network is the reference
+    runtimes, by_runtime = [runtimes[k] for k in order], [by_runtime[k] for k in order]
+    predictors = [
+        next(c.predictor for c in some if isinstance(c, EarlyExits)) for some in by_runtime
+    ]
+    reference = runtimes[0]
+    contenders = [c for some in by_runtime for c in some]
+    contenders += [static.contender(reference.name) for static in statics]
     for contender in contenders:
         contender.go_through(images[:batch], batch)
         contender.answer(images[:batch])
-    speeds, times = race(contenders, predictors[0], images, batch=batch, rounds=rounds)
-    macs = _macs(staged)
-    rows = [
-        _row(
-            candidate,
-            contender,
-            speed,
-            ideal_speedup=times.ideal_speedup(candidate.shares(len(images))),
-            batch=batch,
-            macs=macs,
-        )
-        for candidate, contender, speed in zip(candidates, contenders, speeds, strict=False)
-    ]
-    for static, speed in zip(statics, speeds[len(candidates) :], strict=True):
-        rows.append(_static_row(static, speed, batch=batch, macs=macs[-1]))
+    speeds, times = race(contenders, predictors, images, batch=batch, rounds=rounds)
+    macs = _macs(reference.staged)
+    rows, measured = [], iter(zip(contenders, speeds, strict=True))
+    for runtime, own_times in zip(runtimes, times, strict=True):
+        for candidate in runtime.candidates:
+            contender, speed = next(measured)
+            staged = own_times.staged(candidate.shares(len(images)))
+            ideal = times[0].whole / staged
+            rows.append(
+                _row(
+                    runtime.name,
+                    candidate,
+                    contender,
+                    speed,
+                    ideal_speedup=ideal,
+                    batch=batch,
+                    macs=macs,
+                )
+            )
+    for static, (_, speed) in zip(statics, measured, strict=True):
+        rows.append(_static_row(reference.name, static, speed, batch=batch, macs=macs[-1]))
     return compared(rows)
 
 
@@ -244,9 +289,20 @@ def to_json(rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as a table for a terminal, without a final newline."""
-    titles = ("policy", "accuracy", "M MACs", "by MACs", "ideal", "real", "images/s", "p50 ms")
+    titles = (
+        "runtime",
+        "policy",
+        "accuracy",
+        "M MACs",
+        "by MACs",
+        "ideal",
+        "real",
+        "images/s",
+        "p50 ms",
+    )
     lines = [
         (
+            str(row["runtime"]),
             str(row["policy"]),
             f"{100 * row['accuracy']:.2f} %",
             f"{row['macs'] / 1e6:.3f}",
@@ -282,6 +338,7 @@ def _contenders(
 
 
 def _row(
+    runtime: str,
     candidate: Candidate,
     contender: Contender,
     speed: Speed,
@@ -294,6 +351,7 @@ def _row(
     result = candidate.result
     return {
         "batch": batch,
+        "runtime": runtime,
         "policy": candidate.name,
         "accuracy": result.accuracy,
         "macs": result.cost,
@@ -305,9 +363,12 @@ def _row(
     }
 
 
-def _static_row(static: StaticNetwork, speed: Speed, *, batch: int, macs: float) -> Row:
+def _static_row(
+    runtime: str, static: StaticNetwork, speed: Speed, *, batch: int, macs: float
+) -> Row:
     return {
         "batch": batch,
+        "runtime": runtime,
         "policy": static.name,
         "accuracy": static.accuracy,
         "macs": static.macs,

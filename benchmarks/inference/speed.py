@@ -90,12 +90,12 @@ class Speed(NamedTuple):
 
 def race(
     contenders: Sequence[Contender],
-    predictor: EarlyExitPredictor,
+    predictors: Sequence[EarlyExitPredictor],
     images: np.ndarray,
     *,
     batch: int,
     rounds: int,
-) -> tuple[list[Speed], StageTimes]:
+) -> tuple[list[Speed], list[StageTimes]]:
     """Measures contenders and stages, which alternate, in another order in each round.
 
     A machine's speed may drift from minute to minute. The first contender, which is the reference,
@@ -106,13 +106,13 @@ def race(
 
     Args:
       contenders: contenders whose programs are compiled (`go_through` has been called).
-      predictor: predictor whose stages are measured.
+      predictors: predictors whose stages are measured, such as one for each runtime.
       images: images `[n, height, width, channels]`, with n a multiple of `batch`.
       batch: number of examples in a full batch.
       rounds: number of rounds that medians are taken over.
 
     Returns:
-      The speed of each contender, and the stages' times in a full batch.
+      The speed of each contender, and the times of each predictor's stages in a full batch.
     """
     parts = list(_batches(images, 1)) if batch == 1 else [images]
 
@@ -122,7 +122,7 @@ def race(
     seconds = [[] for _ in contenders]
     references = [[] for _ in contenders]
     latencies = [[] for _ in contenders]
-    times = []
+    times = [[] for _ in predictors]
     for turn in range(rounds):
         order = [(turn + n) % len(contenders) for n in range(len(contenders))]
         before = timed(contenders[0])
@@ -135,7 +135,8 @@ def race(
             called = images[: max(batch, _CALLED)]
             latencies[i] += [contenders[i].answer(part) for part in _batches(called, batch)]
         of_stages = _ROUNDS_ALONE if batch == 1 else _ROUNDS_FULL
-        times.append(measure_stages(predictor.programs, batch, rounds=of_stages))
+        for found, predictor in zip(times, predictors, strict=True):
+            found.append(measure_stages(predictor.programs, batch, rounds=of_stages))
     speeds = [
         Speed(
             float(np.median(own, axis=0).sum()) / len(images),
@@ -144,7 +145,7 @@ def race(
         )
         for own, reference, ls in zip(seconds, references, latencies, strict=True)
     ]
-    return speeds, _median(times)
+    return speeds, list(map(_median, times))
 
 
 def up_to(stages: Sequence[Any], k: int) -> Sequence[Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.inference.runtimes import JAX, in_runtimes
 from benchmarks.inference.speed import UpToExit
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference.trained import StagedRun, load_staged
@@ -41,9 +42,10 @@ class StaticNetwork(NamedTuple):
     accuracy: float
     macs: float
 
-    def contender(self) -> UpToExit:
-        """Returns the network as one compiled program."""
-        return UpToExit(self.staged.stages, len(self.staged.stages) - 1, self.staged.example)
+    def contender(self, runtime: str = JAX) -> UpToExit:
+        """Returns the network as one program of a runtime."""
+        staged = in_runtimes(self.staged, [runtime])[runtime]
+        return UpToExit(staged.stages, len(staged.stages) - 1, staged.example)
 
 
 def static_directories(given: Sequence[UserPath], workdir: Path) -> list[Path]:

@@ -8,6 +8,7 @@ fitted again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import tempfile
@@ -46,11 +47,14 @@ def quantized(
     return {name: found[name] for name in contents}, {**about, **described}
 
 
-def opened(contents: Mapping[str, bytes], about: Mapping[str, Any]) -> OnnxStages:
+def opened(
+    contents: Mapping[str, bytes], about: Mapping[str, Any], *, share_threads: bool = False
+) -> OnnxStages:
     """Returns models as stages that run."""
+    stage = functools.partial(OnnxStage, share_threads=share_threads)
     return OnnxStages(
-        [OnnxStage(contents[entry["file"]]) for entry in about["stages"]],
-        whole=OnnxStage(contents[WHOLE]),
+        [stage(contents[entry["file"]]) for entry in about["stages"]],
+        whole=stage(contents[WHOLE]),
         fingerprint=about["fingerprint"],
     )
 

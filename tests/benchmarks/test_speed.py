@@ -66,7 +66,7 @@ def test_all_take_turns_and_medians_count(monkeypatch):
     a = [14, 28, 42, 14, *(7, 70, 7, 21), *(14, 28, 70, 14)]
     contenders = [Recorder(clock, "a", a), Recorder(clock, "b", [7, 2.8, 14])]
     predictor = make_predictor(POLICY)
-    speeds, times = race(contenders, predictor, images(14), batch=7, rounds=3)
+    speeds, (times,) = race(contenders, [predictor], images(14), batch=7, rounds=3)
     assert "".join(clock.order) == "aaaba" + "abaaa" + "aaaba"
     assert contenders[1].asked == [(14, 7)] * 3
     assert [s.seconds for s in speeds] == pytest.approx([2.0, 0.5])
@@ -88,7 +88,7 @@ def test_one_at_a_time_each_example_has_its_median(monkeypatch):
     )
     whole = Recorder(clock, "whole", [4, 6] * 12)
     early = Recorder(clock, "early", [1, 5, 9, 6, 2, 50])
-    speeds, _ = race([whole, early], make_predictor(POLICY), images(2), batch=1, rounds=3)
+    speeds, _ = race([whole, early], [make_predictor(POLICY)], images(2), batch=1, rounds=3)
     assert early.asked == [(1, 1)] * 6
     assert speeds[1].seconds == pytest.approx((2 + 6) / 2)
     # medians of the examples' ratios, 4 / 2 and 6 / 6, weighted by the times of early exits
@@ -111,6 +111,7 @@ def candidate(name, exit_index=None):
 
 def row_of(name, contender, batch=7, exit_index=None):
     return _row(
+        "jax",
         candidate(name, exit_index),
         contender,
         Speed(0.5, 1.4, 2.0, 3.0),
@@ -130,6 +131,7 @@ def test_a_row_by_hand():
     predictor.counts.close = 3
     assert row_of("2x", EarlyExits(predictor)) == {
         "batch": 7,
+        "runtime": "jax",
         "policy": "2x",
         "accuracy": 0.75,
         "macs": 4e6,
@@ -157,15 +159,15 @@ def test_the_file_says_what_is_agreed():
     assert len(rows) == 6
     for row in rows:
         assert list(row) == [
-            *("batch", "policy", "accuracy", "macs", "ideal_speedup", "ideal_speedup_by_macs"),
-            *("speedup", "p50_ms", "p99_ms"),
+            *("batch", "runtime", "policy", "accuracy", "macs", "ideal_speedup"),
+            *("ideal_speedup_by_macs", "speedup", "p50_ms", "p99_ms"),
         ]
 
 
 def test_the_table_and_the_picture(tmp_path):
     lines = table(some_rows()[:3]).splitlines()
     assert lines[0] == "batch 1"
-    assert " ".join(lines[-1].split()) == "2x 75.00 % 4.000 2.50 1.56 1.40 2 2000.00 3000.00 0"
+    assert " ".join(lines[-1].split()) == "jax 2x 75.00 % 4.000 2.50 1.56 1.40 2 2000.00 3000.00 0"
     assert len({len(line) for line in lines[1:]}) == 1
     picture = plot_speed(some_rows(), tmp_path / "speed.png")
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.inference.benchmark import benchmark, find_candidates, table, to_json
+from benchmarks.inference.benchmark import Runtime, benchmark, find_candidates, table, to_json
 from benchmarks.inference.speed_plots import plot_speed
 from benchmarks.inference.static import (
     compared,
@@ -85,7 +85,9 @@ def test_static_networks_are_timed_beside_the_policies(staged, narrow, tmp_path)
     images = staged.images("test", IMAGES)
     statics = load_static([narrow], staged, images)
     candidates = find_candidates(staged, None, "margin", IMAGES)
-    rows = benchmark(staged, candidates, images, batch=4, rounds=2, statics=statics)
+    rows = benchmark(
+        [Runtime("jax", staged, candidates)], images, batch=4, rounds=2, statics=statics
+    )
     static = rows[-1]
     assert [row["policy"] for row in rows] == [*(c.name for c in candidates), "static narrow"]
     logits, labels = load_staged(narrow).logits("test")
@@ -99,7 +101,7 @@ def test_static_networks_are_timed_beside_the_policies(staged, narrow, tmp_path)
     for row in filter(is_policy, rows):
         assert row["static"] == "static narrow"
         assert row["speedup_over_static"] == row["speedup"] / static["speedup"]
-    assert table(rows).splitlines()[-1].split()[:2] == ["static", "narrow"]
+    assert table(rows).splitlines()[-1].split()[:3] == ["jax", "static", "narrow"]
     written = json.loads(to_json(rows))
     assert written[-1]["ideal_speedup"] is None
     assert "static" not in written[0]

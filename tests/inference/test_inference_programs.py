@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.inference.benchmark import benchmark, find_candidates
+from benchmarks.inference.benchmark import Runtime, benchmark, find_candidates
 from dfs_jax.inference import load_exported, read_policy
 from dfs_jax.inference.choose import TARGETS, choose_policy, describe
 from dfs_jax.inference.export import export_run
@@ -74,7 +74,7 @@ def test_mistakes(staged):
     with pytest.raises(UserError, match="cannot be met: the first exit alone costs"):
         choose_policy(staged, "mmacs", 1e-6)
     with pytest.raises(UserError, match="batches of 7 need as many examples: there are 3"):
-        benchmark(staged, [], np.zeros((3, 8, 8, 3), np.uint8), batch=7, rounds=1)
+        benchmark([Runtime("jax", staged, [])], np.zeros((3, 8, 8, 3), np.uint8), batch=7, rounds=1)
 
 
 def test_a_run_exported_says_the_same(workdir, staged, tmp_path):
@@ -99,7 +99,7 @@ def test_benchmark_rows(workdir, staged):
     candidates = find_candidates(staged, None, "margin", len(images))
     names = [c.name for c in candidates]
     assert names[:3] == ["full", "exit 1", "no early exit"]
-    rows = benchmark(staged, candidates, images, batch=4, rounds=2)
+    rows = benchmark([Runtime("jax", staged, candidates)], images, batch=4, rounds=2)
     assert [row["policy"] for row in rows] == names
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     full, first, nobody = rows[:3]

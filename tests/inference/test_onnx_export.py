@@ -107,8 +107,10 @@ def test_a_function_of_ones_own(tmp_path):
     assert network.image_size is None
 
 
-@pytest.mark.parametrize("measure", ["max_softmax", "entropy", "margin", "patience"])
-@pytest.mark.parametrize("sizes", [[40], [7] * 5, [1, 30, 2]])
+@pytest.mark.parametrize(
+    ("measure", "sizes"),
+    [("max_softmax", [40]), ("entropy", [7] * 5), ("margin", [1, 30, 2]), ("patience", [7] * 4)],
+)
 def test_measures_in_streams_of_any_sizes(directory, stages, measure, sizes):
     threshold = {"patience": 2.0, "entropy": 0.2}.get(measure, 0.6)
     policy = Policy((threshold,), measure=measure, temperatures=(1.5, 0.7))
@@ -137,17 +139,14 @@ def test_anytime_answers(directory, stages, ensemble):
 def test_pixels_and_logits_that_are_not_finite():
     class Broken:
         names = ("x",)
-        carry = ()
+        carry = (EXAMPLE,)
 
         def __call__(self, carry):
             return (), np.full((len(carry[0]), 3), np.nan, np.float32)
 
-    broken = Broken()
-    broken.carry = load_shapes()
-    predictor = EarlyExitPredictor(OnnxStages([broken]), EXAMPLE, batch_size=4)
-    assert predictor(some_images(2)).errors == dict.fromkeys(
-        range(2), "the network's answer is not a finite number"
-    )
+    predictor = EarlyExitPredictor(OnnxStages([Broken()]), EXAMPLE, batch_size=4)
+    reason = "the network's answer is not a finite number"
+    assert predictor(some_images(2)).errors == {0: reason, 1: reason}
 
 
 WITHOUT_JAX = """
