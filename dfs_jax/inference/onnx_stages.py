@@ -51,7 +51,7 @@ class OnnxStage:
         share_threads: bool = False,
     ):
         wanted = tuple(providers or ("CPUExecutionProvider",))
-        self._session = _session(model, wanted, share_threads or _is_shared())
+        self._session = _session(model, wanted, share_threads or is_shared())
         self.names = [x.name for x in self._session.get_inputs()]
 
     @property
@@ -161,6 +161,6 @@ def _share_threads() -> None:
     onnxruntime.set_global_thread_pool_sizes(0, 1)
 
 
-def _is_shared() -> bool:
+def is_shared() -> bool:
     """Returns whether the process has its pool already, which every session must then use."""
     return _share_threads.cache_info().currsize > 0

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from dfs_jax.extras import require
+from dfs_jax.inference import onnx_stages
 from dfs_jax.inference.onnx_models import WHOLE
 from dfs_jax.inference.onnx_stages import OnnxStage, OnnxStages
+from dfs_jax.types import UserError
 
 _BATCH = 32
 
@@ -34,8 +36,16 @@ def quantized(
       contents: models in float32, by name.
       about: what the manifest says of them.
       images: images to find the ranges of activations on, `[n, height, width, channels]`.
+
+    Raises:
+      UserError: networks of this process share their threads.
     """
     require("onnx", "onnxruntime")
+    if onnx_stages.is_shared():
+        raise UserError(
+            "networks in this process share their threads, which calibration cannot: export in a "
+            "process of its own"
+        )
     inputs = _batches(images)
     found = {WHOLE: _quantized(contents[WHOLE], ["images"], inputs)}
     for entry in about["stages"]:

@@ -1,0 +1,121 @@
+"""A run in int8: its policy is its own, its accuracies are told; and runtimes beside each other."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.inference.runtimes import check_runtimes
+from dfs_jax.inference import EarlyExitPredictor, load_exported, onnx_stages
+from dfs_jax.inference.choose import choose_policy, fit_again
+from dfs_jax.inference.export import export_int8
+from dfs_jax.inference.policy import FILE, Policy
+from dfs_jax.inference.trained import load_staged
+from dfs_jax.training.loop import train
+from dfs_jax.types import UserError
+from tests.inference.test_inference_programs import run_program
+from tests.support.helpers import tiny_config
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    train(tiny_config(**{"epochs": 1, "model.name": "tests.support.helpers:TinyNetwork"}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def staged(workdir):
+    return load_staged(workdir)
+
+
+def refitted(policy):
+    return {key: policy.fitted_on.get(key) for key in ("target", "risk", "split", "examples")}
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ({"speedup": 1.2}, {"measure": "margin", "risk": "disagreement"}),
+        ({"p": 0.5}, {"scale_temperatures": False}),
+        ({"epsilon": 0.95}, {"delta": 0.2, "calibration_share": 0.4, "seed": 3}),
+    ],
+)
+def test_the_policy_is_fitted_again_to_its_target(
+    workdir, staged, tmp_path, capsys, target, options
+):
+    ((name, value),) = target.items()
+    before = choose_policy(staged, name, value, **options).policy
+    before.save(workdir / FILE)
+    export_int8(workdir, tmp_path, examples=20)
+    network = load_exported(tmp_path)
+    policy = network.policy
+    assert refitted(policy) == refitted(before)
+    assert policy.measure == before.measure
+    assert policy.fitted_on["guarantee"] == before.fitted_on["guarantee"]
+    assert (policy.temperatures == (1.0, 1.0)) == (before.temperatures == (1.0, 1.0))
+    form = network.manifest["formats"]["onnx"]
+    assert form["precision"] == "int8"
+    assert policy.fitted_on["network"]["weights"] == form["fingerprint"]
+    assert form["fingerprint"] != before.fitted_on["network"]["weights"]
+    # A policy of the network in float is none of this one's.
+    with pytest.raises(UserError, match="fitted on a network with other weights"):
+        EarlyExitPredictor(network.stages, network.example, before)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["exit", "float32", "int8", "points"]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
+    assert "policy fitted again; test split: accuracy" in lines[3]
+    # The table is what the files say.
+    _, labels = staged.logits("test")
+    images = staged.images("test", len(labels))
+    last = EarlyExitPredictor(network.stages, network.example, batch_size=len(labels))(images)
+    assert lines[2].split()[3] == f"{100 * np.mean(last.predicted == labels):.2f}"
+
+
+def test_without_a_policy_the_last_exit_answers(workdir, tmp_path):
+    export_int8(workdir, tmp_path, examples=7, policy="none")
+    assert load_exported(tmp_path).policy.thresholds == (None,)
+
+
+def test_a_policy_without_a_target_cannot_be_fitted_again(staged):
+    with pytest.raises(UserError, match="does not say what it was chosen for"):
+        fit_again(staged, Policy((0.5,)))
+
+
+def test_calibration_beside_shared_threads_is_refused(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_stages, "is_shared", lambda: True)
+    with pytest.raises(UserError, match="export in a process of its own"):
+        export_int8(workdir, tmp_path, policy="none")
+
+
+@pytest.mark.parametrize("names", [[], ["tflite"], ["jax", "ONNX"]])
+def test_unknown_runtimes(names):
+    with pytest.raises(UserError, match="--runtimes must be some of jax, onnx, onnx_int8, got"):
+        check_runtimes(names)
+    assert check_runtimes(["onnx", "jax", "onnx"]) == ("onnx", "jax")
+
+
+@pytest.mark.slow
+def test_programs(workdir, tmp_path):
+    status, _, err = run_program(
+        "export", f"--workdir={workdir}", f"--output={tmp_path / 'e'}", "--quantize=int8"
+    )
+    assert (status, err) == (2, "error: --quantize=int8 takes --format=onnx\n")
+    where = (f"--workdir={workdir}", f"--output={tmp_path / 'rows.json'}")
+    runtimes = "--runtimes=jax,onnx,onnx_int8"
+    status, _, err = run_program(
+        "benchmarks.inference", *where, runtimes, "--batch=4", "--examples=13", "--rounds=1"
+    )
+    assert (status, err) == (0, "")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["runtime"] for row in rows} == {"jax", "onnx", "onnx_int8"}
+    full = [row for row in rows if row["policy"] == "full"]
+    assert len(full) == 3
+    assert full[0] == rows[0]
+    assert not any(row["policy"].startswith("exit") for row in rows)
+    status, _, err = run_program("benchmarks.inference", *where, "--runtimes=tflite")
+    assert status == 2
+    assert err.startswith("error: --runtimes must be some of jax, onnx, onnx_int8, got ['tflite']")
