@@ -111,18 +111,28 @@ def upsample_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     """
     for axis, size in ((1, height), (2, width)):
         if size == 2 * x.shape[axis]:
-            x = _doubled(x, axis)
+            x = doubled(x, axis)
     return jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "bilinear")
 
 
-def _doubled(x: jax.Array, axis: int) -> jax.Array:
-    """Doubles an axis: 3/4 of each value plus 1/4 of its left, then of its right neighbour."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def doubled(x: jax.Array, axis: int) -> jax.Array:
+    """Doubles an axis: 3/4 of each value plus 1/4 of its left, then of its right neighbour.
+
+    Being linear, it is its own derivative. The rule keeps it together in a traced program, so that
+    `dfs_jax.onnx` finds it there by its name.
+    """
     size = x.shape[axis]
     cut = functools.partial(jax.lax.slice_in_dim, x, axis=axis)
     before = jnp.concatenate([cut(0, 1), cut(0, size - 1)], axis)
     after = jnp.concatenate([cut(1, size), cut(size - 1, size)], axis)
     pairs = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=axis + 1)
     return pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+
+@doubled.defjvp
+def _doubled_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return doubled(*primals, axis), doubled(*tangents, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

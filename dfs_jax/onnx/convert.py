@@ -18,6 +18,7 @@ from dfs_jax.onnx.contractions import CONTRACTIONS
 from dfs_jax.onnx.elementwise import ELEMENTWISE, cast, elementwise
 from dfs_jax.onnx.graph import BATCH, OPSET, Graph, serialized
 from dfs_jax.onnx.moves import MOVES
+from dfs_jax.onnx.named import NAMED, called
 from dfs_jax.onnx.reductions import REDUCTIONS
 from dfs_jax.onnx.simplify import simplified
 from dfs_jax.onnx.values import (
@@ -135,6 +136,8 @@ class _Walk:
     def _apply(self, equation: JaxprEqn, inputs: list[Any]) -> list[Value]:
         name = equation.primitive.name
         values = [_typed(x, aval) for x, aval in zip(inputs, avals(equation), strict=True)]
+        if name == "custom_jvp_call" and called(equation) in NAMED and not _are_known(values):
+            return NAMED[called(equation)](self._graph, equation, values, self._batch)
         if name in _CALLED:
             return self.run(*opened(equation.params[_CALLED[name]]), values)
         if name in _IDENTITIES:

@@ -266,6 +266,19 @@ def _as_relu(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
+def _resized_once(sweep: _Sweep, node: Node) -> bool:
+    """Merges two resizings, such as one of each axis."""
+    before = sweep.sole(node.inputs[0], "Resize") if node.op == "Resize" else None
+    if before is None or before.attributes != node.attributes:
+        return False
+    scales = [sweep.known(x.inputs[2]) for x in (before, node)]
+    if scales[0] is None or scales[1] is None or np.any((scales[0] != 1) & (scales[1] != 1)):
+        return False
+    node.inputs = [before.inputs[0], "", sweep.graph.constant(scales[0] * scales[1])]
+    sweep.uses[before.output] = 0
+    return True
+
+
 def _as_batch_norm(sweep: _Sweep, node: Node) -> bool:
     """Turns a scale and a shift for each channel of an image into a `BatchNormalization`."""
     after = sweep.split(node, "Add")
@@ -295,5 +308,6 @@ _FIRST = (
     _into_layer,
     _as_mean,
     _as_relu,
+    _resized_once,
 )
 _THEN = (_as_batch_norm,)

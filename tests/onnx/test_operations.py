@@ -250,6 +250,13 @@ def test_normalisation_after_an_activation_stays_a_normalisation():
     assert operators(network, IMAGE) == expected
 
 
+def test_a_bilinear_doubling_is_one_operator():
+    network = lambda x: upsample_bilinear(x, 10, 12)  # noqa: E731
+    assert operators(network, IMAGE) == {"Transpose": 1, "Resize": 1}
+    for got, expected in run(network, IMAGE, (1, 3)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_parts_that_are_joined_again_are_the_whole():
     def forked(x):
         return jnp.tanh(jnp.concatenate([x[..., :3], lax.stop_gradient(x[..., 3:])], -1))
