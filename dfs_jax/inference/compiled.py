@@ -1,7 +1,8 @@
 """Compiled programs of stages that are JAX functions.
 
 A program is compiled for each batch shape. Temperatures are arguments, so that another policy with
-the same measure needs no compilation.
+the same measure needs no compilation. On a CPU, programs for a single image have their weights as
+the kernels read them, transformed once (see `dfs_jax.tracing.hoisted`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dfs_jax.inference.programs import packed
 from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
 from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
 from dfs_jax.tracing.cpu import compiler_options
+from dfs_jax.tracing.hoisted import hoisted
 from dfs_jax.types import Example, PyTree
 
 
@@ -53,7 +55,7 @@ class CompiledPrograms:
         self.num_exits = len(stages)
         self.stages = _free(as_pytrees(stages))
         self._temperatures = [jnp.float32(t) for t in temperatures]
-        self._whole = compiled(functools.partial(_whole_program, measure))
+        self._whole = _AloneOrNot(functools.partial(_whole_program, measure), self.stages)
         # A separate jitted function for each stage: its cache stays small and look-ups fast.
         self._run, self.carries = [], []
         carry: PyTree = jax.ShapeDtypeStruct((1, *example.shape), example.dtype)
@@ -65,7 +67,7 @@ class CompiledPrograms:
             answered = functools.partial(_answered, measure, k == 0)
             is_last = k == self.num_exits - 1
             program = functools.partial(_stage_program, answered, structure, is_last)
-            self._run.append(compiled(program))
+            self._run.append(_AloneOrNot(program, stage))
             carry, _ = jax.eval_shape(answered, stage, self._temperatures[k], carry)
 
     def with_temperatures(self, temperatures: Sequence[float]) -> CompiledPrograms:
@@ -76,17 +78,40 @@ class CompiledPrograms:
 
     def run(self, k: int, carry: Carry) -> tuple[Carry, np.ndarray]:
         """Runs stage k; the next stage's carry stays on the device."""
-        carry, answers = self._run[k](self.stages[k], self._temperatures[k], carry)
+        carry, answers = self._run[k](self._temperatures[k], carry)
         return carry, np.asarray(answers)
 
     def run_whole(self, images: Any) -> np.ndarray:
         """Runs the whole network as one program; returns the last exit's answers."""
-        return np.asarray(self._whole(self.stages, self._temperatures[-1], images))
+        return np.asarray(self._whole(self._temperatures[-1], images))
 
     def make_buffer(self, k: int, capacity: int) -> Buffer:
         """Returns storage for the inputs of stage k."""
         on_host = jax.default_backend() == "cpu"
         return (HostBuffer if on_host else DeviceBuffer)(self.carries[k], capacity)
+
+
+class _AloneOrNot:
+    """A compiled function of weights, a temperature and arrays with the batch first.
+
+    Args:
+      program: function `(weights, temperature, arrays)`.
+      weights: the weights.
+    """
+
+    def __init__(self, program: Callable[..., Any], weights: PyTree):
+        self._program, self._weights = program, weights
+        self._compiled = compiled(program)
+        self._alone: Callable[..., Any] | None = None
+        self._is_on_cpu = jax.default_backend() == "cpu"
+
+    def __call__(self, temperature: jax.Array, arrays: Any) -> Any:
+        if self._is_on_cpu and len(arrays[0] if isinstance(arrays, tuple) else arrays) == 1:
+            if self._alone is None:
+                values, run = hoisted(self._program, self._weights, temperature, arrays)
+                self._alone = functools.partial(compiled(run), values)
+            return self._alone(temperature, arrays)
+        return self._compiled(self._weights, temperature, arrays)
 
 
 def compiled(program: Callable[..., Any]) -> Callable[..., Any]:

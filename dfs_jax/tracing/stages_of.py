@@ -7,20 +7,20 @@ carried: every stage that reads them computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.tree_util import Partial, keystr
 
-from dfs_jax.tracing.equations import CALLS, CHECKPOINTS, bind, opened
+from dfs_jax.tracing.equations import bind
 from dfs_jax.tracing.exit_markers import check_marks, has_marks, marked_exit, refuse
+from dfs_jax.tracing.flattened import Equation, flattened, inputs_of
 from dfs_jax.types import PyTree, UserError
 
 Carry = tuple[jax.Array, ...]
-_OPENED = {**CALLS, **CHECKPOINTS}
 
 
 def stages_of(
@@ -73,21 +73,13 @@ def stages_of(
     return tuple(stages)
 
 
-class _Equation(NamedTuple):
-    """An equation outside of any call, its inputs named as in the whole program."""
-
-    equation: JaxprEqn
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
-
-
 class _Stage(NamedTuple):
     """Equations of one stage, in order, and what it reads, marks and leaves.
 
     `parameters` holds positions among the function's parameters.
     """
 
-    equations: list[_Equation]
+    equations: list[Equation]
     parameters: list[int]
     carried: list[Any]
     logits: Any
@@ -98,12 +90,6 @@ class _Program(NamedTuple):
     stages: list[_Stage]
     parameters: list[Any]
     constants: dict[Any, Any]
-
-
-class _Constant(NamedTuple):
-    """A constant of a program that is called, in place of a variable."""
-
-    index: int
 
 
 class _Cutter:
@@ -206,7 +192,7 @@ def _moved(x: jax.Array, source: int, target: int) -> jax.Array:
 def _cut(closed: ClosedJaxpr, num_parameters: int, exits: tuple[int, ...] | None) -> _Program:
     jaxpr, constants = closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     parameters, inputs = jaxpr.invars[:num_parameters], jaxpr.invars[num_parameters:]
-    equations = _flat(jaxpr, {}, constants)
+    equations = flattened(jaxpr, constants, check=_check)
     maker = {v: k for k, equation in enumerate(equations) for v in equation.outputs}
     marks = _marks(equations, exits)
     of_examples = _dependent(equations, inputs)
@@ -215,55 +201,23 @@ def _cut(closed: ClosedJaxpr, num_parameters: int, exits: tuple[int, ...] | None
         new = sorted(_needed(equations, maker, [mark], done))
         done |= {k for k in new if not of_examples.isdisjoint(equations[k].outputs)}
         computed += [v for k in new for v in equations[k].outputs if v in of_examples]
-        later = _inputs(equations[k] for k in _needed(equations, maker, marks[i + 1 :], done))
+        later = inputs_of(equations[k] for k in _needed(equations, maker, marks[i + 1 :], done))
         carry = [v for v in computed if v in later]
         here, logits = [equations[k] for k in new], equations[mark].outputs[0]
-        read_here = _inputs(here)
+        read_here = inputs_of(here)
         read = [k for k, v in enumerate(parameters) if v in read_here]
         stages.append(_Stage(here, read, carried, logits, carry))
         carried = carry
     return _Program(stages, parameters, constants)
 
 
-def _flat(jaxpr: Jaxpr, renamed: dict[Any, Any], constants: dict[Any, Any]) -> list[_Equation]:
-    """Returns the equations of a program and of those that it calls, in one list."""
-
-    def name(variable: Any) -> Any:
-        return variable if isinstance(variable, Literal) else renamed.get(variable, variable)
-
-    found: list[_Equation] = []
-    for equation in jaxpr.eqns:
-        inputs = tuple(map(name, equation.invars))
-        parameter = _OPENED.get(equation.primitive.name)
-        if parameter is None:
-            marks = any(map(has_marks, jaxprs_in_params(equation.params)))
-            if marks:
-                raise refuse(equation)
-            outputs = tuple(_Output(equation, n) for n in range(len(equation.outvars)))
-            found.append(_Equation(equation, inputs, outputs))
-            renamed.update(zip(equation.outvars, outputs, strict=True))
-            continue
-        program = equation.params[parameter]
-        inner, consts = opened(program)
-        inside = dict(zip(inner.invars, inputs, strict=True))
-        for variable, const in zip(inner.constvars, consts, strict=True):
-            inside[variable] = _Constant(len(constants))
-            constants[inside[variable]] = const
-        found += _flat(inner, inside, constants)
-        results = [v if isinstance(v, Literal) else inside.get(v, v) for v in inner.outvars]
-        renamed.update(zip(equation.outvars, results, strict=True))
-    return found
+def _check(equation: JaxprEqn) -> None:
+    """Raises UserError if an equation that is not a call has marks inside."""
+    if any(map(has_marks, jaxprs_in_params(equation.params))):
+        raise refuse(equation)
 
 
-class _Output:
-    """One result of an equation in one call of its program: a name, equal to itself alone."""
-
-    def __init__(self, equation: JaxprEqn, number: int):
-        self.aval = equation.outvars[number].aval
-        self.equation = equation
-
-
-def _marks(equations: Sequence[_Equation], exits: tuple[int, ...] | None) -> list[int]:
+def _marks(equations: Sequence[Equation], exits: tuple[int, ...] | None) -> list[int]:
     """Returns the positions of the marks of the chosen exits, or of all if None."""
     found = {k: marked_exit(e.equation) for k, e in enumerate(equations)}
     marks = {exit_index: k for k, exit_index in found.items() if exit_index is not None}
@@ -277,7 +231,7 @@ def _marks(equations: Sequence[_Equation], exits: tuple[int, ...] | None) -> lis
 
 
 def _needed(
-    equations: Sequence[_Equation], maker: dict[Any, int], ends: Sequence[int], done: set[int]
+    equations: Sequence[Equation], maker: dict[Any, int], ends: Sequence[int], done: set[int]
 ) -> set[int]:
     """Returns the positions of the equations, not yet done, that `ends` need, with themselves."""
     needed, left = set(), list(ends)
@@ -285,16 +239,11 @@ def _needed(
         k = left.pop()
         if k not in needed and k not in done:
             needed.add(k)
-            left += [maker[v] for v in _inputs([equations[k]]) if v in maker]
+            left += [maker[v] for v in inputs_of([equations[k]]) if v in maker]
     return needed
 
 
-def _inputs(equations: Iterable[_Equation]) -> set[Any]:
-    """Returns the variables that equations read."""
-    return {v for equation in equations for v in equation.inputs if not isinstance(v, Literal)}
-
-
-def _dependent(equations: Sequence[_Equation], inputs: Sequence[Any]) -> set[Any]:
+def _dependent(equations: Sequence[Equation], inputs: Sequence[Any]) -> set[Any]:
     """Returns the variables that depend on the examples."""
     found = set(inputs)
     for equation in equations:
