@@ -22,7 +22,7 @@ from dfs_jax.inference.device_buffer import DeviceBuffer
 from dfs_jax.inference.programs import packed
 from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
 from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
-from dfs_jax.tracing.cpu import compiler_options
+from dfs_jax.tracing.cpu import inference_options
 from dfs_jax.tracing.hoisted import hoisted
 from dfs_jax.types import Example, PyTree
 
@@ -116,7 +116,7 @@ class _AloneOrNot:
 
 def compiled(program: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function compiled for the default device."""
-    return jax.jit(program, compiler_options=compiler_options(jax.default_backend()))
+    return jax.jit(program, compiler_options=inference_options(jax.default_backend()))
 
 
 def _free(stages: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from dfs_jax.inference.onnx_stages import OnnxStages, recorded_onnx
-from dfs_jax.tracing.cpu import compiler_options
+from dfs_jax.tracing.cpu import inference_options
 from dfs_jax.tracing.for_cpu import for_cpu
 from dfs_jax.tracing.stages_of import stages_of
 from dfs_jax.types import Example, PyTree, UserError
@@ -130,7 +130,7 @@ def _recorder(platform: str) -> Callable[..., jax.Array]:
     """Returns one function for all networks, so that compiled programs are reused."""
     return jax.jit(
         lambda stages, x: run_stages(stages, x).astype(jnp.float32),
-        compiler_options=compiler_options(platform),
+        compiler_options=inference_options(platform),
     )
 
 

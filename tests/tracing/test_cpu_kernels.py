@@ -19,6 +19,7 @@ from dfs_jax.tracing.cpu import (
     compiler,
     compiler_options,
     depthwise,
+    inference_options,
     pointwise,
     taps,
     winograd,
@@ -369,8 +370,23 @@ def test_bfloat16_is_computed_in_float32():
     np.testing.assert_allclose(y.astype(np.float32), exact, rtol=one_step)
 
 
+def test_inference_leaves_convolutions_to_xla():
+    """The library takes the convolutions before a reduction along, and computes them slowly."""
+    w = jnp.ones((3, 3, 16, 16))
+
+    def network(x):
+        for _ in range(3):
+            x = convolve(x, w)
+        return x.mean((1, 2))
+
+    options = inference_options("cpu")
+    program = jax.jit(network, compiler_options=options).lower(jnp.ones((1, 8, 8, 16))).compile()
+    assert "ynn" not in program.as_text()
+    assert compiler._is_known(tuple(options.items()))
+
+
 def test_compiler_options_are_those_that_xla_knows():
-    assert compiler_options("tpu") == compiler_options("gpu") == {}
+    assert compiler_options("tpu") == compiler_options("gpu") == inference_options("tpu") == {}
     assert not compiler._is_known((("xla_no_such_option", "1"),))
     options = compiler_options("cpu")
     doubled = jax.jit(lambda x: (2 * x).sum(), compiler_options=options)

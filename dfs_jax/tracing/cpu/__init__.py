@@ -5,6 +5,6 @@ be), in strided and in 1x1 convolutions, and in max-pooling. The kernels here ar
 `dfs_jax.tracing.for_cpu` puts them into a traced program.
 """
 
-from dfs_jax.tracing.cpu.compiler import compiler_options
+from dfs_jax.tracing.cpu.compiler import compiler_options, inference_options
 
-__all__ = ["compiler_options"]
+__all__ = ["compiler_options", "inference_options"]
