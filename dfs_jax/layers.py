@@ -122,17 +122,22 @@ def doubled(x: jax.Array, axis: int) -> jax.Array:
     Being linear, it is its own derivative. The rule keeps it together in a traced program, so that
     `dfs_jax.onnx` finds it there by its name.
     """
+    return _doubled(x, axis)
+
+
+@doubled.defjvp
+def _doubled_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    return _doubled(x, axis), _doubled(dx, axis)
+
+
+def _doubled(x: jax.Array, axis: int) -> jax.Array:
     size = x.shape[axis]
     cut = functools.partial(jax.lax.slice_in_dim, x, axis=axis)
     before = jnp.concatenate([cut(0, 1), cut(0, size - 1)], axis)
     after = jnp.concatenate([cut(1, size), cut(size - 1, size)], axis)
     pairs = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=axis + 1)
     return pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-
-
-@doubled.defjvp
-def _doubled_jvp(axis: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    return doubled(*primals, axis), doubled(*tangents, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

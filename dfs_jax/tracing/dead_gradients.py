@@ -90,6 +90,10 @@ def skip_dead_gradients(fn: Callable[P, R]) -> Callable[P, R]:
     return cheaper
 
 
+# The rule of a linear function may apply the function itself, and so on without end.
+_DEEPEST = 3
+
+
 class _Found(NamedTuple):
     """Result of a search.
 
@@ -114,6 +118,7 @@ class _Search:
     def __init__(self):
         self._known: dict[Any, _Found] = {}
         self._kept: list[Jaxpr] = []  # keeps the jaxprs alive, whose ids are keys
+        self._within = 0  # rules of custom derivatives that are being searched
 
     def __call__(self, jaxpr: Jaxpr, consts: Sequence[Any], live: Sequence[LiveChannels]) -> _Found:
         key = id(jaxpr), tuple(live)
@@ -158,7 +163,7 @@ class _Search:
         self, equation: JaxprEqn, live: Sequence[LiveChannels]
     ) -> Sequence[LiveChannels]:
         """A custom JVP need not be the function's derivative: its own rule is searched."""
-        if all(one == DEAD for one in live) or equation.effects:
+        if all(one == DEAD for one in live) or equation.effects or self._within == _DEEPEST:
             return propagate(equation, live)
         avals = [variable.aval for variable in equation.invars]
         places = [i for i, one in enumerate(live) if one != DEAD]
@@ -174,7 +179,9 @@ class _Search:
 
         traced = jax.make_jaxpr(tangents_of)(avals, [avals[i] for i in places])
         inputs = [*[DEAD] * len(avals), *(live[i] for i in places)]
+        self._within += 1
         found = self(traced.jaxpr, traced.consts, inputs)
+        self._within -= 1
         return [live_of(variable, found.live) for variable in traced.jaxpr.outvars]
 
 

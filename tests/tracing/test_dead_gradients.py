@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dfs_jax.layers import upsample_bilinear
 from dfs_jax.surgery import FeatureSurgery
 from dfs_jax.tracing import skip_dead_gradients
 from dfs_jax.tracing.channels import Along, joined, union, window
@@ -204,6 +205,27 @@ def test_a_custom_derivative_counts_not_the_function_it_replaces():
 
             assert_same(jax.grad(skip_dead_gradients(loss))(x), jax.grad(loss)(x))
             assert jax.grad(lambda x, f=function: jnp.sum(f(x) @ w))(x).any()
+
+
+@pytest.mark.parametrize("resized", ["rule of its own", "bilinear"])
+def test_a_linear_function_whose_rule_is_the_function(resized):
+    """Its rule has no end; it counts as unknown, so that gradients stay right."""
+
+    @jax.custom_jvp
+    def doubled(x):
+        return jnp.concatenate([x, 2 * x], 1)
+
+    doubled.defjvp(lambda primals, tangents: (doubled(*primals), doubled(*tangents)))
+    bilinear = lambda x: upsample_bilinear(x[:, :, None], 4, 1)[:, :, 0]  # noqa: E731
+    function = doubled if resized == "rule of its own" else bilinear
+
+    def loss(x):
+        forked = FeatureSurgery(0.5)(x, exit_index=0, num_exits=2)
+        return jnp.sum(jnp.tanh(function(forked.to_head) @ w))
+
+    with jax.enable_x64(True):
+        x, w = jnp.linspace(0, 3, 16).reshape(2, 2, 4), jnp.linspace(1, 2, 20).reshape(4, 5)
+        assert_same(jax.grad(skip_dead_gradients(loss))(x), jax.grad(loss)(x))
 
 
 def test_products_in_any_order_of_axes():
