@@ -11,7 +11,14 @@ accuracy (%) of exits 1 to 4
 
     25.02 37.05 47.75 88.71
 
-Early features of a trunk that was trained for its last classifier say little of the class.
+Early features of a trunk that was trained for its last classifier say little of the class. With the
+trunk trained along, from the third of 12 epochs and with distillation,
+
+    python train.py --config=configs/caltech101_efficientnet.py:byot --config.epochs=12 \\
+        --config.loss.feature_weight=0.0 --config.regime.name=mixed \\
+        --config.regime.frozen_epochs=2 --config.regime.trunk_rate=0.1
+
+they are 45.83, 65.54, 79.56 and 87.60 %, in an hour of one busy core.
 """
 
 from configs import common
