@@ -109,7 +109,12 @@ def test_a_function_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("measure", "sizes"),
-    [("max_softmax", [40]), ("entropy", [7] * 5), ("margin", [1, 30, 2]), ("patience", [7] * 4)],
+    [
+        pytest.param("max_softmax", [40], marks=pytest.mark.slow),
+        pytest.param("entropy", [7] * 5, marks=pytest.mark.slow),
+        ("margin", [1, 30, 2]),
+        ("patience", [7] * 4),
+    ],
 )
 def test_measures_in_streams_of_any_sizes(directory, stages, measure, sizes):
     threshold = {"patience": 2.0, "entropy": 0.2}.get(measure, 0.6)
