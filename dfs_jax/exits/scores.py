@@ -68,7 +68,7 @@ def answer(
     numpy = namespace(logits)
     logits = numpy.asarray(logits, numpy.float32)
     probabilities = softmax(logits / numpy.asarray(temperature, numpy.float32))
-    predicted = numpy.argmax(logits, axis=-1).astype(numpy.int32)
+    predicted = logits.argmax(axis=-1).astype(numpy.int32)
     confidence, history = measure(probabilities, predicted, history)
     return ExitAnswers(probabilities, predicted, confidence), history
 
@@ -85,8 +85,8 @@ def namespace(array: Any) -> Any:
 def softmax(logits: jax.Array) -> jax.Array:
     """Returns the softmax over the last axis."""
     numpy = namespace(logits)
-    raised = numpy.exp(logits - numpy.max(logits, axis=-1, keepdims=True))
-    return raised / numpy.sum(raised, axis=-1, keepdims=True)
+    raised = numpy.exp(logits - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def max_softmax(
@@ -94,7 +94,7 @@ def max_softmax(
 ) -> tuple[jax.Array, PyTree]:
     """Returns the largest probability."""
     del predicted, history
-    return namespace(probabilities).max(probabilities, axis=-1), None
+    return probabilities.max(axis=-1), None
 
 
 def entropy(

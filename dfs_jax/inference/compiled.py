@@ -19,7 +19,6 @@ from jax.tree_util import Partial
 
 from dfs_jax.exits.scores import Measure, answer
 from dfs_jax.inference.device_buffer import DeviceBuffer
-from dfs_jax.inference.programs import packed
 from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
 from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
 from dfs_jax.tracing.cpu import inference_options
@@ -140,7 +139,7 @@ def _answered(
     inner, history = (carry, None) if is_first else carry
     inner, logits = stage(inner)
     answers, history = answer(measure, logits, temperature, history)
-    return (inner, history), packed(*answers, jnp)
+    return (inner, history), _pack(*answers)
 
 
 def _stage_program(
@@ -159,4 +158,9 @@ def _whole_program(
     measure: Measure, stages: Sequence[Partial], temperature: jax.Array, images: jax.Array
 ) -> jax.Array:
     answers, _ = answer(measure, last_logits(stages, images), temperature, None)
-    return packed(*answers, jnp)
+    return _pack(*answers)
+
+
+def _pack(probabilities: jax.Array, predicted: jax.Array, confidence: jax.Array) -> jax.Array:
+    columns = (confidence[:, None], predicted[:, None].astype(jnp.float32))
+    return jnp.concatenate([probabilities, *columns], axis=-1)

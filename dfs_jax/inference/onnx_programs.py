@@ -10,7 +10,6 @@ import numpy as np
 
 from dfs_jax.exits.scores import Measure, answer
 from dfs_jax.inference.onnx_stages import OnnxStages
-from dfs_jax.inference.programs import packed
 from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
 from dfs_jax.types import ArrayShape, Example, UserError
 
@@ -68,7 +67,12 @@ class OnnxPrograms:
     def _answer(self, logits: np.ndarray, temperature: Any, history: Any) -> tuple[np.ndarray, Any]:
         with np.errstate(all="ignore"):  # of logits that are not finite, the table says so
             answers, history = answer(self._measure, logits, temperature, history or None)
-        return packed(*answers, np), history
+        batch, classes = logits.shape
+        packed = np.empty((batch, classes + 2), np.float32)
+        packed[:, :classes] = answers.probabilities
+        packed[:, classes] = answers.confidence
+        packed[:, classes + 1] = answers.predicted
+        return packed, history
 
     def _tried(self) -> tuple[int, list[tuple[ArrayShape, ...]]]:
         """Runs one example of zeros; returns the number of classes and each stage's inputs."""

@@ -79,9 +79,3 @@ def make_programs(
     from dfs_jax.inference.compiled import CompiledPrograms
 
     return CompiledPrograms(stages, measure, temperatures, example)
-
-
-def packed(probabilities: Any, predicted: Any, confidence: Any, numpy: Any) -> Any:
-    """Returns an exit's answers as one array, `[batch, classes + 2]` float32."""
-    columns = (confidence[:, None], predicted[:, None].astype(numpy.float32))
-    return numpy.concatenate([probabilities, *columns], axis=-1)
