@@ -67,6 +67,8 @@ def main() -> None:
             "data_dir": data_dir.value,
         }
         if precision.value is None:
+            if examples.present:
+                raise UserError("--calibration_examples takes --quantize=int8")
             formats = [*FORMATS] if format.value == BOTH else [format.value]
             files = export_run(source, target, formats=formats, **options)
         elif format.value != ONNX:

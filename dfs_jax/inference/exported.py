@@ -74,8 +74,8 @@ def load_exported(
         onnxruntime is installed.
       providers: execution providers of ONNX Runtime, such as `["CUDAExecutionProvider"]`; None for
         the CPU.
-      share_threads: whether all stages share one pool of threads, which is faster, but which every
-        other session of ONNX Runtime in this process then has to share too.
+      share_threads: for ONNX, whether all stages share one pool of threads, which is faster, but
+        which every other session of ONNX Runtime in this process then has to share too.
 
     Raises:
       UserError: a file is missing or damaged, or has a version that this program does not know, or
@@ -89,6 +89,11 @@ def load_exported(
     manifest = Manifest(local_path(directory, "directory"))
     if _format(manifest, format) == ONNX:
         stages, example = _read_onnx(manifest, providers, share_threads)
+    elif providers is not None:
+        raise UserError(
+            f"providers={list(providers)!r} are ONNX Runtime's, this export is StableHLO: "
+            f'JAX_PLATFORMS chooses its device, format="onnx" another format'
+        )
     else:
         from dfs_jax.inference import stablehlo
 

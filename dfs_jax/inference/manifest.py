@@ -20,6 +20,7 @@ from dfs_jax.types import UserError
 VERSION = 2
 FILE = "model.json"
 STABLEHLO, ONNX = "stablehlo", "onnx"
+_DTYPES = ("uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64", "bool")
 
 
 def write_export(
@@ -76,7 +77,7 @@ class Manifest:
 
     @property
     def formats(self) -> dict[str, dict[str, Any]]:
-        """What there is of each format."""
+        """Description of each format in the export."""
         return self.content["formats"]
 
     def _parsed(self, text: bytes) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Manifest:
             "labels": _is_list(content.get("labels"), str),
             "image": isinstance(image, dict)
             and _is_list(image.get("shape"), int)
-            and isinstance(image.get("dtype"), str),
+            and image.get("dtype") in _DTYPES,
             "formats": _is_map(formats, dict)
             and bool(formats)
             and all(_is_list(f.get("stages"), dict) and f["stages"] for f in formats.values()),

@@ -2,7 +2,7 @@
 
 By default each stage has a pool of threads, which sleep while another stage computes; spinning, as
 ONNX Runtime has them do, they would take the cores from it. One pool that all stages share is
-faster, for single images by a fifth, but belongs to the whole process: every other session in it
+faster, for single images by a quarter, but belongs to the whole process: every other session in it
 must then be made with `use_per_session_threads=False`. Programs of this package share.
 """
 
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from dfs_jax.extras import require
+from dfs_jax.inference.waiting import Carry
 from dfs_jax.types import ArrayShape, UserError
 
-Carry = tuple[Any, ...]
 _TYPES = {
     "tensor(bool)": np.bool_,
+    "tensor(double)": np.float64,
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int32)": np.int32,
@@ -53,6 +54,11 @@ class OnnxStage:
         wanted = tuple(providers or ("CPUExecutionProvider",))
         self._session = _session(model, wanted, share_threads or is_shared())
         self.names = [x.name for x in self._session.get_inputs()]
+        types = sorted({x.type for x in self._session.get_inputs()} - {*_TYPES})
+        if types:
+            raise UserError(
+                f"the model reads {', '.join(types)}, which no stage does: export again"
+            )
 
     @property
     def carry(self) -> tuple[ArrayShape, ...]:

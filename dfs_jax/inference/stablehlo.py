@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from jax import export
 from jax.tree_util import Partial
@@ -18,7 +19,7 @@ from jax.tree_util import Partial
 from dfs_jax.inference.manifest import STABLEHLO, Manifest
 from dfs_jax.inference.stages import Stage
 from dfs_jax.inference.weights import named_weights, weight_name
-from dfs_jax.types import Example
+from dfs_jax.types import Example, UserError
 
 WEIGHTS = "weights.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -43,15 +44,36 @@ def written(stages: Sequence[Stage], example: Example) -> tuple[dict[str, bytes]
 
 def read(manifest: Manifest) -> tuple[tuple[Stage, ...], jax.ShapeDtypeStruct]:
     """Returns the stages of an export, and the shape and type of one image."""
-    arrays = safetensors.numpy.load(manifest.file(WEIGHTS))
-    weights = {name: jnp.asarray(array) for name, array in arrays.items()}
+    weights = _weights(manifest)
     stages = []
     for i, stage in enumerate(manifest.formats[STABLEHLO]["stages"]):
-        program = export.deserialize(bytearray(manifest.file(stage["file"])))
+        absent = [name for name in stage.get("weights", [None]) if name not in weights]
+        if absent:
+            raise UserError(f"{manifest.path}: {stage['file']} reads weights that are not there")
+        program = _program(manifest, stage["file"])
         run = _from_images(program.call) if i == 0 else program.call
         stages.append(Partial(run, {name: weights[name] for name in stage["weights"]}))
     image = manifest.content["image"]
     return tuple(stages), jax.ShapeDtypeStruct(tuple(image["shape"]), np.dtype(image["dtype"]))
+
+
+def _weights(manifest: Manifest) -> dict[str, jax.Array]:
+    try:
+        arrays = safetensors.numpy.load(manifest.file(WEIGHTS))
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{manifest.path.parent / WEIGHTS} holds no weights: {error}") from error
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def _program(manifest: Manifest, name: str) -> export.Exported:
+    try:
+        return export.deserialize(bytearray(manifest.file(name)))
+    except Exception as error:  # the reader's exceptions share no other base
+        path = manifest.path.parent / name
+        raise UserError(
+            f"{path} is no program that this version of jax reads ({type(error).__name__}): "
+            f"export again"
+        ) from error
 
 
 def _programs(

@@ -202,7 +202,7 @@ def _are_known(values: Sequence[Value]) -> bool:
 
 
 def _channels_second(graph: Graph, x: Tensor) -> Tensor:
-    """Returns an image with its channels second at once, while it is small and of uint8."""
+    """Returns an input with its channels second: images are moved while they are uint8."""
     axes = usual_axes(x.rank)
     return Tensor(ordered(graph, x, axes), axes, x.sizes)
 
@@ -216,7 +216,8 @@ def _row(graph: Graph, x: Value, aval: Any, k: int) -> Value:
     if not isinstance(x, Tensor):
         return np.broadcast_to(x, aval.shape)[k]
     at = x.place(0)
-    name = graph.add("Gather", x.name, graph.constant(np.int64(k)), axis=at)
+    index = k if x.sizes[0] != 1 else 0  # a broadcast axis has one row
+    name = graph.add("Gather", x.name, graph.constant(np.int64(index)), axis=at)
     return Tensor(name, tuple(a - 1 for a in x.axes if a), x.sizes[1:])
 
 

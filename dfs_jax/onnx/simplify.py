@@ -24,7 +24,7 @@ def simplified(graph: Graph, outputs: Sequence[str]) -> list[str]:
     graph.drop_unused(outputs)
     for rules in (_FIRST, _THEN):
         while _Sweep(graph, outputs).run(rules):
-            graph.drop_unused(outputs)  # or what is left over would count as a use
+            graph.drop_unused(outputs)  # unused nodes would still count as readers
     return _named_at_the_source(graph, outputs)
 
 

@@ -25,7 +25,7 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: name in the graph.
-      axes: for each of its dimensions, the logical axis that it holds.
+      axes: logical axis of each dimension.
       sizes: size of each logical axis; 1 where the program broadcasts it.
     """
 

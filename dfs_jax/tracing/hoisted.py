@@ -1,4 +1,4 @@
-"""What a function computes from its weights alone, computed once instead of in every call.
+"""Computes once, instead of in every call, the values that depend on the weights alone.
 
 A kernel for a CPU may transform a convolution's weights before it multiplies with them (Winograd's
 tiles). In a large batch that costs little; for a single image it can cost more than the image.

@@ -15,11 +15,8 @@ from dfs_jax.inference import load_exported, read_policy
 from dfs_jax.inference.choose import TARGETS, choose_policy, describe
 from dfs_jax.inference.export import export_run
 from dfs_jax.inference.policy import FILE
-from dfs_jax.inference.trained import load_staged
 from dfs_jax.training.evaluate import evaluate_run
-from dfs_jax.training.loop import train
 from dfs_jax.types import UserError
-from tests.support.helpers import tiny_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VALUES = {
@@ -32,22 +29,10 @@ VALUES = {
 }
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    train(tiny_config(**{"epochs": 1, "model.name": "tests.support.helpers:TinyNetwork"}), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def staged(workdir):
-    return load_staged(workdir)
-
-
-def test_the_stages_are_the_run(workdir, staged):
+def test_the_stages_are_the_run(tiny_run, staged):
     """Recorded logits give what evaluation says of the same checkpoint."""
     logits, labels = staged.logits("test")
-    evaluated = evaluate_run(workdir, staged.experiment).reported
+    evaluated = evaluate_run(tiny_run, staged.experiment).reported
     np.testing.assert_array_equal(labels, evaluated.labels)
     np.testing.assert_array_equal(logits.argmax(-1), evaluated.predicted)
     assert staged.images("test", 5).shape == (5, 8, 8, 3)
@@ -77,14 +62,14 @@ def test_mistakes(staged):
         benchmark([Runtime("jax", staged, [])], np.zeros((3, 8, 8, 3), np.uint8), batch=7, rounds=1)
 
 
-def test_a_run_exported_says_the_same(workdir, staged, tmp_path):
+def test_a_run_exported_says_the_same(tiny_run, staged, tmp_path):
     policy = choose_policy(staged, "speedup", 1.2).policy
-    export_run(workdir, tmp_path / "alone")
+    export_run(tiny_run, tmp_path / "alone")
     assert load_exported(tmp_path / "alone").policy.thresholds == (None,)
-    policy.save(workdir / FILE)
-    export_run(workdir, tmp_path / "with")
+    policy.save(tiny_run / FILE)
+    export_run(tiny_run, tmp_path / "with")
     network = load_exported(tmp_path / "with")
-    assert network.policy == policy == read_policy(workdir / FILE)
+    assert network.policy == policy == read_policy(tiny_run / FILE)
     assert network.labels == ("a", "b", "c")
     assert [e["exit"] for e in network.manifest["about"]["exits"]] == [1, 2]
     images = staged.images("test", 13)
@@ -94,7 +79,7 @@ def test_a_run_exported_says_the_same(workdir, staged, tmp_path):
     np.testing.assert_array_equal(got.predicted, logits[got.exit_index, np.arange(13)].argmax(-1))
 
 
-def test_benchmark_rows(workdir, staged):
+def test_benchmark_rows(tiny_run, staged):
     images = staged.images("test", 13)
     candidates = find_candidates(staged, None, "margin", len(images))
     names = [c.name for c in candidates]
@@ -123,15 +108,15 @@ def run_program(name, *arguments):
 
 
 @pytest.mark.slow
-def test_the_programs_in_a_row(workdir, tmp_path):
-    status, out, err = run_program("choose", f"--workdir={workdir}", "--p=0.5", "--measure=margin")
+def test_the_programs_in_a_row(tiny_run, tmp_path):
+    status, out, err = run_program("choose", f"--workdir={tiny_run}", "--p=0.5", "--measure=margin")
     assert status == 0
     assert err.startswith("warning: the policy was fitted on 11 examples")
     assert len(err.splitlines()) == 1
     assert "times fewer" in out
-    policy = read_policy(workdir / FILE)
+    policy = read_policy(tiny_run / FILE)
     assert policy.measure == "margin"
-    status, out, err = run_program("export", f"--workdir={workdir}", f"--output={tmp_path}")
+    status, out, err = run_program("export", f"--workdir={tiny_run}", f"--output={tmp_path}")
     assert (status, err) == (0, "")
     assert out.splitlines()[-1] == f"wrote {tmp_path / 'model.json'}"
     image = tmp_path / "image.png"
@@ -140,18 +125,18 @@ def test_the_programs_in_a_row(workdir, tmp_path):
     assert (status, err) == (1, "")
     assert [line.split(": ")[0] for line in out.splitlines()] == [str(image), "error"]
     how = ("--batch=1", "--batch=4", "--examples=13", "--rounds=1")
-    status, out, err = run_program("benchmarks.inference", f"--workdir={workdir}", *how)
+    status, out, err = run_program("benchmarks.inference", f"--workdir={tiny_run}", *how)
     assert (status, err) == (0, "")
-    rows = json.loads((workdir / "benchmark.json").read_text())
+    rows = json.loads((tiny_run / "benchmark.json").read_text())
     assert {row["batch"] for row in rows} == {1, 4}
     assert "policy.json" in {row["policy"] for row in rows}
-    assert (workdir / "benchmark.png").exists()
+    assert (tiny_run / "benchmark.png").exists()
     for arguments, message in (
         ([], "name one target of --p, --speedup"),
         (["--p=1", "--speedup=2"], "name one target of .*; got 2"),
         (["--p=1", "--measure=luck"], "unknown confidence measure 'luck'"),
     ):
-        status, _, err = run_program("choose", f"--workdir={workdir}", *arguments)
+        status, _, err = run_program("choose", f"--workdir={tiny_run}", *arguments)
         assert status == 2
         assert err.startswith("error: ")
         assert message.split(" .*")[0] in err

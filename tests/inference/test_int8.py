@@ -10,26 +10,11 @@ from dfs_jax.inference import EarlyExitPredictor, load_exported, onnx_stages
 from dfs_jax.inference.choose import choose_policy, fit_again
 from dfs_jax.inference.export import export_int8
 from dfs_jax.inference.policy import FILE, Policy
-from dfs_jax.inference.trained import load_staged
-from dfs_jax.training.loop import train
 from dfs_jax.types import UserError
 from tests.inference.test_inference_programs import run_program
-from tests.support.helpers import tiny_config
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    train(tiny_config(**{"epochs": 1, "model.name": "tests.support.helpers:TinyNetwork"}), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def staged(workdir):
-    return load_staged(workdir)
 
 
 def refitted(policy):
@@ -45,12 +30,12 @@ def refitted(policy):
     ],
 )
 def test_the_policy_is_fitted_again_to_its_target(
-    workdir, staged, tmp_path, capsys, target, options
+    tiny_run, staged, tmp_path, capsys, target, options
 ):
     ((name, value),) = target.items()
     before = choose_policy(staged, name, value, **options).policy
-    before.save(workdir / FILE)
-    export_int8(workdir, tmp_path, examples=20)
+    before.save(tiny_run / FILE)
+    export_int8(tiny_run, tmp_path, examples=20)
     network = load_exported(tmp_path)
     policy = network.policy
     assert refitted(policy) == refitted(before)
@@ -75,8 +60,8 @@ def test_the_policy_is_fitted_again_to_its_target(
     assert lines[2].split()[3] == f"{100 * np.mean(last.predicted == labels):.2f}"
 
 
-def test_without_a_policy_the_last_exit_answers(workdir, tmp_path):
-    export_int8(workdir, tmp_path, examples=7, policy="none")
+def test_without_a_policy_the_last_exit_answers(tiny_run, tmp_path):
+    export_int8(tiny_run, tmp_path, examples=7, policy="none")
     assert load_exported(tmp_path).policy.thresholds == (None,)
 
 
@@ -85,10 +70,10 @@ def test_a_policy_without_a_target_cannot_be_fitted_again(staged):
         fit_again(staged, Policy((0.5,)))
 
 
-def test_calibration_beside_shared_threads_is_refused(workdir, tmp_path, monkeypatch):
+def test_calibration_beside_shared_threads_is_refused(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_stages, "is_shared", lambda: True)
     with pytest.raises(UserError, match="export in a process of its own"):
-        export_int8(workdir, tmp_path, policy="none")
+        export_int8(tiny_run, tmp_path, policy="none")
 
 
 @pytest.mark.parametrize("names", [[], ["tflite"], ["jax", "ONNX"]])
@@ -99,12 +84,12 @@ def test_unknown_runtimes(names):
 
 
 @pytest.mark.slow
-def test_programs(workdir, tmp_path):
+def test_programs(tiny_run, tmp_path):
     status, _, err = run_program(
-        "export", f"--workdir={workdir}", f"--output={tmp_path / 'e'}", "--quantize=int8"
+        "export", f"--workdir={tiny_run}", f"--output={tmp_path / 'e'}", "--quantize=int8"
     )
     assert (status, err) == (2, "error: --quantize=int8 takes --format=onnx\n")
-    where = (f"--workdir={workdir}", f"--output={tmp_path / 'rows.json'}")
+    where = (f"--workdir={tiny_run}", f"--output={tmp_path / 'rows.json'}")
     runtimes = "--runtimes=jax,onnx,onnx_int8"
     status, _, err = run_program(
         "benchmarks.inference", *where, runtimes, "--batch=4", "--examples=13", "--rounds=1"

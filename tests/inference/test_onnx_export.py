@@ -208,6 +208,8 @@ def test_formats(directory, stages, tmp_path):
 def test_providers_that_are_not_there(directory):
     with pytest.raises(UserError, match=r"this onnxruntime has no NoSuchProvider: it has .*CPU"):
         load_exported(directory, format="onnx", providers=["NoSuchProvider"])
+    with pytest.raises(UserError, match="ONNX Runtime's, this export is StableHLO"):
+        load_exported(directory, format="stablehlo", providers=["CPUExecutionProvider"])
 
 
 def changed(field):
@@ -233,6 +235,10 @@ MANIFESTS = {
     "no checksums": (changed("sha256"), 'its field "sha256" is missing or wrong: export again'),
     "no labels": (changed("labels"), 'its field "labels" is missing or wrong'),
     "no image": (changed("image"), 'its field "image" is missing or wrong'),
+    "no type": (
+        lambda m: m["image"].update(dtype="colour"),
+        'its field "image" is missing or wrong',
+    ),
     "no formats": (changed("formats"), 'its field "formats" is missing or wrong'),
     "unlisted": (unlisted, "it has no checksum of stage2.onnx"),
     "outside": (with_name("../stage1.onnx"), r"it names '../stage1.onnx', which is no file of"),
@@ -282,6 +288,35 @@ def test_a_file_of_another_network(directory, tmp_path, stages):
         (target / MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(UserError, match=message):
             load_exported(target, format="onnx").predictor()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stage1.stablehlo", "stage1.stablehlo is no program that this version of jax reads"),
+        ("weights.safetensors", "weights.safetensors holds no weights"),
+    ],
+)
+def test_stablehlo_that_is_none(directory, tmp_path, name, message):
+    """With checksums that fit."""
+    import hashlib
+
+    target = copied(directory, tmp_path / "copy")
+    (target / name).write_bytes(b"something else")
+    manifest = json.loads((target / MANIFEST).read_text())
+    manifest["sha256"][name] = hashlib.sha256(b"something else").hexdigest()
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        load_exported(target, format="stablehlo")
+
+
+def test_weights_that_a_stage_lacks(directory, tmp_path):
+    target = copied(directory, tmp_path / "copy")
+    manifest = json.loads((target / MANIFEST).read_text())
+    manifest["formats"]["stablehlo"]["stages"][0]["weights"].append("params/none")
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"stage1.stablehlo reads weights that are not there"):
+        load_exported(target, format="stablehlo")
 
 
 def test_an_export_of_the_first_version(directory, tmp_path, stages):

@@ -1,4 +1,4 @@
-"""What depends on the weights alone is computed once, and the rest gives what the whole gave."""
+"""Values of the weights alone are computed once; both parts together equal the function."""
 
 import jax
 import jax.numpy as jnp
