@@ -3,7 +3,7 @@
     python -m benchmarks.inference --workdir=DIR --output=FILE.json [--static=DIR --static=DIR]
     python -m benchmarks.inference --workdir=DIR --runtimes=jax,onnx,onnx_int8
 
-Rows for each batch size, runtime and policy, in a list (`KEYS`):
+Rows for each batch size, runtime and policy, in a list (`rows.KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
     runtime                "jax", "onnx" or "onnx_int8" (ONNX Runtime)
@@ -36,16 +36,16 @@ and a sentence says which policies are slower than a static network of no less a
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
+from benchmarks.inference.candidates import Candidate, find_candidates, macs_of
+from benchmarks.inference.rows import Row, row_of, static_row, table, to_json
 from benchmarks.inference.runtimes import INT8, RUNTIMES, check_runtimes, in_runtimes
-from benchmarks.inference.speed import Contender, EarlyExits, Speed, UpToExit, race
-from benchmarks.inference.static import KEYS as STATIC_KEYS
+from benchmarks.inference.speed import EarlyExits, UpToExit, race
 from benchmarks.inference.static import (
     StaticNetwork,
     compared,
@@ -54,61 +54,18 @@ from benchmarks.inference.static import (
     static_table,
 )
 from dfs_jax import program
-from dfs_jax.costs.flops import exit_costs
 from dfs_jax.files import write_whole
-from dfs_jax.inference import policy as policies
-from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, outcome
-from dfs_jax.inference.policy import Policy, last_exit_only
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.run_policy import load_with_policy
 from dfs_jax.inference.trained import StagedRun
 from dfs_jax.paths import input_directory, output_file
 from dfs_jax.stopwatch import median_seconds
-from dfs_jax.tables import aligned
 from dfs_jax.types import UserError
 
-SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 # One at a time: fewer examples and more rounds, so that contenders alternate faster than the speed
 # of the machine drifts.
 _ALONE, _TURNS_ALONE = 128, 5
 _TRIES = 7  # of each runtime's whole network, to find the fastest
-KEYS = (
-    "batch",
-    "runtime",
-    "policy",
-    "accuracy",
-    "macs",
-    "ideal_speedup",
-    "ideal_speedup_by_macs",
-    "speedup",
-    "p50_ms",
-    "p99_ms",
-)
-
-Row = dict[str, Any]
-
-
-class Candidate(NamedTuple):
-    """A policy to measure, or the network up to one exit.
-
-    Attributes:
-      name: name of the row.
-      policy: early-exit policy; for the network up to exit K, all examples exit there.
-      exit_index: that exit, 0-based; None for a policy.
-      result: results on the whole test split.
-      taken: exits (0-based) of the examples that may be timed, `[n]`.
-    """
-
-    name: str
-    policy: Policy
-    exit_index: int | None
-    result: PolicyOutcome
-    taken: np.ndarray
-
-    def shares(self, n: int) -> tuple[float, ...]:
-        """Returns the fraction of the first n examples that each exit answers."""
-        counts = np.bincount(self.taken[:n], minlength=self.policy.num_exits)
-        return tuple((counts / n).tolist())
 
 
 class Runtime(NamedTuple):
@@ -174,50 +131,13 @@ def main() -> None:
         write_whole(path, to_json(rows))
         from benchmarks.inference.speed_plots import plot_speed
 
-        program.say(f"wrote {path}\nwrote {plot_speed(rows, path.with_suffix('.png'))}")
+        program.say(f"wrote {path}")
+        for name in names:
+            own_rows = [row for row in rows if row["runtime"] == name]
+            picture = path.with_suffix(".png" if len(names) == 1 else f".{name}.png")
+            program.say(f"wrote {plot_speed(own_rows, picture)}")
 
     program.run(run)
-
-
-def find_candidates(
-    staged: StagedRun, own: Policy | None, measure: str, timed: int, *, with_exits: bool = True
-) -> list[Candidate]:
-    """Returns the whole network, every exit, policies of fewer operations, and the run's policy.
-
-    Policies are fitted on validation data, if they are available; results are on the test split.
-
-    Args:
-      staged: checkpoint of the run.
-      own: policy of the run, if it has one.
-      measure: confidence measure of the other policies.
-      timed: number of test examples, from the first, that may be timed.
-      with_exits: whether the network up to each exit is a candidate.
-    """
-    macs = _macs(staged)
-    last = len(macs) - 1
-    logits, labels = staged.logits("test")
-
-    def candidate(name: str, policy: Policy, exit_index: int | None = None) -> Candidate:
-        taken = exits_taken(policy, logits[:, :timed], labels[:timed])
-        return Candidate(name, policy, exit_index, outcome(policy, logits, labels, macs), taken)
-
-    def at_exit(k: int) -> Policy:
-        return Policy((*[None] * k, *[policies.EVERYBODY] * (last - k)))
-
-    found = [candidate("full", last_exit_only(last + 1), last)]
-    if with_exits:
-        found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
-    found.append(candidate("no early exit", last_exit_only(last + 1)))
-    try:
-        validation = staged.logits(staged.experiment.score_split)
-    except UserError as error:
-        logging.warning("no policies are fitted: %s", error)
-        validation = None
-    for speedup in SPEEDUPS:
-        if validation is not None and macs[-1] / speedup > macs[0]:
-            fitted = fit_policy(*validation, macs, at_most=macs[-1] / speedup, measure=measure)
-            found.append(candidate(f"{speedup:g}x", fitted.policy))
-    return found if own is None else [*found, candidate(policies.FILE, own)]
 
 
 def benchmark(
@@ -255,7 +175,7 @@ def benchmark(
         contender.go_through(images[:batch], batch)
         contender.answer(images[:batch])
     speeds, times = race(contenders, predictors, images, batch=batch, rounds=rounds)
-    macs = _macs(reference.staged)
+    macs = macs_of(reference.staged)
     rows, measured = [], iter(zip(contenders, speeds, strict=True))
     for runtime, own_times in zip(runtimes, times, strict=True):
         for candidate in runtime.candidates:
@@ -263,7 +183,7 @@ def benchmark(
             staged = own_times.staged(candidate.shares(len(images)))
             ideal = times[0].whole / staged
             rows.append(
-                _row(
+                row_of(
                     runtime.name,
                     candidate,
                     contender,
@@ -274,48 +194,8 @@ def benchmark(
                 )
             )
     for static, (_, speed) in zip(statics, measured, strict=True):
-        rows.append(_static_row(reference.name, static, speed, batch=batch, macs=macs[-1]))
+        rows.append(static_row(reference.name, static, speed, batch=batch, macs=macs[-1]))
     return compared(rows)
-
-
-def to_json(rows: Sequence[Row]) -> str:
-    """Returns the rows as JSON: the fields of `KEYS`, and of `STATIC_KEYS` where they have them."""
-    kept = [
-        {key: row[key] for key in (*KEYS, *STATIC_KEYS) if key in row or key in KEYS}
-        for row in rows
-    ]
-    return json.dumps(kept, indent=2, allow_nan=False) + "\n"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as a table for a terminal, without a final newline."""
-    titles = (
-        "runtime",
-        "policy",
-        "accuracy",
-        "M MACs",
-        "by MACs",
-        "ideal",
-        "real",
-        "images/s",
-        "p50 ms",
-    )
-    lines = [
-        (
-            str(row["runtime"]),
-            str(row["policy"]),
-            f"{100 * row['accuracy']:.2f} %",
-            f"{row['macs'] / 1e6:.3f}",
-            *(_number(row[key]) for key in ("ideal_speedup_by_macs", "ideal_speedup", "speedup")),
-            f"{row['images_per_second']:,.0f}",
-            *(f"{row[key]:.2f}" for key in ("p50_ms", "p99_ms")),
-            str(row["close"]),
-            "fell back" if row["falls_back"] else "",
-        )
-        for row in rows
-    ]
-    table = aligned([(*titles, "p99 ms", "close", ""), *lines])
-    return f"batch {rows[0]['batch']}\n{table}"
 
 
 def _contenders(
@@ -335,67 +215,6 @@ def _contenders(
             predictors[measure].warm_up()
         contenders.append(EarlyExits(predictors[measure].with_policy(candidate.policy)))
     return contenders
-
-
-def _row(
-    runtime: str,
-    candidate: Candidate,
-    contender: Contender,
-    speed: Speed,
-    *,
-    ideal_speedup: float,
-    batch: int,
-    macs: Sequence[float],
-) -> Row:
-    early = contender.predictor if isinstance(contender, EarlyExits) else None
-    result = candidate.result
-    return {
-        "batch": batch,
-        "runtime": runtime,
-        "policy": candidate.name,
-        "accuracy": result.accuracy,
-        "macs": result.cost,
-        "ideal_speedup": ideal_speedup,
-        "ideal_speedup_by_macs": macs[-1] / result.cost,
-        **_measured(speed),
-        "falls_back": early is not None and early.counts.whole > 0,
-        "close": 0 if early is None else early.counts.close,
-    }
-
-
-def _static_row(
-    runtime: str, static: StaticNetwork, speed: Speed, *, batch: int, macs: float
-) -> Row:
-    return {
-        "batch": batch,
-        "runtime": runtime,
-        "policy": static.name,
-        "accuracy": static.accuracy,
-        "macs": static.macs,
-        "ideal_speedup": None,
-        "ideal_speedup_by_macs": macs / static.macs,
-        **_measured(speed),
-        "falls_back": False,
-        "close": 0,
-    }
-
-
-def _measured(speed: Speed) -> Row:
-    return {
-        "speedup": speed.speedup,
-        "p50_ms": 1000 * speed.p50,
-        "p99_ms": 1000 * speed.p99,
-        "images_per_second": 1 / speed.seconds,
-    }
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _macs(staged: StagedRun) -> tuple[float, ...]:
-    costs = exit_costs(staged.experiment.model, staged.experiment.dataset.image_shape)
-    return tuple(float(cost.macs) for cost in costs)
 
 
 if __name__ == "__main__":

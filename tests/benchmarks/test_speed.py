@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.inference import speed as speed_module
-from benchmarks.inference.benchmark import Candidate, _row, table, to_json
+from benchmarks.inference.candidates import Candidate
+from benchmarks.inference.rows import row_of as benchmark_row
+from benchmarks.inference.rows import table, to_json
 from benchmarks.inference.speed import EarlyExits, Speed, UpToExit, race
 from benchmarks.inference.speed_plots import plot_speed
 from dfs_jax.inference.fitting import PolicyOutcome
@@ -110,7 +112,7 @@ def candidate(name, exit_index=None):
 
 
 def row_of(name, contender, batch=7, exit_index=None):
-    return _row(
+    return benchmark_row(
         "jax",
         candidate(name, exit_index),
         contender,

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.inference.benchmark import Runtime, benchmark, find_candidates, table, to_json
+from benchmarks.inference.benchmark import Runtime, benchmark
+from benchmarks.inference.candidates import find_candidates
+from benchmarks.inference.rows import table, to_json
 from benchmarks.inference.speed_plots import plot_speed
 from benchmarks.inference.static import (
     compared,

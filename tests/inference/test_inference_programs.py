@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.inference.benchmark import Runtime, benchmark, find_candidates
+from benchmarks.inference.benchmark import Runtime, benchmark
+from benchmarks.inference.candidates import find_candidates
 from dfs_jax.inference import load_exported, read_policy
 from dfs_jax.inference.choose import TARGETS, choose_policy, describe
 from dfs_jax.inference.export import export_run

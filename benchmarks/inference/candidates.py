@@ -1,0 +1,87 @@
+"""What the inference benchmark measures of a run: the whole network, its exits, and policies."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from dfs_jax.costs.flops import exit_costs
+from dfs_jax.inference import policy as policies
+from dfs_jax.inference.fitting import PolicyOutcome, exits_taken, fit_policy, outcome
+from dfs_jax.inference.policy import Policy, last_exit_only
+from dfs_jax.inference.trained import StagedRun
+from dfs_jax.types import UserError
+
+SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+class Candidate(NamedTuple):
+    """A policy to measure, or the network up to one exit.
+
+    Attributes:
+      name: name of the row.
+      policy: early-exit policy; for the network up to exit K, all examples exit there.
+      exit_index: that exit, 0-based; None for a policy.
+      result: results on the whole test split.
+      taken: exits (0-based) of the examples that may be timed, `[n]`.
+    """
+
+    name: str
+    policy: Policy
+    exit_index: int | None
+    result: PolicyOutcome
+    taken: np.ndarray
+
+    def shares(self, n: int) -> tuple[float, ...]:
+        """Returns the fraction of the first n examples that each exit answers."""
+        counts = np.bincount(self.taken[:n], minlength=self.policy.num_exits)
+        return tuple((counts / n).tolist())
+
+
+def find_candidates(
+    staged: StagedRun, own: Policy | None, measure: str, timed: int, *, with_exits: bool = True
+) -> list[Candidate]:
+    """Returns the whole network, every exit, policies of fewer operations, and the run's policy.
+
+    Policies are fitted on validation data, if they are available; results are on the test split.
+
+    Args:
+      staged: checkpoint of the run.
+      own: policy of the run, if it has one.
+      measure: confidence measure of the other policies.
+      timed: number of test examples, from the first, that may be timed.
+      with_exits: whether the network up to each exit is a candidate.
+    """
+    macs = macs_of(staged)
+    last = len(macs) - 1
+    logits, labels = staged.logits("test")
+
+    def candidate(name: str, policy: Policy, exit_index: int | None = None) -> Candidate:
+        taken = exits_taken(policy, logits[:, :timed], labels[:timed])
+        return Candidate(name, policy, exit_index, outcome(policy, logits, labels, macs), taken)
+
+    def at_exit(k: int) -> Policy:
+        return Policy((*[None] * k, *[policies.EVERYBODY] * (last - k)))
+
+    found = [candidate("full", last_exit_only(last + 1), last)]
+    if with_exits:
+        found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
+    found.append(candidate("no early exit", last_exit_only(last + 1)))
+    try:
+        validation = staged.logits(staged.experiment.score_split)
+    except UserError as error:
+        logging.warning("no policies are fitted: %s", error)
+        validation = None
+    for speedup in SPEEDUPS:
+        if validation is not None and macs[-1] / speedup > macs[0]:
+            fitted = fit_policy(*validation, macs, at_most=macs[-1] / speedup, measure=measure)
+            found.append(candidate(f"{speedup:g}x", fitted.policy))
+    return found if own is None else [*found, candidate(policies.FILE, own)]
+
+
+def macs_of(staged: StagedRun) -> tuple[float, ...]:
+    """Returns the multiply-adds of one image up to each exit."""
+    costs = exit_costs(staged.experiment.model, staged.experiment.dataset.image_shape)
+    return tuple(float(cost.macs) for cost in costs)
