@@ -1,4 +1,4 @@
-"""What the inference benchmark measures of a run: the whole network, its exits, and policies."""
+"""Candidates of the inference benchmark: the whole network, its exits, and policies."""
 
 from __future__ import annotations
 

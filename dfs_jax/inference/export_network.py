@@ -90,7 +90,7 @@ def write_network(
     Args:
       directory: directory to write.
       contents: content of each file of a stage, by name.
-      described: what the manifest says of each format.
+      described: description of each format for the manifest.
       example: shape and type of one image.
       classes: number of classes.
       labels: names of the classes.

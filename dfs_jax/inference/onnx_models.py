@@ -19,7 +19,7 @@ WHOLE = "network.onnx"
 
 
 def written(stages: Sequence[Stage], example: Example) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Returns the files by name, and what the manifest says of them.
+    """Returns the files by name, and their description for the manifest.
 
     Args:
       stages: the stages.

@@ -46,7 +46,7 @@ class OnnxPrograms:
         return programs
 
     def run(self, k: int, carry: Carry) -> tuple[Carry, np.ndarray]:
-        """Runs stage k; what the measure remembers of earlier exits is the end of the carry."""
+        """Runs stage k; the measure's history is the end of the carry."""
         inputs = len(self.stages[k].names)
         following, logits = self.stages[k](carry[:inputs])
         history = carry[inputs:] if k else None

@@ -2,8 +2,7 @@
 
 Activations are quantised to 8 bits with ranges seen on calibration images, weights to 7 bits for
 each channel (with 8, sums of two products overflow on processors without VNNI). The last layer of
-each head stays in float. What a quantised network is sure of is something else, so its policy is
-fitted again.
+each head stays in float. Quantisation changes confidences, so the policy is fitted again.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _BATCH = 32
 def quantized(
     contents: Mapping[str, bytes], about: Mapping[str, Any], images: np.ndarray
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Returns the models of `onnx_models.written` in int8, and what the manifest says of them.
+    """Returns the models of `onnx_models.written` in int8, and their description for the manifest.
 
     Args:
       contents: models in float32, by name.
-      about: what the manifest says of them.
+      about: their description for the manifest.
       images: images to find the ranges of activations on, `[n, height, width, channels]`.
 
     Raises:
@@ -115,7 +114,7 @@ def _quantized(
 
 
 def _without_normalisation(graph: Any) -> None:
-    """Turns each `BatchNormalization` into a 1x1 convolution of each channel, which has an int8."""
+    """Turns each `BatchNormalization` into a 1x1 convolution of each channel, which int8 has."""
     from onnx import helper, numpy_helper
 
     known = {x.name: x for x in graph.initializer}

@@ -26,7 +26,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def written(stages: Sequence[Stage], example: Example) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Returns the files by name, and what the manifest says of them.
+    """Returns the files by name, and their description for the manifest.
 
     Args:
       stages: stages whose weights are leaves (`jax.tree_util.Partial`).

@@ -1,4 +1,4 @@
-"""ONNX graphs of traced programs, as a person would write them for a device."""
+"""ONNX graphs of traced programs, with constants folded and images channels first."""
 
 from dfs_jax.onnx.convert import OPSET, Input, to_onnx
 

@@ -106,7 +106,7 @@ def to_onnx(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} cannot be traced for a batch of any size: {reason}") from error
     graph = Graph()
-    given = [_channels_second(graph, Tensor(x.name, x.axes, (batch, *x.shape))) for x in inputs]
+    given = [_channels_first(graph, Tensor(x.name, x.axes, (batch, *x.shape))) for x in inputs]
     sizes = graph.add("Shape", inputs[0].name, start=0, end=1)
     results = _Walk(graph, sizes).run(closed.jaxpr, closed.consts, given)
     made, following = [], []
@@ -201,8 +201,8 @@ def _are_known(values: Sequence[Value]) -> bool:
     return not any(isinstance(x, Tensor) for x in values)
 
 
-def _channels_second(graph: Graph, x: Tensor) -> Tensor:
-    """Returns an input with its channels second: images are moved while they are uint8."""
+def _channels_first(graph: Graph, x: Tensor) -> Tensor:
+    """Returns an input with its channels first: images are moved while they are uint8."""
     axes = usual_axes(x.rank)
     return Tensor(ordered(graph, x, axes), axes, x.sizes)
 

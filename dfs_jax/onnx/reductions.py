@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from dfs_jax.onnx.graph import Graph
-from dfs_jax.onnx.values import CHANNELS_SECOND, Tensor, Value, as_tensor, avals, full, ordered
+from dfs_jax.onnx.values import CHANNELS_FIRST, Tensor, Value, as_tensor, avals, full, ordered
 
 _Rule = Callable[[Graph, JaxprEqn, Sequence[Value], str], list[Value]]
 
@@ -71,7 +71,7 @@ def _window(op: str) -> _Rule:
             raise NotImplementedError(f"a window of {list(window)}")
         if {*params["base_dilation"], *params["window_dilation"]} != {1}:
             raise NotImplementedError("a dilated window")
-        x = ordered(graph, full(graph, values[0], aval.shape, batch), CHANNELS_SECOND)
+        x = ordered(graph, full(graph, values[0], aval.shape, batch), CHANNELS_FIRST)
         pads = [padding[1][0], padding[2][0], padding[1][1], padding[2][1]]
         shape = {
             "kernel_shape": list(window[1:3]),
@@ -84,7 +84,7 @@ def _window(op: str) -> _Rule:
             mean = graph.add(op, x, **shape, count_include_pad=1)
             size = np.full((1, 1, 1, 1), math.prod(window), aval.dtype)
             name = graph.add("Mul", mean, graph.constant(size))
-        return [Tensor(name, CHANNELS_SECOND, tuple(out.shape))]
+        return [Tensor(name, CHANNELS_FIRST, tuple(out.shape))]
 
     return rule
 

@@ -1,4 +1,4 @@
-"""Simplifies a graph: what a person would have left out, and constants inside of layers.
+"""Simplifies a graph: removes what has no effect, and folds constants into layers.
 
 Multiplications and additions of constants are merged, and then become part of the convolution or
 dense layer before them, so that a batch normalisation costs nothing. Those that remain become a

@@ -1,6 +1,6 @@
 """Values of a traced program in a graph: constants, and tensors whose axes may be in another order.
 
-A convolution of ONNX has its channels second, one of Flax last. So a tensor remembers which logical
+A convolution of ONNX has its channels before height and width, one of Flax after them. So a tensor remembers which logical
 axis each of its dimensions holds, a transpose of the program costs nothing, and only an operation
 that needs one order puts a `Transpose` into the graph. Dimensions that the program broadcasts stay
 of size 1 as long as operators of ONNX broadcast by themselves.
@@ -17,7 +17,7 @@ from jax.extend.core import JaxprEqn
 
 from dfs_jax.onnx.graph import Graph
 
-CHANNELS_SECOND = (0, 3, 1, 2)
+CHANNELS_FIRST = (0, 3, 1, 2)
 
 
 class Tensor(NamedTuple):
@@ -68,8 +68,8 @@ def in_order(rank: int) -> tuple[int, ...]:
 
 
 def usual_axes(rank: int) -> tuple[int, ...]:
-    """Returns the order of axes that most operators like: channels second for images."""
-    return CHANNELS_SECOND if rank == 4 else in_order(rank)
+    """Returns the order of axes that most operators like: channels first for images."""
+    return CHANNELS_FIRST if rank == 4 else in_order(rank)
 
 
 def ordered(graph: Graph, value: Value, axes: Sequence[int]) -> str:

@@ -371,7 +371,7 @@ def test_bfloat16_is_computed_in_float32():
 
 
 def test_inference_leaves_convolutions_to_xla():
-    """The library takes the convolutions before a reduction along, and computes them slowly."""
+    """The library absorbs the convolutions before a reduction, and computes them slowly."""
     w = jnp.ones((3, 3, 16, 16))
 
     def network(x):

@@ -12,8 +12,8 @@ import jax
 # 2,613 / 2,288 ms, MSDNet 1,694 / 1,567 ms (batch 64).
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 _FOR_REDUCTIONS = {_LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE"}
-# A reduction takes the convolutions before it along into the library: ResNet18's last ten for a
-# single image, 63 ms instead of 21. Inference has few reductions, and goes without.
+# A reduction pulls the convolutions before it into the library: ResNet18's last ten for a single
+# image, 63 ms instead of 21. Inference has few reductions, and goes without.
 _FOR_NOTHING = {_LIBRARY: ""}
 
 
