@@ -1,9 +1,9 @@
 """Values of a traced program in a graph: constants, and tensors whose axes may be in another order.
 
-A convolution of ONNX has its channels before height and width, one of Flax after them. So a tensor remembers which logical
-axis each of its dimensions holds, a transpose of the program costs nothing, and only an operation
-that needs one order puts a `Transpose` into the graph. Dimensions that the program broadcasts stay
-of size 1 as long as operators of ONNX broadcast by themselves.
+A convolution of ONNX has its channels before height and width, one of Flax after them. So a tensor
+remembers the logical axis of each dimension: a transpose of the program costs nothing, and only an
+operation that needs one order adds a `Transpose` to the graph. Dimensions that the program
+broadcasts stay of size 1 as long as operators of ONNX broadcast by themselves.
 """
 
 from __future__ import annotations
