@@ -110,6 +110,8 @@ def load_exported(
 
 
 def _format(manifest: Manifest, wanted: str | None) -> str:
+    if wanted not in (None, ONNX, STABLEHLO):
+        raise UserError(f"format must be {STABLEHLO!r} or {ONNX!r}, got {wanted!r}")
     there = [name for name in (ONNX, STABLEHLO) if name in manifest.formats]
     if wanted is None and there:
         has_runtime = importlib.util.find_spec("onnxruntime") is not None

@@ -201,6 +201,8 @@ def test_formats(directory, stages, tmp_path):
     assert not isinstance(load_exported(tmp_path).stages, OnnxStages)
     with pytest.raises(UserError, match="holds stablehlo, not onnx: export again with --format"):
         load_exported(tmp_path, format="onnx")
+    with pytest.raises(UserError, match="format must be 'stablehlo' or 'onnx', got 'tflite'"):
+        load_exported(tmp_path, format="tflite")
     with pytest.raises(UserError, match="formats must be some of stablehlo, onnx, got"):
         export_network(tmp_path, stages, EXAMPLE, labels=LABELS, formats=["tflite"])
 
