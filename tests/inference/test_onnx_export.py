@@ -346,7 +346,7 @@ import sys, numpy as np
 from dfs_jax import load_exported
 networks = [load_exported(sys.argv[1], share_threads=s, format="onnx") for s in (True, False)]
 for network in networks:
-    print(network.predictor(batch_size=4)(np.load(sys.argv[2])).predicted.tolist())
+    print(network.predictor(batch_size=4, fall_back=False)(np.load(sys.argv[2])).predicted.tolist())
 """
 
 
