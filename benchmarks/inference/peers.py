@@ -8,8 +8,9 @@
     torch onnx       PyTorch's own export of the same weights, in ONNX Runtime
     torch            PyTorch, channels last
 
-All take turns; times are medians, and the ratio is the median of the ratios to "torch onnx" in the
-same round (to "onnx" without PyTorch, see requirements-benchmarks.txt). jax and onnx take uint8
+All take turns, of two calls each, and the second is timed. Times are medians, and the ratio is the
+median of the ratios to "torch onnx" in the same round (to "onnx" without PyTorch, see
+requirements-benchmarks.txt). jax and onnx take uint8
 images and normalise them; PyTorch takes normalised floats. The last column is the largest
 difference of logits from those of "onnx".
 """
@@ -118,6 +119,7 @@ def timed(contenders: dict[str, Contender], batch: int, rounds: int) -> list[tup
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in runs.items():
+            run()  # wakes the runtime's threads, which slept while the others computed
             seconds[name].append(seconds_of(run))
     reference = np.array(seconds[TORCH_ONNX if TORCH_ONNX in contenders else "onnx"])
     rows = []

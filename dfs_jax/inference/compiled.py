@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 
 from dfs_jax.exits.scores import Measure, answer
 from dfs_jax.inference.device_buffer import DeviceBuffer
+from dfs_jax.inference.single import Single, SingleInTurn
 from dfs_jax.inference.stages import Stage, as_pytrees, check_stages, last_logits
 from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
 from dfs_jax.tracing.cpu import inference_options
@@ -83,6 +84,10 @@ class CompiledPrograms:
     def run_whole(self, images: Any) -> np.ndarray:
         """Runs the whole network as one program; returns the last exit's answers."""
         return np.asarray(self._whole(self._temperatures[-1], images))
+
+    def single(self) -> Single:
+        """Returns a run of one example at a time."""
+        return SingleInTurn(self)
 
     def make_buffer(self, k: int, capacity: int) -> Buffer:
         """Returns storage for the inputs of stage k."""

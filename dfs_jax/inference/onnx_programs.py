@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dfs_jax.exits.scores import Measure, answer
-from dfs_jax.inference.onnx_stages import OnnxStages
+from dfs_jax.inference.onnx_stages import OnnxStage, OnnxStages
+from dfs_jax.inference.single import Single, SingleInOnnx, SingleInTurn
 from dfs_jax.inference.waiting import Buffer, Carry, HostBuffer
 from dfs_jax.types import ArrayShape, Example, UserError
 
@@ -49,22 +50,27 @@ class OnnxPrograms:
         """Runs stage k; the measure's history is the end of the carry."""
         inputs = len(self.stages[k].names)
         following, logits = self.stages[k](carry[:inputs])
-        history = carry[inputs:] if k else None
-        answers, history = self._answer(logits, self._temperatures[k], history)
+        answers, history = self._answer(k, logits, carry[inputs:] if k else None)
         if k == self.num_exits - 1:
             return (), answers
         return (*following, *(history or ())), answers
 
     def run_whole(self, images: Any) -> np.ndarray:
         """Runs the whole network as one model; returns the last exit's answers."""
-        logits = self.stages.last_logits(images)
-        return self._answer(logits, self._temperatures[-1], None)[0]
+        return self._answer(self.num_exits - 1, self.stages.last_logits(images), None)[0]
+
+    def single(self) -> Single:
+        """Returns a run of one example at a time, with arrays of its own."""
+        if all(isinstance(stage, OnnxStage) for stage in self.stages):
+            return SingleInOnnx(self.stages, self.example, self._answer)
+        return SingleInTurn(self)
 
     def make_buffer(self, k: int, capacity: int) -> Buffer:
         """Returns storage for the inputs of stage k."""
         return HostBuffer(self.carries[k], capacity)
 
-    def _answer(self, logits: np.ndarray, temperature: Any, history: Any) -> tuple[np.ndarray, Any]:
+    def _answer(self, k: int, logits: np.ndarray, history: Any) -> tuple[np.ndarray, Any]:
+        temperature = self._temperatures[k]
         with np.errstate(all="ignore"):  # of logits that are not finite, the table says so
             answers, history = answer(self._measure, logits, temperature, history or None)
         batch, classes = logits.shape

@@ -78,6 +78,38 @@ class OnnxStage:
         logits, *following = self._session.run(None, dict(zip(self.names, arrays, strict=True)))
         return tuple(following), logits
 
+    def bound(self, inputs: tuple[np.ndarray, ...]) -> BoundStage:
+        """Returns the stage bound to arrays that it reads in every call."""
+        return BoundStage(self._session, inputs)
+
+
+class BoundStage:
+    """A stage whose session reads and writes arrays that are made once.
+
+    Args:
+      session: session of ONNX Runtime.
+      inputs: arrays that it reads, in the order of its inputs.
+
+    Attributes:
+      carry: arrays that the next stage reads.
+    """
+
+    def __init__(self, session: Any, inputs: tuple[np.ndarray, ...]):
+        feeds = dict(zip((x.name for x in session.get_inputs()), inputs, strict=True))
+        outputs = [np.ascontiguousarray(x) for x in session.run(None, feeds)]
+        self._logits, *carry = outputs
+        self.carry = tuple(carry)
+        self._session, self._inputs, self._binding = session, inputs, session.io_binding()
+        for name, x in feeds.items():
+            self._binding.bind_input(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
+        for node, x in zip(session.get_outputs(), outputs, strict=True):
+            self._binding.bind_output(node.name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
+
+    def __call__(self) -> np.ndarray:
+        """Runs the stage; returns its array of logits, which the next call overwrites."""
+        self._session.run_with_iobinding(self._binding)
+        return self._logits
+
 
 class OnnxStages(tuple):
     """The stages of a network, shallow first.

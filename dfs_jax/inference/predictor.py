@@ -25,6 +25,7 @@ from dfs_jax.inference.identity import check_network
 from dfs_jax.inference.pipeline import Counts, Engine, Pipeline
 from dfs_jax.inference.policy import ROUNDING, Policy, last_exit_only
 from dfs_jax.inference.programs import make_programs
+from dfs_jax.inference.single import Single
 from dfs_jax.inference.stream import stream_answers
 from dfs_jax.inference.timing import StageTimes, measure_stages
 from dfs_jax.inference.waiting import Carry
@@ -132,6 +133,7 @@ class EarlyExitPredictor:
     def _set_policy(self, policy: Policy, fall_back: bool) -> None:
         self.policy = policy
         self.counts = Counts(policy.num_exits)
+        self._single: Single | None = None
         self._thresholds = policy.all_thresholds()[:-1]
         self._fall_back = fall_back
 
@@ -242,20 +244,22 @@ class EarlyExitPredictor:
 
     def _answer_one(self, image: np.ndarray, now: float) -> BatchPrediction:
         """Runs a single example, which needs neither queues nor copies."""
-        last = self.programs.num_exits - 1
+        if self._single is None:
+            self._single = self.programs.single()
+        single, last = self._single, self.programs.num_exits - 1
+        single.start(image)
         if self.runs_whole(1):
             self.counts.whole += 1
-            return one_answer(self.programs.run_whole(image), last, now)
-        carry: Carry = (image,)
+            return one_answer(single.run_whole(), last, now)
         for k, threshold in enumerate(self._thresholds):
-            carry, answers = self.programs.run(k, carry)
+            answers = single.run(k)
             confidence = float(answers[0, self.programs.classes])
             if abs(confidence - threshold) <= ROUNDING:
                 self.counts.close += 1
             if confidence >= threshold:
                 break
         else:
-            k, answers = last, self.programs.run(last, carry)[1]
+            k, answers = last, single.run(last)
         self.counts.exits[k] += 1
         return one_answer(answers, k, now)
 

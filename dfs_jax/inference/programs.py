@@ -18,6 +18,7 @@ import numpy as np
 
 from dfs_jax.exits.scores import Measure
 from dfs_jax.inference.onnx_stages import OnnxStages
+from dfs_jax.inference.single import Single
 from dfs_jax.inference.waiting import Buffer, Carry
 from dfs_jax.types import Example
 
@@ -54,6 +55,10 @@ class Programs(Protocol):
 
     def run_whole(self, images: Any) -> np.ndarray:
         """Runs the whole network as one program; returns the last exit's answers."""
+        ...
+
+    def single(self) -> Single:
+        """Returns a run of one example at a time, which belongs to its caller."""
         ...
 
     def make_buffer(self, k: int, capacity: int) -> Buffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,15 +69,24 @@ def measure_stages(programs: Programs, batch: int, *, rounds: int) -> StageTimes
       rounds: number of measurements.
     """
     images = _noise(programs, batch)
+    *stages, whole = median_seconds(_runs(programs, images), rounds)
+    return StageTimes(batch, tuple(s / batch for s in stages), whole / batch)
+
+
+def _runs(programs: Programs, images: np.ndarray) -> list[Callable[[], Any]]:
+    """Returns functions that run each stage and the whole network; one image as predictors do."""
+    if len(images) == 1:
+        single = programs.single()
+        single.start(images)
+        for k in range(programs.num_exits):
+            single.run(k)
+        stages = [functools.partial(single.run, k) for k in range(programs.num_exits)]
+        return [*stages, single.run_whole]
     carries: list[Carry] = [(images,)]
     for k in range(programs.num_exits - 1):
         carries.append(programs.run(k, carries[k])[0])
-    runs: list[Callable[[], Any]] = [
-        lambda k=k, carry=carry: programs.run(k, carry) for k, carry in enumerate(carries)
-    ]
-    runs.append(lambda: programs.run_whole(images))
-    *stages, whole = (seconds / batch for seconds in median_seconds(runs, rounds))
-    return StageTimes(batch, tuple(stages), whole)
+    stages = [functools.partial(programs.run, k, carry) for k, carry in enumerate(carries)]
+    return [*stages, functools.partial(programs.run_whole, images)]
 
 
 def _noise(programs: Programs, batch: int) -> np.ndarray:
