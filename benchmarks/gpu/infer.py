@@ -132,7 +132,7 @@ def measure(
         contender.go_through(images[:batch], batch)
         contender.answer(images[:batch])
     rounds = 1 if rehearses else _ROUNDS
-    speeds, (times,) = race(contenders, [predictor], images, batch=batch, rounds=rounds)
+    speeds, (times,) = race(contenders, [early[0].times], images, batch=batch, rounds=rounds)
     rows = [{"policy": "full", **_speed(speeds[0]), "ideal_speedup": 1.0}]
     for candidate, speed in zip(candidates, speeds[1:], strict=True):
         rows.append(

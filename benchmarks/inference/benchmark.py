@@ -1,18 +1,18 @@
 """Measures the speed-up of early exits on this machine.
 
     python -m benchmarks.inference --workdir=DIR --output=FILE.json [--static=DIR --static=DIR]
-    python -m benchmarks.inference --workdir=DIR --runtimes=jax,onnx,onnx_int8
+    python -m benchmarks.inference --workdir=DIR --runtimes=jax,onnx,onnx_int8,torch
 
 Rows for each batch size, runtime and policy, in a list (`rows.KEYS`):
 
     batch                  examples in a full batch; 1: one at a time
-    runtime                "jax", "onnx" or "onnx_int8" (ONNX Runtime)
+    runtime                "jax", "onnx" or "onnx_int8" (ONNX Runtime), "torch" (channels last)
     policy                 "full", "exit K", "no early exit", "2.5x" (that many times fewer
                            operations), "policy.json", "static RUN"
     accuracy, macs         on the whole test split; a fraction, and mean multiply-adds of one image
     ideal_speedup          if only the stages took time, each its measured time in a full batch,
                            against that of the whole network as one program; null for static
-                           networks, which have no stages
+                           networks and PyTorch, which have no stages
     ideal_speedup_by_macs  if time were proportional to operations
     speedup                measured, of the stream, or of single calls if batch is 1; "full" runs
                            before and after each other policy, see `benchmarks.inference.speed`
@@ -37,14 +37,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from benchmarks.inference.candidates import Candidate, find_candidates, macs_of
 from benchmarks.inference.rows import Row, row_of, static_row, table, to_json
-from benchmarks.inference.runtimes import INT8, RUNTIMES, check_runtimes, in_runtimes
+from benchmarks.inference.runtimes import INT8, RUNTIMES, TORCH, check_runtimes, in_runtimes
 from benchmarks.inference.speed import EarlyExits, UpToExit, race
 from benchmarks.inference.static import (
     StaticNetwork,
@@ -120,7 +120,8 @@ def main() -> None:
             candidates = find_candidates(
                 in_it, policy, measure.value, len(images), with_exits=len(names) == 1
             )
-            measured.append(Runtime(name, in_it, candidates))
+            # PyTorch runs the whole network, the first candidate.
+            measured.append(Runtime(name, in_it, candidates[:1] if name == TORCH else candidates))
         rows: list[Row] = []
         for batch in batches.value:
             some = benchmark(measured, images, batch=batch, rounds=rounds.value, statics=statics)
@@ -134,6 +135,8 @@ def main() -> None:
         program.say(f"wrote {path}")
         for name in names:
             own_rows = [row for row in rows if row["runtime"] == name]
+            if name == TORCH:
+                continue
             picture = path.with_suffix(".png" if len(names) == 1 else f".{name}.png")
             program.say(f"wrote {plot_speed(own_rows, picture)}")
 
@@ -160,28 +163,28 @@ def benchmark(
     if len(images) < batch:
         raise UserError(f"batches of {batch} need as many examples: there are {len(images)}")
     images = images[: _ALONE if batch == 1 else len(images) - len(images) % batch]
-    by_runtime = [_contenders(r.staged, r.candidates, batch) for r in runtimes]
+    by_runtime = [_contenders(r, batch) for r in runtimes]
     whole = [functools.partial(c[0].go_through, images[:batch], batch) for c in by_runtime]
     seconds = median_seconds(whole, _TRIES) if len(runtimes) > 1 else [0.0]
     order = np.argsort(seconds, kind="stable")  # the fastest whole network is the reference
     runtimes, by_runtime = [runtimes[k] for k in order], [by_runtime[k] for k in order]
-    predictors = [
-        next(c.predictor for c in some if isinstance(c, EarlyExits)) for some in by_runtime
-    ]
     reference = runtimes[0]
     contenders = [c for some in by_runtime for c in some]
     contenders += [static.contender(reference.name) for static in statics]
     for contender in contenders:
         contender.go_through(images[:batch], batch)
         contender.answer(images[:batch])
-    speeds, times = race(contenders, predictors, images, batch=batch, rounds=rounds)
+    # One of each runtime measures its stages, which up to an exit are a network of their own.
+    measuring = [next(c for c in some if not isinstance(c, UpToExit)) for some in by_runtime]
+    stage_times = [contender.times for contender in measuring]
+    speeds, times = race(contenders, stage_times, images, batch=batch, rounds=rounds)
     macs = macs_of(reference.staged)
     rows, measured = [], iter(zip(contenders, speeds, strict=True))
     for runtime, own_times in zip(runtimes, times, strict=True):
         for candidate in runtime.candidates:
             contender, speed = next(measured)
-            staged = own_times.staged(candidate.shares(len(images)))
-            ideal = times[0].whole / staged
+            shares = candidate.shares(len(images))
+            ideal = times[0].whole / own_times.staged(shares) if own_times.stages else None
             rows.append(
                 row_of(
                     runtime.name,
@@ -198,12 +201,16 @@ def benchmark(
     return compared(rows)
 
 
-def _contenders(
-    staged: StagedRun, candidates: Sequence[Candidate], batch: int
-) -> list[UpToExit | EarlyExits]:
+def _contenders(runtime: Runtime, batch: int) -> list[Any]:
+    """Returns what runs for each candidate."""
+    staged = runtime.staged
+    if runtime.name == TORCH:
+        from benchmarks.inference.torch_network import TorchNetwork
+
+        return [TorchNetwork(staged)]
     predictors: dict[str, EarlyExitPredictor] = {}
     contenders: list[UpToExit | EarlyExits] = []
-    for candidate in candidates:
+    for candidate in runtime.candidates:
         if candidate.exit_index is not None:
             contenders.append(UpToExit(staged.stages, candidate.exit_index, staged.example))
             continue

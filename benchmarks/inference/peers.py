@@ -32,7 +32,6 @@ from dfs_jax.forks import create_fork
 from dfs_jax.inference import onnx_models, quantize
 from dfs_jax.inference.programs import make_programs
 from dfs_jax.inference.stages import model_stages
-from dfs_jax.interop import to_torch_state_dict
 from dfs_jax.models import create_model
 from dfs_jax.models.contract import init_variables
 from dfs_jax.stopwatch import seconds_of
@@ -140,13 +139,9 @@ def _of_torch(model: Any, fork: Any, variables: Any) -> dict[str, Contender]:
         import torch
     except ImportError:
         return {}
-    from benchmarks.training_step.torch_step import build_network
+    from benchmarks.inference.torch_network import whole_network
 
-    network = build_network(model, fork)
-    state = to_torch_state_dict(model, variables)
-    network.load_state_dict({name: torch.as_tensor(x) for name, x in state.items()})
-    network._state_dict_hooks.clear()  # the exporter reads the weights as they are
-    whole = _last_head_alone(torch, network).eval()
+    whole = whole_network(model, fork, variables)
     written, images = io.BytesIO(), torch.zeros(2, 3, _SIDE, _SIDE)
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     torch.onnx.export(
@@ -178,21 +173,6 @@ def _of_torch(model: Any, fork: Any, variables: Any) -> dict[str, Contender]:
         TORCH_ONNX: Contender(lambda images: exported(images)[1], floats),
         "torch": Contender(eager, channels_last),
     }
-
-
-def _last_head_alone(torch: Any, network: Any) -> Any:
-    class Whole(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network
-
-        def forward(self, images: Any) -> Any:
-            carry = images
-            for i in range(network.num_exits):
-                carry = network.block(i, carry)
-            return network.head(network.num_exits - 1, network.feature(carry))[0]
-
-    return Whole()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def row_of(
     contender: Contender,
     speed: Speed,
     *,
-    ideal_speedup: float,
+    ideal_speedup: float | None,
     batch: int,
     macs: Sequence[float],
 ) -> Row:

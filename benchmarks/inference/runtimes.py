@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 from dfs_jax.inference import onnx_models, quantize
 from dfs_jax.inference.trained import StagedRun
 from dfs_jax.types import UserError
 
-JAX, ONNX, INT8 = "jax", "onnx", "onnx_int8"
-RUNTIMES = (JAX, ONNX, INT8)
+JAX, ONNX, INT8, TORCH = "jax", "onnx", "onnx_int8", "torch"
+RUNTIMES = (JAX, ONNX, INT8, TORCH)
 _CALIBRATION = 256  # images
 
 
@@ -17,16 +18,20 @@ def check_runtimes(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of runtimes, each once.
 
     Raises:
-      UserError: none, or an unknown one.
+      UserError: none, an unknown one, or PyTorch, which is not installed.
     """
     unknown = [name for name in names if name not in RUNTIMES]
     if unknown or not names:
         raise UserError(f"--runtimes must be some of {', '.join(RUNTIMES)}, got {list(names)}")
+    if TORCH in names and not _has_torch():
+        raise UserError(
+            "the runtime torch needs PyTorch: pip install -r requirements-benchmarks.txt"
+        )
     return tuple(dict.fromkeys(names))
 
 
 def in_runtimes(staged: StagedRun, names: Sequence[str]) -> dict[str, StagedRun]:
-    """Returns a checkpoint of a run with its stages in each runtime, by name.
+    """Returns a checkpoint of a run with its stages in each runtime, by name; PyTorch has none.
 
     All sessions of ONNX Runtime share one pool of threads, which is made last: calibration has
     sessions of its own. Ranges of int8 are found on the split that policies are fitted on.
@@ -39,7 +44,14 @@ def in_runtimes(staged: StagedRun, names: Sequence[str]) -> dict[str, StagedRun]
         files[INT8] = quantize.quantized(*files[ONNX], images)
     return {
         name: staged
-        if name == JAX
+        if name in (JAX, TORCH)
         else staged._replace(stages=quantize.opened(*files[name], share_threads=True))
         for name in names
     }
+
+
+def _has_torch() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ValueError:  # sys.modules has None for it
+        return False

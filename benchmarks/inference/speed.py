@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -77,6 +77,10 @@ class EarlyExits:
     def answer(self, images: np.ndarray) -> np.ndarray:
         return self.predictor(images).latency
 
+    def times(self, batch: int, *, rounds: int) -> StageTimes:
+        """Returns the times of the stages and of the whole network."""
+        return measure_stages(self.predictor.programs, batch, rounds=rounds)
+
 
 class Speed(NamedTuple):
     """Measured speed of one contender.
@@ -97,7 +101,7 @@ class Speed(NamedTuple):
 
 def race(
     contenders: Sequence[Contender],
-    predictors: Sequence[EarlyExitPredictor],
+    stage_times: Sequence[Callable[..., StageTimes]],
     images: np.ndarray,
     *,
     batch: int,
@@ -113,13 +117,14 @@ def race(
 
     Args:
       contenders: contenders whose programs are compiled (`go_through` has been called).
-      predictors: predictors whose stages are measured, such as one for each runtime.
+      stage_times: functions `(batch, *, rounds)` that measure stages, such as those of a runtime.
       images: images `[n, height, width, channels]`, with n a multiple of `batch`.
       batch: number of examples in a full batch.
       rounds: number of rounds that medians are taken over.
 
     Returns:
-      The speed of each contender, and the times of each predictor's stages in a full batch.
+      The speed of each contender, and of each function in `stage_times` its times for a full
+      batch.
     """
     parts = list(_batches(images, 1)) if batch == 1 else [images]
 
@@ -129,7 +134,7 @@ def race(
     seconds = [[] for _ in contenders]
     references = [[] for _ in contenders]
     latencies = [[] for _ in contenders]
-    times = [[] for _ in predictors]
+    times = [[] for _ in stage_times]
     for turn in range(rounds):
         order = [(turn + n) % len(contenders) for n in range(len(contenders))]
         before = timed(contenders[0])
@@ -142,8 +147,8 @@ def race(
             called = images[: max(batch, _CALLED)]
             latencies[i] += [contenders[i].answer(part) for part in _batches(called, batch)]
         of_stages = _ROUNDS_ALONE if batch == 1 else _ROUNDS_FULL
-        for found, predictor in zip(times, predictors, strict=True):
-            found.append(measure_stages(predictor.programs, batch, rounds=of_stages))
+        for found, measured in zip(times, stage_times, strict=True):
+            found.append(measured(batch, rounds=of_stages))
     speeds = [
         Speed(
             float(np.median(own, axis=0).sum()) / len(images),

@@ -11,6 +11,7 @@ import numpy as np
 from dfs_jax.inference.programs import Programs
 from dfs_jax.inference.waiting import Carry
 from dfs_jax.stopwatch import median_seconds
+from dfs_jax.types import Example
 
 # Least ideal speed-up at which stages are used, which covers the cost of merging and deciding.
 LEAST_GAIN = 1.03
@@ -68,7 +69,7 @@ def measure_stages(programs: Programs, batch: int, *, rounds: int) -> StageTimes
       batch: number of examples in the batch of noise that they run on.
       rounds: number of measurements.
     """
-    images = _noise(programs, batch)
+    images = noise_like(programs.example, batch)
     *stages, whole = median_seconds(_runs(programs, images), rounds)
     return StageTimes(batch, tuple(s / batch for s in stages), whole / batch)
 
@@ -89,8 +90,9 @@ def _runs(programs: Programs, images: np.ndarray) -> list[Callable[[], Any]]:
     return [*stages, functools.partial(programs.run_whole, images)]
 
 
-def _noise(programs: Programs, batch: int) -> np.ndarray:
-    shape, dtype = (batch, *programs.example.shape), np.dtype(programs.example.dtype)
+def noise_like(example: Example, batch: int) -> np.ndarray:
+    """Returns random images `[batch, height, width, channels]`."""
+    shape, dtype = (batch, *example.shape), np.dtype(example.dtype)
     draw = np.random.default_rng(0)
     if dtype.kind == "f":
         return draw.standard_normal(shape).astype(dtype)

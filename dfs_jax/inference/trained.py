@@ -37,6 +37,7 @@ class StagedRun(NamedTuple):
       step: step of the checkpoint.
       stages: stages of the network; the first takes uint8 images and normalises them.
       example: shape and type of one image.
+      variables: the model's variables at that step, of which the stages are made.
       data: the run's record of its data; None for runs of earlier versions.
     """
 
@@ -44,6 +45,7 @@ class StagedRun(NamedTuple):
     step: int
     stages: tuple[Stage, ...]
     example: jax.ShapeDtypeStruct
+    variables: dict[str, Any]
     data: RunData | None = None
 
     def logits(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -127,4 +129,4 @@ def staged_run(
         example,
         prepare=_Normalise(tuple(dataset.mean), tuple(dataset.std)),
     )
-    return StagedRun(experiment, step, stages, example, data)
+    return StagedRun(experiment, step, stages, example, variables, data)

@@ -59,16 +59,11 @@ def test_all_take_turns_and_medians_count(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(speed_module, "seconds_of", clock.seconds_of)
     measured = iter([(3.0, 1.0), (1.0, 5.0), (2.0, 9.0)])
-    monkeypatch.setattr(
-        speed_module,
-        "measure_stages",
-        lambda programs, batch, rounds: StageTimes(batch, (next(measured)), 7.0),
-    )
+    stage_times = lambda batch, *, rounds: StageTimes(batch, next(measured), 7.0)  # noqa: E731
     # a runs before the first and after each: its own turn is the second, third and second time
     a = [14, 28, 42, 14, *(7, 70, 7, 21), *(14, 28, 70, 14)]
     contenders = [Recorder(clock, "a", a), Recorder(clock, "b", [7, 2.8, 14])]
-    predictor = make_predictor(POLICY)
-    speeds, (times,) = race(contenders, [predictor], images(14), batch=7, rounds=3)
+    speeds, (times,) = race(contenders, [stage_times], images(14), batch=7, rounds=3)
     assert "".join(clock.order) == "aaaba" + "abaaa" + "aaaba"
     assert contenders[1].asked == [(14, 7)] * 3
     assert [s.seconds for s in speeds] == pytest.approx([2.0, 0.5])
@@ -83,14 +78,9 @@ def test_all_take_turns_and_medians_count(monkeypatch):
 def test_one_at_a_time_each_example_has_its_median(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(speed_module, "seconds_of", clock.seconds_of)
-    monkeypatch.setattr(
-        speed_module,
-        "measure_stages",
-        lambda programs, batch, rounds: StageTimes(batch, (1.0, 1.0), 2.0),
-    )
     whole = Recorder(clock, "whole", [4, 6] * 12)
     early = Recorder(clock, "early", [1, 5, 9, 6, 2, 50])
-    speeds, _ = race([whole, early], [make_predictor(POLICY)], images(2), batch=1, rounds=3)
+    speeds, _ = race([whole, early], [], images(2), batch=1, rounds=3)
     assert early.asked == [(1, 1)] * 6
     assert speeds[1].seconds == pytest.approx((2 + 6) / 2)
     # medians of the examples' ratios, 4 / 2 and 6 / 6, weighted by the times of early exits
