@@ -2,19 +2,20 @@
 
 Multiplications and additions of constants are merged, and then become part of the convolution or
 dense layer before them, so that a batch normalisation costs nothing. Those that remain become a
-`BatchNormalization`, which runtimes keep in the layout of their convolutions.
+`BatchNormalization`, which runtimes keep in the layout of their convolutions. Operators for whole
+functions, such as `Softmax`, replace the operations that they consist of.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from dfs_jax.onnx.graph import Graph, Node
+from dfs_jax.onnx.patterns import as_gelu, as_layer_norm, as_softmax, with_its_shift
+from dfs_jax.onnx.sweep import Sweep
 
 _NEARLY = 1e-6  # products such as 9 * (1 / 9) are 1 within float32's rounding
 
@@ -22,8 +23,8 @@ _NEARLY = 1e-6  # products such as 9 * (1 / 9) are 1 within float32's rounding
 def simplified(graph: Graph, outputs: Sequence[str]) -> list[str]:
     """Simplifies a graph in place; returns the names of its outputs, in their order."""
     graph.drop_unused(outputs)
-    for rules in (_FIRST, _THEN):
-        while _Sweep(graph, outputs).run(rules):
+    for rules in ((_computed_once,), _FIRST, _THEN):
+        while Sweep(graph, outputs).run(rules):
             graph.drop_unused(outputs)  # unused nodes would still count as readers
     return _named_at_the_source(graph, outputs)
 
@@ -41,90 +42,14 @@ def _named_at_the_source(graph: Graph, outputs: Sequence[str]) -> list[str]:
     return names
 
 
-class _Sweep:
-    """One pass over the nodes.
-
-    Attributes:
-      graph: graph.
-      uses: how often each value is read.
-      made: node by its output.
-    """
-
-    def __init__(self, graph: Graph, outputs: Sequence[str]):
-        self.graph = graph
-        self.uses: Counter[str] = graph.uses(outputs)
-        self.made = {node.output: node for node in graph.nodes}
-        self._outputs = set(outputs)
-        self._gone: set[int] = set()
-        self._renamed: dict[str, str] = {}
-        self._new: list[Node] = []
-
-    def run(self, rules: Sequence[Callable[[_Sweep, Node], bool]]) -> bool:
-        """Applies the first rule that fits to each node; returns whether any did."""
-        changed, nodes = False, []
-        for node in self.graph.nodes:
-            node.inputs = [self._renamed.get(name, name) for name in node.inputs]
-            if id(node) not in self._gone:
-                changed |= any(rule(self, node) for rule in rules)
-            nodes += [*self._new, node]
-            self._new.clear()
-        self.graph.nodes = [node for node in nodes if id(node) not in self._gone]
-        return changed
-
-    def known(self, name: str) -> np.ndarray | None:
-        """Returns a constant, or None."""
-        return self.graph.constants.get(name)
-
-    def split(self, node: Node, *ops: str) -> tuple[Any, np.ndarray] | None:
-        """Returns the operand and the constant of a node of one of these kinds; else None."""
-        if node.op not in ops:
-            return None
-        for x, constant in (node.inputs, node.inputs[::-1]):
-            found = self.known(constant)
-            if found is not None and found.dtype.kind == "f" and x not in self.graph.constants:
-                return x, found
-        return None
-
-    def sole(self, name: str, *ops: str) -> Node | None:
-        """Returns the node that makes a value, if it is one of these and nothing else reads it."""
-        node = self.made.get(name)
-        if node is None or node.op not in ops or self.uses[name] != 1 or name in self._outputs:
-            return None
-        return None if id(node) in self._gone else node
-
-    def along(self, name: str, axis: int) -> tuple[str, int, int, int] | None:
-        """Returns what a slice along one dimension cuts, its start, end and whole size."""
-        node = self.made.get(name)
-        if node is None or node.op != "Slice" or node.extent is None:
-            return None
-        start, end, axes, step = (int(self.graph.constants[k].item()) for k in node.inputs[1:])
-        return (node.inputs[0], start, end, node.extent) if (axes, step) == (axis, 1) else None
-
-    def take_over(self, before: Node, node: Node) -> None:
-        """Lets `before` make what `node` made, which is removed."""
-        before.output = node.output
-        self.made[node.output] = before
-        self._gone.add(id(node))
-
-    def insert(self, node: Node) -> str:
-        """Puts a new node before the one that is looked at, and returns the name of its output."""
-        node.output = self.graph.new_name(node.op)
-        self._new.append(node)
-        self.made[node.output] = node
-        return node.output
-
-    def drop(self, node: Node, stands_for: str) -> bool:
-        """Removes a node whose result is another value."""
-        if node.output in self._outputs:
-            node.op, node.inputs, node.attributes = "Identity", [stands_for], {}
-            return False
-        self._renamed[node.output] = stands_for
-        self.uses[stands_for] += self.uses[node.output] - 1
-        self._gone.add(id(node))
-        return True
+def _computed_once(sweep: Sweep, node: Node) -> bool:
+    """Removes a node that computes what a node before it does."""
+    key = node.op, tuple(node.inputs), repr(sorted(node.attributes.items()))
+    before = sweep.computed.setdefault(key, node.output)
+    return before != node.output and sweep.drop(node, before)
 
 
-def _without_identity(sweep: _Sweep, node: Node) -> bool:
+def _without_identity(sweep: Sweep, node: Node) -> bool:
     """Removes an `Identity`, or lets the node before it make an output of the graph."""
     if node.op != "Identity":
         return False
@@ -135,7 +60,7 @@ def _without_identity(sweep: _Sweep, node: Node) -> bool:
     return sweep.drop(node, node.inputs[0])
 
 
-def _with_sums_and_products(sweep: _Sweep, node: Node) -> bool:
+def _with_sums_and_products(sweep: Sweep, node: Node) -> bool:
     """Turns differences and quotients by constants into sums and products."""
     if node.op not in ("Sub", "Div"):
         return False
@@ -147,7 +72,7 @@ def _with_sums_and_products(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
-def _merged(sweep: _Sweep, node: Node) -> bool:
+def _merged(sweep: Sweep, node: Node) -> bool:
     """Merges products with products, sums with sums, and moves sums behind products."""
     after = sweep.split(node, "Mul", "Add")
     before = after and sweep.sole(after[0], "Mul", "Add")
@@ -165,7 +90,7 @@ def _merged(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
-def _without_ones(sweep: _Sweep, node: Node) -> bool:
+def _without_ones(sweep: Sweep, node: Node) -> bool:
     """Removes products with 1 and sums with 0."""
     found = sweep.split(node, "Mul", "Add")
     neutral = node.op == "Mul"
@@ -174,7 +99,7 @@ def _without_ones(sweep: _Sweep, node: Node) -> bool:
     return found[1].size == 1 and sweep.drop(node, found[0])
 
 
-def _into_layer(sweep: _Sweep, node: Node) -> bool:
+def _into_layer(sweep: Sweep, node: Node) -> bool:
     """Makes a product or sum part of the convolution or matrix product before it."""
     found = sweep.split(node, "Mul", "Add")
     layer = found and sweep.sole(found[0], "Conv", "MatMul", "Gemm")
@@ -204,7 +129,7 @@ def _into_layer(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
-def _whole_again(sweep: _Sweep, node: Node) -> bool:
+def _whole_again(sweep: Sweep, node: Node) -> bool:
     """Joins neighbouring slices of one value, of which a feature's two parts are an example."""
     if node.op != "Concat":
         return False
@@ -226,7 +151,7 @@ def _whole_again(sweep: _Sweep, node: Node) -> bool:
     return False
 
 
-def _as_mean(sweep: _Sweep, node: Node) -> bool:
+def _as_mean(sweep: Sweep, node: Node) -> bool:
     """Turns a sum that is divided by the number of its terms into a mean."""
     found = sweep.split(node, "Mul")
     summed = found and sweep.sole(found[0], "ReduceSum")
@@ -239,7 +164,7 @@ def _as_mean(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
-def _as_relu(sweep: _Sweep, node: Node) -> bool:
+def _as_relu(sweep: Sweep, node: Node) -> bool:
     """Turns a maximum with 0 into a `Relu`, and one within bounds into a `Clip`."""
     found = sweep.split(node, "Max", "Min")
     if found is None or found[1].size != 1:
@@ -266,7 +191,7 @@ def _as_relu(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
-def _resized_once(sweep: _Sweep, node: Node) -> bool:
+def _resized_once(sweep: Sweep, node: Node) -> bool:
     """Merges two resizings, such as one of each axis."""
     before = sweep.sole(node.inputs[0], "Resize") if node.op == "Resize" else None
     if before is None or before.attributes != node.attributes:
@@ -279,7 +204,7 @@ def _resized_once(sweep: _Sweep, node: Node) -> bool:
     return True
 
 
-def _as_batch_norm(sweep: _Sweep, node: Node) -> bool:
+def _as_batch_norm(sweep: Sweep, node: Node) -> bool:
     """Turns a scale and a shift for each channel of an image into a `BatchNormalization`."""
     after = sweep.split(node, "Add")
     before = after and sweep.sole(after[0], "Mul")
@@ -310,4 +235,4 @@ _FIRST = (
     _as_relu,
     _resized_once,
 )
-_THEN = (_as_batch_norm,)
+_THEN = (as_softmax, as_layer_norm, with_its_shift, as_gelu, _as_batch_norm)
