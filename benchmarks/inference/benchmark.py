@@ -17,6 +17,9 @@ Rows for each batch size, runtime and policy, in a list (`rows.KEYS`):
     speedup                measured, of the stream, or of single calls if batch is 1; "full" runs
                            before and after each other policy, see `benchmarks.inference.speed`
     p50_ms, p99_ms         from a call with one batch until an example's answer is known
+    limits                 of "full": speed-ups that no policy exceeds which loses at most `loss` of
+                           the last exit's accuracy, `by_macs` and `by_time` of the stages; those of
+                           an oracle that knows the labels
 
 The printed table also has the number of images per second, the number of decisions within 1e-6 of a
 threshold, where rounding decides, and whether the whole network ran instead because it is faster.
@@ -43,7 +46,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.inference.candidates import Candidate, find_candidates, macs_of
-from benchmarks.inference.rows import Row, row_of, static_row, table, to_json
+from benchmarks.inference.rows import Row, limits, row_of, static_row, table, to_json
 from benchmarks.inference.runtimes import INT8, RUNTIMES, TORCH, check_runtimes, in_runtimes
 from benchmarks.inference.speed import EarlyExits, UpToExit, race
 from benchmarks.inference.static import (
@@ -185,17 +188,18 @@ def benchmark(
             contender, speed = next(measured)
             shares = candidate.shares(len(images))
             ideal = times[0].whole / own_times.staged(shares) if own_times.stages else None
-            rows.append(
-                row_of(
-                    runtime.name,
-                    candidate,
-                    contender,
-                    speed,
-                    ideal_speedup=ideal,
-                    batch=batch,
-                    macs=macs,
-                )
+            row = row_of(
+                runtime.name,
+                candidate,
+                contender,
+                speed,
+                ideal_speedup=ideal,
+                batch=batch,
+                macs=macs,
             )
+            if candidate.oracles and own_times.stages:
+                row["limits"] = limits(candidate.oracles, own_times, times[0].whole, macs)
+            rows.append(row)
     for static, (_, speed) in zip(statics, measured, strict=True):
         rows.append(static_row(reference.name, static, speed, batch=batch, macs=macs[-1]))
     return compared(rows)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from benchmarks.inference.candidates import Candidate
 from benchmarks.inference.speed import Contender, EarlyExits, Speed
 from benchmarks.inference.static import KEYS as STATIC_KEYS
 from benchmarks.inference.static import StaticNetwork
+from dfs_jax.inference.timing import StageTimes
 from dfs_jax.tables import aligned
 
 KEYS = (
@@ -24,6 +27,8 @@ KEYS = (
     "p50_ms",
     "p99_ms",
 )
+
+LIMITS = "limits"  # of rows of the whole network in a runtime with stages
 
 Row = dict[str, Any]
 
@@ -53,6 +58,25 @@ def row_of(
         "falls_back": early is not None and early.counts.whole > 0,
         "close": 0 if early is None else early.counts.close,
     }
+
+
+def limits(
+    oracles: Mapping[float, np.ndarray], times: StageTimes, whole: float, macs: Sequence[float]
+) -> list[dict[str, float]]:
+    """Returns the speed-ups of oracles: `loss` of accuracy, `by_macs` and `by_time`.
+
+    Args:
+      oracles: exits that each takes, by loss.
+      times: times of the stages.
+      whole: time that speed-ups are relative to, in seconds for each example.
+      macs: multiply-adds of one image up to each exit.
+    """
+    found = []
+    for loss, taken in oracles.items():
+        shares = np.bincount(taken, minlength=len(macs)) / len(taken)
+        by_macs, by_time = macs[-1] / float(shares @ macs), whole / times.staged(shares.tolist())
+        found.append({"loss": loss, "by_macs": by_macs, "by_time": by_time})
+    return found
 
 
 def static_row(
@@ -87,9 +111,9 @@ def _number(value: float | None) -> str:
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """Returns the rows as JSON: the fields of `KEYS`, and of `STATIC_KEYS` where they have them."""
+    """Returns the rows as JSON: the fields of `KEYS`, and others that readers know of."""
     kept = [
-        {key: row[key] for key in (*KEYS, *STATIC_KEYS) if key in row or key in KEYS}
+        {key: row[key] for key in (*KEYS, LIMITS, *STATIC_KEYS) if key in row or key in KEYS}
         for row in rows
     ]
     return json.dumps(kept, indent=2, allow_nan=False) + "\n"
@@ -123,4 +147,10 @@ def table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     table = aligned([(*titles, "p99 ms", "close", ""), *lines])
-    return f"batch {rows[0]['batch']}\n{table}"
+    said = [
+        f"{row['runtime']}: an accuracy of {100 * (row['accuracy'] - x['loss']):.2f} % allows at "
+        f"most {x['by_macs']:.2f} times fewer operations, {x['by_time']:.2f} times less time in stages"
+        for row in rows
+        for x in row.get(LIMITS, ())
+    ]
+    return "\n".join([f"batch {rows[0]['batch']}", table, *said])

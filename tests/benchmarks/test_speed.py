@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.inference import speed as speed_module
-from benchmarks.inference.candidates import Candidate
+from benchmarks.inference.candidates import Candidate, oracle_exits
+from benchmarks.inference.rows import limits, table, to_json
 from benchmarks.inference.rows import row_of as benchmark_row
-from benchmarks.inference.rows import table, to_json
 from benchmarks.inference.speed import EarlyExits, Speed, UpToExit, race
 from benchmarks.inference.speed_plots import plot_speed
 from dfs_jax.inference.fitting import PolicyOutcome
@@ -163,3 +163,29 @@ def test_the_table_and_the_picture(tmp_path):
     assert len({len(line) for line in lines[1:]}) == 1
     picture = plot_speed(some_rows(), tmp_path / "speed.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_limits_are_those_of_the_fewest_examples_that_must_go_on():
+    # by example: right at exit 1 alone, from 2 on, at 3 alone, never, at 1 and 3, at 2 alone
+    right = np.array(
+        [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1], [0, 1, 1, 0, 1, 0]],
+    )
+    logits = np.stack([1 - right, right], axis=-1)
+    labels = np.ones(6, int)
+    # three must be right: two at the first exit, one at the second
+    assert oracle_exits(logits, labels).tolist() == [0, 1, 0, 0, 0, 0]
+    assert oracle_exits(logits, labels, 1 / 6).tolist() == [0] * 6
+    assert oracle_exits(logits, labels, 1.0).tolist() == [0] * 6
+    oracles = {0.0: np.array([0, 1, 0, 2])}
+    found = limits(oracles, StageTimes(7, (1.0, 2.0, 4.0), 6.0), 5.0, (1.0, 3.0, 9.0))
+    assert found == [{"loss": 0.0, "by_macs": 9 / 3.5, "by_time": 5 / 3}]
+
+
+def test_limits_in_the_table_and_the_file():
+    first, *others = some_rows()[:3]
+    rows = [{**first, "limits": [{"loss": 0.01, "by_macs": 2.5, "by_time": 1.25}]}, *others]
+    assert table(rows).splitlines()[-1] == (
+        "jax: an accuracy of 74.00 % allows at most 2.50 times fewer operations, 1.25 times less "
+        "time in stages"
+    )
+    assert [len(row.get("limits", [])) for row in json.loads(to_json(rows))] == [1, 0, 0]
