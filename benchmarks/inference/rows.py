@@ -149,7 +149,8 @@ def table(rows: Sequence[Row]) -> str:
     table = aligned([(*titles, "p99 ms", "close", ""), *lines])
     said = [
         f"{row['runtime']}: an accuracy of {100 * (row['accuracy'] - x['loss']):.2f} % allows at "
-        f"most {x['by_macs']:.2f} times fewer operations, {x['by_time']:.2f} times less time in stages"
+        f"most {x['by_macs']:.2f} times fewer operations, {x['by_time']:.2f} times less time "
+        "in stages"
         for row in rows
         for x in row.get(LIMITS, ())
     ]
