@@ -180,7 +180,7 @@ def _session(model: bytes, providers: tuple[str, ...], share_threads: bool) -> A
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if share_threads:
-        _share_threads()
+        share_threads_of_process()
         options.use_per_session_threads = False
     else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -192,7 +192,7 @@ def _session(model: bytes, providers: tuple[str, ...], share_threads: bool) -> A
 
 
 @functools.cache
-def _share_threads() -> None:
+def share_threads_of_process() -> None:
     """Makes the pool of threads of this process, one thread a core."""
     import onnxruntime
 
@@ -201,4 +201,4 @@ def _share_threads() -> None:
 
 def is_shared() -> bool:
     """Returns whether the process has its pool already, which every session must then use."""
-    return _share_threads.cache_info().currsize > 0
+    return share_threads_of_process.cache_info().currsize > 0

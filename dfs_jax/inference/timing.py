@@ -70,12 +70,17 @@ def measure_stages(programs: Programs, batch: int, *, rounds: int) -> StageTimes
       rounds: number of measurements.
     """
     images = noise_like(programs.example, batch)
-    *stages, whole = median_seconds(_runs(programs, images), rounds)
+    *stages, whole = median_seconds(stage_runs(programs, images), rounds)
     return StageTimes(batch, tuple(s / batch for s in stages), whole / batch)
 
 
-def _runs(programs: Programs, images: np.ndarray) -> list[Callable[[], Any]]:
-    """Returns functions that run each stage and the whole network; one image as predictors do."""
+def stage_runs(programs: Programs, images: np.ndarray) -> list[Callable[[], Any]]:
+    """Returns functions that run each stage, and last the whole network, as predictors do.
+
+    Args:
+      programs: compiled stages.
+      images: images `[batch, height, width, channels]`.
+    """
     if len(images) == 1:
         single = programs.single()
         single.start(images)

@@ -2,11 +2,13 @@
 
     python -m dfs_jax.reports.placement --workdir=runs/digits_vgg7 --speedup=2 --speedup=3
         [--most=3] [--epochs=10] [--learning_rate=0.01] [--checkpoint=best]
+        [--costs=onnx --batch=64]
 
 The candidates are the exits of the run. A new head is trained at each, once, on features of the
 frozen trunk. Every subset with the last exit then gets a policy for the mean cost asked for, fitted
-on validation data: 1/speedup of the multiply-adds of the trunk and its last head. The table has the
-most accurate subset of each size; the test split is only reported.
+on validation data: 1/speedup of the cost of the trunk and its last head. Costs are multiply-adds;
+with `--costs=jax` or `onnx`, times in that runtime on this machine. The table has the most accurate
+subset of each size; the test split is only reported.
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from dfs_jax import program
-from dfs_jax.costs.flops import exit_costs
 from dfs_jax.files import write_whole
 from dfs_jax.inference.fitting import outcome
+from dfs_jax.inference.onnx_stages import share_threads_of_process
 from dfs_jax.inference.places import Placement, placements
 from dfs_jax.inference.temperature import fit_temperatures
 from dfs_jax.inference.trained import StagedRun, staged_run
 from dfs_jax.paths import input_directory, output_file
+from dfs_jax.reports.part_costs import COSTS, JAX, MACS, ONNX, PartCosts, check_costs, part_costs
 from dfs_jax.tables import aligned
 from dfs_jax.training.checkpoint import Checkpoints
 from dfs_jax.training.experiment import abstract_state, rebuild_experiment
@@ -37,18 +40,11 @@ JSON_FILE = "placement.json"
 
 Row = dict[str, Any]
 
-
-class PartCosts(NamedTuple):
-    """Multiply-adds of one image.
-
-    Attributes:
-      trunk: those of the trunk up to each exit; the last includes the last head, which every
-        subset has.
-      heads: those of each early head, and 0.
-    """
-
-    trunk: tuple[float, ...]
-    heads: tuple[float, ...]
+_UNITS = {  # what a table shows, how much of a cost it is, and what a lower cost is
+    MACS: ("M MACs", 1e6, "fewer operations"),
+    JAX: ("ms", 1e-3, "less time in jax"),
+    ONNX: ("ms", 1e-3, "less time in ONNX Runtime"),
+}
 
 
 def main() -> None:
@@ -58,16 +54,19 @@ def main() -> None:
     checkpoint = flags.DEFINE_string("checkpoint", "best", "best, latest or a step number.")
     output = flags.DEFINE_string("output", None, f"JSON file; default: {JSON_FILE} in workdir.")
     speedups = flags.DEFINE_multi_float(
-        "speedup", [2.0], "Factor by which the mean operations are fewer; may be repeated."
+        "speedup", [2.0], "Factor by which the mean cost is lower; may be repeated."
     )
     most = flags.DEFINE_integer("most", None, "Largest number of exits; default: no limit.")
     epochs = flags.DEFINE_integer("epochs", 10, "Number of epochs that heads are trained for.")
     rate = flags.DEFINE_float("learning_rate", 0.01, "First learning rate of the heads.")
     measure = flags.DEFINE_string("measure", "max_softmax", "Confidence measure of the policies.")
+    costs = flags.DEFINE_string("costs", MACS, f"Costs that are compared: {', '.join(COSTS)}.")
+    batch = flags.DEFINE_integer("batch", 1, "Number of images in a batch that is timed.")
 
     def run() -> None:
         program.use_compilation_cache()
         _check_speedups(speedups.value)
+        check_costs(costs.value, batch.value)
         root = input_directory(workdir.value, "--workdir")
         path = _output_path(root / JSON_FILE if output.value is None else output.value)
         staged = with_new_heads(
@@ -77,9 +76,14 @@ def main() -> None:
             epochs=epochs.value,
             learning_rate=rate.value,
         )
+        if costs.value == ONNX:
+            share_threads_of_process()
+        parts = part_costs(staged, costs.value, batch=batch.value)
         rows: list[Row] = []
         for speedup in speedups.value:
-            some = find_places(staged, speedup, most=most.value, measure=measure.value)
+            some = find_places(
+                staged, speedup, parts, costs.value, most=most.value, measure=measure.value
+            )
             program.say(table(some))
             rows += some
         write_whole(path, json.dumps(rows, indent=2, allow_nan=False) + "\n")
@@ -126,31 +130,29 @@ def with_new_heads(
     return staged_run(experiment, variables, step)
 
 
-def part_costs(staged: StagedRun) -> PartCosts:
-    """Counts the multiply-adds of a network's trunk and heads, all that its blocks compute."""
-    costs = exit_costs(staged.experiment.model, staged.experiment.dataset.image_shape)
-    # Heads on the way to each exit, and from these the heads.
-    earlier = [cost.published_macs - cost.macs_without_earlier_heads for cost in costs]
-    heads = (*np.diff(earlier).tolist(), 0)
-    trunk = [
-        cost.macs_without_earlier_heads - head for cost, head in zip(costs, heads, strict=True)
-    ]
-    return PartCosts(tuple(map(float, trunk)), tuple(map(float, heads)))
-
-
 def find_places(
-    staged: StagedRun, speedup: float, *, most: int | None = None, measure: str = "max_softmax"
+    staged: StagedRun,
+    speedup: float,
+    parts: PartCosts,
+    costs: str = MACS,
+    *,
+    most: int | None = None,
+    measure: str = "max_softmax",
 ) -> list[Row]:
     """Returns a row for every subset of a network's exits that meets a mean cost, the best first.
 
-        speedup         factor by which the mean operations are fewer
+        speedup         factor by which the mean cost is lower
+        costs           "macs", "jax" or "onnx"
         exits           places, 1-based
-        accuracy, macs  on validation data; a fraction, and mean multiply-adds of one image
-        test_accuracy, test_macs
+        accuracy, cost  on validation data; a fraction, and mean multiply-adds or seconds of one
+                        image
+        test_accuracy, test_cost
 
     Args:
       staged: network with heads that do not depend on one another.
-      speedup: factor by which the mean operations are to be fewer than the whole network's.
+      speedup: factor by which the mean cost is to be lower than the whole network's.
+      parts: costs of the network's parts (`part_costs`).
+      costs: what these are.
       most: largest number of exits; None for no limit.
       measure: confidence measure of the policies.
 
@@ -160,9 +162,8 @@ def find_places(
     logits, labels = staged.logits("validation")
     test_logits, test_labels = staged.logits("test")
     temperatures = np.asarray(fit_temperatures(logits, labels), np.float32)[:, None, None]
-    costs = part_costs(staged)
     found = placements(
-        logits, labels, *costs, costs.trunk[-1] / speedup, most=most, measure=measure
+        logits, labels, *parts, parts.trunk[-1] / speedup, most=most, measure=measure
     )
 
     def row(placement: Placement) -> Row:
@@ -171,11 +172,12 @@ def find_places(
         test = outcome(placement.fitted.policy, scaled, test_labels, placement.costs)
         return {
             "speedup": speedup,
+            "costs": costs,
             "exits": [k + 1 for k in placement.places],
             "accuracy": placement.accuracy,
-            "macs": placement.cost,
+            "cost": placement.cost,
             "test_accuracy": test.accuracy,
-            "test_macs": test.cost,
+            "test_cost": test.cost,
         }
 
     return list(map(row, found))
@@ -189,24 +191,34 @@ def best_of_each_size(rows: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the best rows of one mean cost as a table, and a sentence with the best of all."""
-    titles = ("exits", "after", "validation", "M MACs", "test", "M MACs")
+    best = rows[0]
+    unit, size, _ = _UNITS[best["costs"]]
+    titles = ("exits", "after", "validation", unit, "test", unit)
     lines = [
         (
             len(row["exits"]),
             _listed(row),
             f"{100 * row['accuracy']:.2f} %",
-            f"{row['macs'] / 1e6:.3f}",
+            f"{row['cost'] / size:.3f}",
             f"{100 * row['test_accuracy']:.2f} %",
-            f"{row['test_macs'] / 1e6:.3f}",
+            f"{row['test_cost'] / size:.3f}",
         )
         for row in best_of_each_size(rows)
     ]
-    best = rows[0]
     return (
-        f"{best['speedup']:g} times fewer operations, {len(rows)} subsets\n"
+        f"{said(best)}, {len(rows)} subsets\n"
         f"{aligned([titles, *lines], left=(1,))}\n"
         f"best: exits after {_listed(best)}, {100 * best['accuracy']:.2f} % of the validation data"
     )
+
+
+def said(row: Row) -> str:
+    """Returns a row's mean cost in words.
+
+    >>> said({"speedup": 1.5, "costs": "onnx"})
+    '1.5 times less time in ONNX Runtime'
+    """
+    return f"{row['speedup']:g} times {_UNITS[row['costs']][2]}"
 
 
 def _listed(row: Row) -> str:

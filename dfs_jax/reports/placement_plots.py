@@ -16,7 +16,7 @@ from dfs_jax.reports.figures import (
     new_figure,
     save_figure,
 )
-from dfs_jax.reports.placement import best_of_each_size
+from dfs_jax.reports.placement import best_of_each_size, said
 
 _SIZE_INCHES, _DOTS_PER_INCH = (8, 5.5), 110
 _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756")
@@ -48,7 +48,7 @@ def plot_placement(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
             [row["accuracy"] for row in best],
             "-o",
             color=color,
-            label=f"{speedup:g} times fewer operations",
+            label=said(best[0]),
         )
         for row in best:
             axes.annotate(

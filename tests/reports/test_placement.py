@@ -7,13 +7,8 @@ import pytest
 
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference.places import exit_costs_of
-from dfs_jax.reports.placement import (
-    best_of_each_size,
-    find_places,
-    part_costs,
-    table,
-    with_new_heads,
-)
+from dfs_jax.reports.part_costs import part_costs, parts_of
+from dfs_jax.reports.placement import best_of_each_size, find_places, table, with_new_heads
 from dfs_jax.reports.placement_plots import plot_placement
 from dfs_jax.training.loop import train
 from dfs_jax.types import UserError
@@ -42,31 +37,55 @@ def test_costs_by_hand(staged):
     assert exit_costs_of((0, 1, 2), *costs) == tuple(c.published_macs for c in counted)
 
 
+def test_times_by_hand():
+    trunk, heads = np.array([2.0, 3.0, 1.0]), np.array([1.0, 0.5, 0.25])
+    found = parts_of(trunk + heads, np.cumsum(trunk) + heads)
+    assert found.heads == (1.0, 0.5, 0)
+    assert found.trunk == (2.0, 5.0, 6.25)
+    noisy = parts_of([1.0, 1.0], [1.5, 1.25])  # measured one after another: no cost is below 0
+    assert noisy.heads == (0.75, 0)
+    assert noisy.trunk == (0.75, 1.25)
+
+
+@pytest.mark.parametrize("runtime", ["jax", "onnx"])
+def test_measured_times_of_the_parts(staged, runtime):
+    if runtime == "onnx":
+        pytest.importorskip("onnxruntime")
+    parts = part_costs(staged, runtime, batch=3)
+    assert len(parts.trunk) == len(parts.heads) == 3
+    assert 0 < parts.trunk[0] <= parts.trunk[1] <= parts.trunk[2] < 60
+    assert all(0 <= head < 60 for head in parts.heads)
+    rows = find_places(staged, 1.0, parts, runtime)
+    assert {row["costs"] for row in rows} == {runtime}
+
+
 def test_rows_table_and_picture(staged, tmp_path):
-    rows = find_places(staged, 1.25)
-    budget = part_costs(staged).trunk[-1] / 1.25
+    parts = part_costs(staged)
+    rows = find_places(staged, 1.25, parts)
+    budget = parts.trunk[-1] / 1.25
     assert {tuple(row["exits"]) for row in rows} == {(1, 3), (2, 3), (1, 2, 3)}
-    assert all(row["macs"] <= budget for row in rows)
+    assert all(row["cost"] <= budget for row in rows)
     assert rows[0]["accuracy"] == max(row["accuracy"] for row in rows)
     assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
-    whole = find_places(staged, 1.0, most=1)
+    whole = find_places(staged, 1.0, parts, most=1)
     logits, labels = staged.logits("test")
     assert [row["exits"] for row in whole] == [[3]]
     assert whole[0]["test_accuracy"] == pytest.approx(np.mean(logits[-1].argmax(-1) == labels))
-    assert whole[0]["test_macs"] == part_costs(staged).trunk[-1]
+    assert whole[0]["test_cost"] == parts.trunk[-1]
     picture = plot_placement([*rows, *whole], tmp_path / "placement.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def row(accuracy, *exits):
+def row(accuracy, *exits, costs="macs"):
     return {
         "speedup": 2.0,
+        "costs": costs,
         "exits": list(exits),
         "accuracy": accuracy,
-        "macs": 2e6,
+        "cost": 2e6,
         "test_accuracy": 0.5,
-        "test_macs": 1e6,
+        "test_cost": 1e6,
     }
 
 
@@ -77,11 +96,19 @@ def test_the_table_has_the_best_subset_of_each_size():
     assert lines[0] == "2 times fewer operations, 4 subsets"
     assert lines[3].split() == ["2", "2,", "4", "85.00", "%", "2.000", "50.00", "%", "1.000"]
     assert lines[-1] == "best: exits after 1, 2, 4, 90.00 % of the validation data"
+    timed = {**row(0.9, 1, 4, costs="onnx"), "cost": 0.0125, "test_cost": 0.00125}
+    lines = table([timed]).splitlines()
+    assert lines[0] == "2 times less time in ONNX Runtime, 1 subsets"
+    assert lines[2].split() == ["2", "1,", "4", "90.00", "%", "12.500", "50.00", "%", "1.250"]
 
 
 def test_mistakes(staged, workdir, tmp_path):
     with pytest.raises(UserError, match="the cheapest exit alone costs 3462"):
-        find_places(staged, 9.0)
+        find_places(staged, 9.0, part_costs(staged))
+    with pytest.raises(UserError, match="--costs must be one of macs, jax, onnx, got 'flops'"):
+        part_costs(staged, "flops")
+    with pytest.raises(UserError, match="--batch must be at least 1, got 0"):
+        part_costs(staged, "jax", batch=0)
     with pytest.raises(UserError, match="there is no run in"):
         with_new_heads(tmp_path)
     with pytest.raises(UserError, match="learning_rate must be above 0, got 0"):
