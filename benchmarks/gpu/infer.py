@@ -16,7 +16,7 @@ from benchmarks.gpu.data import VALIDATION_REHEARSED, PackedDatasets
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.step import NETWORKS, TINY
 from benchmarks.gpu.train import TRAINED
-from benchmarks.inference.speed import EarlyExits, Speed, UpToExit, race
+from benchmarks.inference.speed import EarlyExits, OneProgram, Speed, race
 from benchmarks.training_step.method_costs import changed, noise_like
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.data import Dataset
@@ -125,7 +125,7 @@ def measure(
         fall_back=False,
     )
     predictor.warm_up()
-    whole = UpToExit(staged.stages, len(staged.stages) - 1, staged.example)
+    whole = OneProgram(staged.stages, staged.example)
     early = [EarlyExits(predictor.with_policy(c.policy)) for c in candidates]
     contenders = [whole, *early]
     for contender in contenders:

@@ -26,9 +26,9 @@ threshold, where rounding decides, and whether the whole network ran instead bec
 
 Speed-ups are relative to "full", the whole network as one program with only its last head, in the
 runtime where it is fastest. "exit K" is such a program up to exit K, for all examples (measured if
-there is one runtime). Policies of a network in int8 are fitted to its own confidences. "static RUN"
-is the whole network of another run (`--static`, its best checkpoint) as such a program, in the
-fastest runtime; rows of policies then also have
+jax or onnx is the only runtime). Policies of a network in int8 are fitted to its own confidences.
+"static RUN" is the whole network of another run (`--static`, its best checkpoint) as such a
+program, in the fastest runtime; rows of policies then also have
 
     static                 name of the static network that is nearest in accuracy
     speedup_over_static    the policy's throughput over this network's
@@ -47,8 +47,17 @@ from absl import flags
 
 from benchmarks.inference.candidates import Candidate, find_candidates, macs_of
 from benchmarks.inference.rows import Row, limits, row_of, static_row, table, to_json
-from benchmarks.inference.runtimes import INT8, RUNTIMES, TORCH, check_runtimes, in_runtimes
-from benchmarks.inference.speed import EarlyExits, UpToExit, race
+from benchmarks.inference.runtimes import (
+    INT8,
+    JAX,
+    ONNX,
+    RUNTIMES,
+    TORCH,
+    check_runtimes,
+    in_runtimes,
+    part_of,
+)
+from benchmarks.inference.speed import EarlyExits, OneProgram, race
 from benchmarks.inference.static import (
     StaticNetwork,
     compared,
@@ -78,11 +87,14 @@ class Runtime(NamedTuple):
       name: name of the runtime.
       staged: checkpoint of the run, with its stages in this runtime.
       candidates: what to measure, the whole network first.
+      original: the same checkpoint with its stages in jax, of which parts are made; None for
+        `staged`.
     """
 
     name: str
     staged: StagedRun
     candidates: list[Candidate]
+    original: StagedRun | None = None
 
 
 def main() -> None:
@@ -120,11 +132,13 @@ def main() -> None:
         measured = []
         for name, in_it in in_runtimes(staged, names).items():
             policy = None if name == INT8 else chosen  # which was fitted on other confidences
+            with_exits = names in ((JAX,), (ONNX,))
             candidates = find_candidates(
-                in_it, policy, measure.value, len(images), with_exits=len(names) == 1
+                in_it, policy, measure.value, len(images), with_exits=with_exits
             )
             # PyTorch runs the whole network, the first candidate.
-            measured.append(Runtime(name, in_it, candidates[:1] if name == TORCH else candidates))
+            candidates = candidates[:1] if name == TORCH else candidates
+            measured.append(Runtime(name, in_it, candidates, staged))
         rows: list[Row] = []
         for batch in batches.value:
             some = benchmark(measured, images, batch=batch, rounds=rounds.value, statics=statics)
@@ -178,7 +192,7 @@ def benchmark(
         contender.go_through(images[:batch], batch)
         contender.answer(images[:batch])
     # One of each runtime measures its stages, which up to an exit are a network of their own.
-    measuring = [next(c for c in some if not isinstance(c, UpToExit)) for some in by_runtime]
+    measuring = [next(c for c in some if not isinstance(c, OneProgram)) for some in by_runtime]
     stage_times = [contender.times for contender in measuring]
     speeds, times = race(contenders, stage_times, images, batch=batch, rounds=rounds)
     macs = macs_of(reference.staged)
@@ -213,10 +227,12 @@ def _contenders(runtime: Runtime, batch: int) -> list[Any]:
 
         return [TorchNetwork(staged)]
     predictors: dict[str, EarlyExitPredictor] = {}
-    contenders: list[UpToExit | EarlyExits] = []
+    contenders: list[OneProgram | EarlyExits] = []
     for candidate in runtime.candidates:
         if candidate.exit_index is not None:
-            contenders.append(UpToExit(staged.stages, candidate.exit_index, staged.example))
+            original = runtime.original or staged
+            part = part_of(original, staged, runtime.name, candidate.exit_index)
+            contenders.append(OneProgram(part, staged.example))
             continue
         measure = candidate.policy.measure
         if measure not in predictors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from dfs_jax.inference import onnx_models, quantize
 from dfs_jax.inference.trained import StagedRun
@@ -48,6 +49,23 @@ def in_runtimes(staged: StagedRun, names: Sequence[str]) -> dict[str, StagedRun]
         else staged._replace(stages=quantize.opened(*files[name], share_threads=True))
         for name in names
     }
+
+
+def part_of(staged: StagedRun, in_runtime: StagedRun, name: str, k: int) -> Sequence[Any]:
+    """Returns the stages of a run's network up to exit k, 0-based, in a runtime.
+
+    Args:
+      staged: checkpoint of the run.
+      in_runtime: the same checkpoint in the runtime.
+      name: name of the runtime.
+      k: exit.
+    """
+    if k == len(staged.stages) - 1:
+        return in_runtime.stages
+    part = staged.stages[: k + 1]
+    if name == ONNX:
+        return quantize.opened(*onnx_models.written(part, staged.example), share_threads=True)
+    return part
 
 
 def _has_torch() -> bool:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dfs_jax.exits.scores import max_softmax
-from dfs_jax.inference.onnx_stages import OnnxStages
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.programs import make_programs
 from dfs_jax.inference.timing import StageTimes, measure_stages
@@ -32,17 +31,16 @@ class Contender(Protocol):
         ...
 
 
-class UpToExit:
-    """The network up to exit k as one compiled program, with that head alone.
+class OneProgram:
+    """A network as one program, with its last head alone.
 
     Args:
-      stages: stages of the whole network.
-      k: exit, 0-based.
+      stages: stages of the network, such as those up to an exit of a larger one.
       example: shape and type of an image.
     """
 
-    def __init__(self, stages: Sequence[Any], k: int, example: Example):
-        self._programs = make_programs(up_to(stages, k), max_softmax, (1.0,) * (k + 1), example)
+    def __init__(self, stages: Sequence[Any], example: Example):
+        self._programs = make_programs(stages, max_softmax, (1.0,) * len(stages), example)
         self._single = self._programs.single()
 
     def go_through(self, images: np.ndarray, batch: int) -> None:
@@ -158,11 +156,6 @@ def race(
         for own, reference, ls in zip(seconds, references, latencies, strict=True)
     ]
     return speeds, list(map(_median, times))
-
-
-def up_to(stages: Sequence[Any], k: int) -> Sequence[Any]:
-    """Returns the stages up to exit k (0-based), a network of its own."""
-    return stages.up_to(k) if isinstance(stages, OnnxStages) else stages[: k + 1]
 
 
 def _speedup(reference: np.ndarray, own: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.inference.runtimes import JAX, in_runtimes
-from benchmarks.inference.speed import UpToExit
+from benchmarks.inference.speed import OneProgram
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference.trained import StagedRun, load_staged
 from dfs_jax.paths import UserPath, input_directory, shown
@@ -42,10 +42,10 @@ class StaticNetwork(NamedTuple):
     accuracy: float
     macs: float
 
-    def contender(self, runtime: str = JAX) -> UpToExit:
+    def contender(self, runtime: str = JAX) -> OneProgram:
         """Returns the network as one program of a runtime."""
         staged = in_runtimes(self.staged, [runtime])[runtime]
-        return UpToExit(staged.stages, len(staged.stages) - 1, staged.example)
+        return OneProgram(staged.stages, staged.example)
 
 
 def static_directories(given: Sequence[UserPath], workdir: Path) -> list[Path]:

@@ -134,10 +134,6 @@ class OnnxStages(tuple):
         made.whole, made.fingerprint = whole, fingerprint
         return made
 
-    def up_to(self, k: int) -> OnnxStages:
-        """Returns the stages up to exit k (0-based), a network of its own."""
-        return self if k == len(self) - 1 else OnnxStages(self[: k + 1])
-
     def last_logits(self, images: np.ndarray) -> np.ndarray:
         """Returns the last exit's logits, `[batch, classes]`."""
         if self.whole is not None:

@@ -9,19 +9,19 @@ from benchmarks.inference import speed as speed_module
 from benchmarks.inference.candidates import Candidate, oracle_exits
 from benchmarks.inference.rows import limits, table, to_json
 from benchmarks.inference.rows import row_of as benchmark_row
-from benchmarks.inference.speed import EarlyExits, Speed, UpToExit, race
+from benchmarks.inference.speed import EarlyExits, OneProgram, Speed, race
 from benchmarks.inference.speed_plots import plot_speed
 from dfs_jax.inference.fitting import PolicyOutcome
 from dfs_jax.inference.policy import Policy
 from dfs_jax.inference.timing import StageTimes
-from tests.support.stage_examples import EXAMPLE, EXITS, STAGES, images, make_predictor
+from tests.support.stage_examples import EXAMPLE, STAGES, images, make_predictor
 
 POLICY = Policy((0.83, 0.79))
 
 
 def test_a_program_up_to_an_exit_is_that_exit():
     asked = make_predictor(Policy((None, -1e8)))
-    contender = UpToExit(STAGES, 1, EXAMPLE)
+    contender = OneProgram(STAGES[:2], EXAMPLE)
     got = contender._programs.run_whole(images(5))[:, :-2]
     np.testing.assert_allclose(got, asked(images(5)).probabilities, atol=1e-6)
     latencies = contender.answer(images(5))
@@ -141,7 +141,7 @@ def test_a_row_by_hand():
 
 
 def some_rows():
-    whole = UpToExit(STAGES, EXITS - 1, EXAMPLE)
+    whole = OneProgram(STAGES, EXAMPLE)
     kinds = (("full", 2), ("exit 1", 0), ("2x", None))
     return [row_of(name, whole, batch, k) for batch in (1, 7) for name, k in kinds]
 
