@@ -8,11 +8,10 @@
     torch onnx       PyTorch's own export of the same weights, in ONNX Runtime
     torch            PyTorch, channels last
 
-All take turns, of two calls each, and the second is timed. Times are medians, and the ratio is the
-median of the ratios to "torch onnx" in the same round (to "onnx" without PyTorch, see
-requirements-benchmarks.txt). jax and onnx take uint8
-images and normalise them; PyTorch takes normalised floats. The last column is the largest
-difference of logits from those of "onnx".
+All take turns in random order, of two calls each, and the second is timed. Times are medians, and
+the ratio is the median of the ratios to "torch onnx" in the same round (to "onnx" without PyTorch,
+see requirements-benchmarks.txt). jax and onnx take uint8 images and normalise them; PyTorch takes
+normalised floats. The last column is the largest difference of logits from those of "onnx".
 """
 
 from __future__ import annotations
@@ -116,8 +115,10 @@ def timed(contenders: dict[str, Contender], batch: int, rounds: int) -> list[tup
     runs = {name: functools.partial(c.run, c.prepare(images)) for name, c in contenders.items()}
     logits = {name: np.asarray(run()) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    draw = np.random.default_rng(0)
     for _ in range(rounds):
-        for name, run in runs.items():
+        for name in draw.permutation(list(runs)).tolist():
+            run = runs[name]
             run()  # wakes the runtime's threads, which slept while the others computed
             seconds[name].append(seconds_of(run))
     reference = np.array(seconds[TORCH_ONNX if TORCH_ONNX in contenders else "onnx"])
