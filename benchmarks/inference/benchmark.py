@@ -54,7 +54,8 @@ from benchmarks.inference.runtimes import (
     RUNTIMES,
     TORCH,
     check_runtimes,
-    in_runtimes,
+    files_of,
+    in_runtime,
     part_of,
 )
 from benchmarks.inference.speed import EarlyExits, OneProgram, race
@@ -128,9 +129,10 @@ def main() -> None:
             root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
         )
         images = staged.images("test", examples.value)
-        statics = load_static(others, staged, images, data_dir=data_dir.value)
-        measured = []
-        for name, in_it in in_runtimes(staged, names).items():
+        statics = load_static(others, staged, images, names, data_dir=data_dir.value)
+        files, measured = files_of(staged, names), []
+        for name in names:
+            in_it = in_runtime(staged, name, files)
             policy = None if name == INT8 else chosen  # which was fitted on other confidences
             with_exits = names in ((JAX,), (ONNX,))
             candidates = find_candidates(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfs_jax.inference import onnx_models, quantize
@@ -13,6 +13,8 @@ from dfs_jax.types import UserError
 JAX, ONNX, INT8, TORCH = "jax", "onnx", "onnx_int8", "torch"
 RUNTIMES = (JAX, ONNX, INT8, TORCH)
 _CALIBRATION = 256  # images
+
+Files = Mapping[str, tuple[dict[str, bytes], dict[str, Any]]]
 
 
 def check_runtimes(names: Sequence[str]) -> tuple[str, ...]:
@@ -31,11 +33,11 @@ def check_runtimes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def in_runtimes(staged: StagedRun, names: Sequence[str]) -> dict[str, StagedRun]:
-    """Returns a checkpoint of a run with its stages in each runtime, by name; PyTorch has none.
+def files_of(staged: StagedRun, names: Sequence[str]) -> Files:
+    """Returns the ONNX files of a checkpoint of a run, and their description, by runtime.
 
-    All sessions of ONNX Runtime share one pool of threads, which is made last: calibration has
-    sessions of its own. Ranges of int8 are found on the split that policies are fitted on.
+    Ranges of int8 are found on the split that policies are fitted on. Calibration has sessions of
+    its own: files of all networks are made before the first is opened, by `in_runtime`.
     """
     files = {}
     if {ONNX, INT8} & {*names}:
@@ -43,12 +45,17 @@ def in_runtimes(staged: StagedRun, names: Sequence[str]) -> dict[str, StagedRun]
     if INT8 in names:
         images = staged.images(staged.experiment.score_split, _CALIBRATION)
         files[INT8] = quantize.quantized(*files[ONNX], images)
-    return {
-        name: staged
-        if name in (JAX, TORCH)
-        else staged._replace(stages=quantize.opened(*files[name], share_threads=True))
-        for name in names
-    }
+    return files
+
+
+def in_runtime(staged: StagedRun, name: str, files: Files) -> StagedRun:
+    """Returns a checkpoint of a run with its stages in a runtime; for PyTorch, it is unchanged.
+
+    All sessions of ONNX Runtime share one pool of threads.
+    """
+    if name in (JAX, TORCH):
+        return staged
+    return staged._replace(stages=quantize.opened(*files[name], share_threads=True))
 
 
 def part_of(staged: StagedRun, in_runtime: StagedRun, name: str, k: int) -> Sequence[Any]:

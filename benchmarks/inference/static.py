@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.inference.runtimes import JAX, in_runtimes
-from benchmarks.inference.speed import OneProgram
+from benchmarks.inference.runtimes import JAX, TORCH, Files, files_of, in_runtime
+from benchmarks.inference.speed import Contender, OneProgram
 from dfs_jax.costs.flops import exit_costs
 from dfs_jax.inference.trained import StagedRun, load_staged
 from dfs_jax.paths import UserPath, input_directory, shown
@@ -35,16 +36,22 @@ class StaticNetwork(NamedTuple):
       staged: best checkpoint of its run.
       accuracy: accuracy of the last exit on the whole test split, a fraction.
       macs: multiply-adds of one image, without early heads.
+      files: its files for the runtimes that need them (`runtimes.files_of`).
     """
 
     name: str
     staged: StagedRun
     accuracy: float
     macs: float
+    files: Files = MappingProxyType({})
 
-    def contender(self, runtime: str = JAX) -> OneProgram:
+    def contender(self, runtime: str = JAX) -> Contender:
         """Returns the network as one program of a runtime."""
-        staged = in_runtimes(self.staged, [runtime])[runtime]
+        if runtime == TORCH:
+            from benchmarks.inference.torch_network import TorchNetwork
+
+            return TorchNetwork(self.staged)
+        staged = in_runtime(self.staged, runtime, self.files)
         return OneProgram(staged.stages, staged.example)
 
 
@@ -73,7 +80,12 @@ def static_directories(given: Sequence[UserPath], workdir: Path) -> list[Path]:
 
 
 def load_static(
-    paths: Sequence[Path], staged: StagedRun, images: np.ndarray, *, data_dir: str | None = None
+    paths: Sequence[Path],
+    staged: StagedRun,
+    images: np.ndarray,
+    runtimes: Sequence[str] = (JAX,),
+    *,
+    data_dir: str | None = None,
 ) -> list[StaticNetwork]:
     """Returns the best checkpoints of other runs as static networks.
 
@@ -81,6 +93,7 @@ def load_static(
       paths: directories of the runs.
       staged: run with early exits.
       images: test images that are timed, from the first.
+      runtimes: runtimes in which they may be timed.
       data_dir: directory of the data, if it has moved.
 
     Raises:
@@ -91,10 +104,11 @@ def load_static(
     if not paths:
         return []
     _, labels = staged.logits("test")
-    return [
+    loaded = [
         _load(PREFIX + short, path, staged, labels, images, data_dir)
         for short, path in zip(shorts, paths, strict=True)
     ]
+    return [static._replace(files=files_of(static.staged, runtimes)) for static in loaded]
 
 
 def is_static(row: Row) -> bool:

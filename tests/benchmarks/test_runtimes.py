@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.inference.runtimes import ONNX, check_runtimes, in_runtimes, part_of
+from benchmarks.inference.runtimes import ONNX, check_runtimes, files_of, in_runtime, part_of
 from dfs_jax.inference import quantize
 from dfs_jax.inference.stages import run_stages
 from dfs_jax.inference.trained import staged_run
@@ -46,7 +46,7 @@ def test_a_part_in_onnx_has_its_last_head_alone(staged, monkeypatch):
     pytest.importorskip("onnxruntime")
     opened = quantize.opened
     monkeypatch.setattr(quantize, "opened", lambda *files, share_threads: opened(*files))
-    whole = in_runtimes(staged, [ONNX])[ONNX]
+    whole = in_runtime(staged, ONNX, files_of(staged, [ONNX]))
     assert part_of(staged, whole, ONNX, 2) is whole.stages
     part, images = part_of(staged, whole, ONNX, 1), staged.images("train", 5)
     assert len(part) == 2
