@@ -2,7 +2,8 @@
 
 Activations are quantised to 8 bits with ranges seen on calibration images, weights to 7 bits for
 each channel (with 8, sums of two products overflow on processors without VNNI). The last layer of
-each head stays in float. Quantisation changes confidences, so the policy is fitted again.
+each head stays in float. Stages hand on their carries in 8 bits. Quantisation changes confidences,
+so the policy is fitted again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from dfs_jax.extras import require
 from dfs_jax.inference import onnx_stages
+from dfs_jax.inference.int8_carries import with_int8_carries
 from dfs_jax.inference.onnx_models import WHOLE
 from dfs_jax.inference.onnx_stages import OnnxStage, OnnxStages
 from dfs_jax.types import UserError
@@ -46,11 +48,13 @@ def quantized(
             "process of its own"
         )
     inputs = _batches(images)
-    found = {WHOLE: _quantized(contents[WHOLE], ["images"], inputs)}
+    whole, names, stages = _quantized(contents[WHOLE], ["images"], inputs), [], []
     for entry in about["stages"]:
-        stage = OnnxStage(contents[entry["file"]])
-        found[entry["file"]] = _quantized(contents[entry["file"]], stage.names, inputs)
+        names.append(entry["file"])
+        stage = OnnxStage(contents[names[-1]])
+        stages.append(_quantized(contents[names[-1]], stage.names, inputs))
         inputs = [stage(carry)[0] for carry in inputs]
+    found = dict(zip(names, with_int8_carries(stages), strict=True)) | {WHOLE: whole}
     checksum = hashlib.sha256(b"".join(content for _, content in sorted(found.items())))
     described = {"precision": "int8", "fingerprint": checksum.hexdigest()}
     return {name: found[name] for name in contents}, {**about, **described}

@@ -78,7 +78,7 @@ def test_calibration_beside_shared_threads_is_refused(tiny_run, tmp_path, monkey
 
 @pytest.mark.parametrize("names", [[], ["tflite"], ["jax", "ONNX"]])
 def test_unknown_runtimes(names):
-    with pytest.raises(UserError, match="--runtimes must be some of jax, onnx, onnx_int8, got"):
+    with pytest.raises(UserError, match="--runtimes must be some of jax, onnx, onnx_int8, torch, got"):
         check_runtimes(names)
     assert check_runtimes(["onnx", "jax", "onnx"]) == ("onnx", "jax")
 
@@ -103,4 +103,4 @@ def test_programs(tiny_run, tmp_path):
     assert not any(row["policy"].startswith("exit") for row in rows)
     status, _, err = run_program("benchmarks.inference", *where, "--runtimes=tflite")
     assert status == 2
-    assert err.startswith("error: --runtimes must be some of jax, onnx, onnx_int8, got ['tflite']")
+    assert err.startswith("error: --runtimes must be some of jax, onnx, onnx_int8, torch, got ['tflite']")

@@ -372,6 +372,7 @@ def test_int8_has_weights_and_ranges_of_its_own():
     assert described["precision"] == "int8"
     assert described["fingerprint"] != about["fingerprint"]
     int8 = quantize.opened(quantised, described)
+    assert {x.dtype for stage in int8 for x in stage.carry} == {np.dtype(np.uint8)}
     got = recorded_logits(int8, [(images, np.ones(40, bool))])
     expected = np.asarray(run_stages(stages, images))
     spread = expected.std(axis=(1, 2), keepdims=True)
