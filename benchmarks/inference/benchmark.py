@@ -62,12 +62,14 @@ from benchmarks.inference.speed import EarlyExits, OneProgram, race
 from benchmarks.inference.static import (
     StaticNetwork,
     compared,
+    is_policy,
     load_static,
     static_directories,
     static_table,
 )
 from dfs_jax import program
 from dfs_jax.files import write_whole
+from dfs_jax.inference import quantize
 from dfs_jax.inference.predictor import EarlyExitPredictor
 from dfs_jax.inference.run_policy import load_with_policy
 from dfs_jax.inference.trained import StagedRun
@@ -114,6 +116,7 @@ def main() -> None:
     rounds = flags.DEFINE_integer("rounds", 5, "Number of rounds that medians are taken over.")
     measure = flags.DEFINE_string("measure", "max_softmax", "Confidence measure of the policies.")
     runtimes = flags.DEFINE_list("runtimes", ["jax"], f"Some of {', '.join(RUNTIMES)}.")
+    bits = flags.DEFINE_integer("weight_bits", 7, "Bits of a weight in onnx_int8: 7 or 8.")
     static = flags.DEFINE_multi_string(
         "static", [], "Directory of a smaller network's run to compare with; may be repeated."
     )
@@ -124,22 +127,29 @@ def main() -> None:
         path = root / "benchmark.json" if output.value is None else output.value
         path = output_file(path, "--output")
         names = check_runtimes(runtimes.value)
+        if bits.present and INT8 not in names:
+            raise UserError(f"--weight_bits takes {INT8} among --runtimes")
+        quantize.check_weight_bits(bits.value)
         others = static_directories(static.value, root)
         staged, chosen = load_with_policy(
             root, policy=own.value, checkpoint=checkpoint.value, data_dir=data_dir.value
         )
         images = staged.images("test", examples.value)
-        statics = load_static(others, staged, images, names, data_dir=data_dir.value)
-        files, measured = files_of(staged, names), []
+        statics = load_static(
+            others, staged, images, names, weight_bits=bits.value, data_dir=data_dir.value
+        )
+        files, measured = files_of(staged, names, bits.value), []
         for name in names:
             in_it = in_runtime(staged, name, files)
             policy = None if name == INT8 else chosen  # which was fitted on other confidences
-            with_exits = names in ((JAX,), (ONNX,))
             candidates = find_candidates(
-                in_it, policy, measure.value, len(images), with_exits=with_exits
+                in_it,
+                policy,
+                measure.value,
+                len(images),
+                with_exits=names in ((JAX,), (ONNX,)),
+                with_policies=name != TORCH,
             )
-            # PyTorch runs the whole network, the first candidate.
-            candidates = candidates[:1] if name == TORCH else candidates
             measured.append(Runtime(name, in_it, candidates, staged))
         rows: list[Row] = []
         for batch in batches.value:
@@ -154,7 +164,7 @@ def main() -> None:
         program.say(f"wrote {path}")
         for name in names:
             own_rows = [row for row in rows if row["runtime"] == name]
-            if name == TORCH:
+            if not any(map(is_policy, own_rows)):
                 continue
             picture = path.with_suffix(".png" if len(names) == 1 else f".{name}.png")
             program.say(f"wrote {plot_speed(own_rows, picture)}")

@@ -48,7 +48,13 @@ class Candidate(NamedTuple):
 
 
 def find_candidates(
-    staged: StagedRun, own: Policy | None, measure: str, timed: int, *, with_exits: bool = True
+    staged: StagedRun,
+    own: Policy | None,
+    measure: str,
+    timed: int,
+    *,
+    with_exits: bool = True,
+    with_policies: bool = True,
 ) -> list[Candidate]:
     """Returns the whole network, every exit, policies of fewer operations, and the run's policy.
 
@@ -60,6 +66,7 @@ def find_candidates(
       measure: confidence measure of the other policies.
       timed: number of test examples, from the first, that may be timed.
       with_exits: whether the network up to each exit is a candidate.
+      with_policies: whether policies are candidates, its own included.
     """
     macs = macs_of(staged)
     last = len(macs) - 1
@@ -76,6 +83,8 @@ def find_candidates(
     found = [whole._replace(oracles={x: oracle_exits(logits, labels, x) for x in LOSSES})]
     if with_exits:
         found += [candidate(f"exit {k + 1}", at_exit(k), k) for k in range(last)]
+    if not with_policies:
+        return found
     found.append(candidate("no early exit", last_exit_only(last + 1)))
     try:
         validation = staged.logits(staged.experiment.score_split)

@@ -52,10 +52,10 @@ def main() -> None:
     def run() -> None:
         lines = [("model", "batch", "runtime", "ms", "ratio", "difference")]
         for text in models.value:
-            contenders = contenders_of(*parsed(text))
+            peers = peers_of(*parsed(text))
             for batch in batches.value:
                 turns = rounds.value * (10 if batch == 1 else 1)
-                lines += [(text, str(batch), *row) for row in timed(contenders, batch, turns)]
+                lines += [(text, str(batch), *row) for row in timed(peers, batch, turns)]
         program.say(aligned(lines))
 
     program.run(run)
@@ -76,7 +76,7 @@ def parsed(text: str) -> tuple[str, dict[str, int]]:
         ) from error
 
 
-class Contender(NamedTuple):
+class Peer(NamedTuple):
     """A network in one runtime.
 
     Attributes:
@@ -88,7 +88,7 @@ class Contender(NamedTuple):
     prepare: Callable[[np.ndarray], Any] = lambda images: images
 
 
-def contenders_of(name: str, options: dict[str, int]) -> dict[str, Contender]:
+def peers_of(name: str, options: dict[str, int]) -> dict[str, Peer]:
     """Returns a network in every runtime, by name."""
     model, fork = create_model(name, num_classes=_CLASSES, **options), create_fork("dfs")
     shape = (_SIDE, _SIDE, 3)
@@ -105,25 +105,25 @@ def contenders_of(name: str, options: dict[str, int]) -> dict[str, Contender]:
         return logits
 
     found = {"jax": compiled.run_whole, "onnx": ours.last_logits, "onnx stages": in_turn}
-    own = {name: Contender(run) for name, run in found.items()}
+    own = {name: Peer(run) for name, run in found.items()}
     return {**own, **_of_torch(model, fork, variables)}
 
 
-def timed(contenders: dict[str, Contender], batch: int, rounds: int) -> list[tuple[str, ...]]:
-    """Returns a row for each contender: its name, milliseconds, ratio and difference of logits."""
+def timed(peers: dict[str, Peer], batch: int, rounds: int) -> list[tuple[str, ...]]:
+    """Returns a row for each peer: its name, milliseconds, ratio and difference of logits."""
     images = np.random.default_rng(0).integers(0, 256, (batch, _SIDE, _SIDE, 3)).astype(np.uint8)
-    runs = {name: functools.partial(c.run, c.prepare(images)) for name, c in contenders.items()}
+    runs = {name: functools.partial(c.run, c.prepare(images)) for name, c in peers.items()}
     logits = {name: np.asarray(run()) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
     draw = np.random.default_rng(0)
     for _ in range(rounds):
         for name in draw.permutation(list(runs)).tolist():
             run = runs[name]
             run()  # wakes the runtime's threads, which slept while the others computed
             seconds[name].append(seconds_of(run))
-    reference = np.array(seconds[TORCH_ONNX if TORCH_ONNX in contenders else "onnx"])
+    reference = np.array(seconds[TORCH_ONNX if TORCH_ONNX in peers else "onnx"])
     rows = []
-    for name in contenders:
+    for name in peers:
         ratio = np.median(np.array(seconds[name]) / reference)
         # The programs of jax return probabilities, whose logits have been compared in the tests.
         far = "" if name == "jax" else f"{np.abs(logits[name] - logits['onnx']).max():.1e}"
@@ -135,7 +135,7 @@ def _normalised(images: Any) -> Any:
     return images / 127.5 - 1
 
 
-def _of_torch(model: Any, fork: Any, variables: Any) -> dict[str, Contender]:
+def _of_torch(model: Any, fork: Any, variables: Any) -> dict[str, Peer]:
     try:
         import torch
     except ImportError:
@@ -171,8 +171,8 @@ def _of_torch(model: Any, fork: Any, variables: Any) -> dict[str, Contender]:
             return last(images).numpy()
 
     return {
-        TORCH_ONNX: Contender(lambda images: exported(images)[1], floats),
-        "torch": Contender(eager, channels_last),
+        TORCH_ONNX: Peer(lambda images: exported(images)[1], floats),
+        "torch": Peer(eager, channels_last),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,25 +26,33 @@ def check_runtimes(names: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in RUNTIMES]
     if unknown or not names:
         raise UserError(f"--runtimes must be some of {', '.join(RUNTIMES)}, got {list(names)}")
-    if TORCH in names and not _has_torch():
-        raise UserError(
-            "the runtime torch needs PyTorch: pip install -r requirements-benchmarks.txt"
-        )
+    if TORCH in names:
+        try:
+            importlib.import_module("torch")
+        except ImportError as error:
+            raise UserError(
+                "the runtime torch needs PyTorch: pip install -r requirements-benchmarks.txt"
+            ) from error
     return tuple(dict.fromkeys(names))
 
 
-def files_of(staged: StagedRun, names: Sequence[str]) -> Files:
+def files_of(staged: StagedRun, names: Sequence[str], weight_bits: int = 7) -> Files:
     """Returns the ONNX files of a checkpoint of a run, and their description, by runtime.
 
     Ranges of int8 are found on the split that policies are fitted on. Calibration has sessions of
     its own: files of all networks are made before the first is opened, by `in_runtime`.
+
+    Args:
+      staged: checkpoint of the run.
+      names: runtimes.
+      weight_bits: bits of a weight in int8.
     """
     files = {}
     if {ONNX, INT8} & {*names}:
         files[ONNX] = onnx_models.written(staged.stages, staged.example)
     if INT8 in names:
         images = staged.images(staged.experiment.score_split, _CALIBRATION)
-        files[INT8] = quantize.quantized(*files[ONNX], images)
+        files[INT8] = quantize.quantized(*files[ONNX], images, weight_bits=weight_bits)
     return files
 
 
@@ -73,10 +81,3 @@ def part_of(staged: StagedRun, in_runtime: StagedRun, name: str, k: int) -> Sequ
     if name == ONNX:
         return quantize.opened(*onnx_models.written(part, staged.example), share_threads=True)
     return part
-
-
-def _has_torch() -> bool:
-    try:
-        return importlib.util.find_spec("torch") is not None
-    except ValueError:  # sys.modules has None for it
-        return False

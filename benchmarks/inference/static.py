@@ -85,6 +85,7 @@ def load_static(
     images: np.ndarray,
     runtimes: Sequence[str] = (JAX,),
     *,
+    weight_bits: int = 7,
     data_dir: str | None = None,
 ) -> list[StaticNetwork]:
     """Returns the best checkpoints of other runs as static networks.
@@ -94,6 +95,7 @@ def load_static(
       staged: run with early exits.
       images: test images that are timed, from the first.
       runtimes: runtimes in which they may be timed.
+      weight_bits: bits of a weight in int8.
       data_dir: directory of the data, if it has moved.
 
     Raises:
@@ -108,7 +110,9 @@ def load_static(
         _load(PREFIX + short, path, staged, labels, images, data_dir)
         for short, path in zip(shorts, paths, strict=True)
     ]
-    return [static._replace(files=files_of(static.staged, runtimes)) for static in loaded]
+    return [
+        static._replace(files=files_of(static.staged, runtimes, weight_bits)) for static in loaded
+    ]
 
 
 def is_static(row: Row) -> bool:
@@ -124,6 +128,8 @@ def is_policy(row: Row) -> bool:
 def compared(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns the rows of one batch size; each policy's also names a static network.
 
+    Policies of slower runtimes than that of the static networks, the fastest, have none.
+
     static               the nearest in accuracy; the faster one of two that are equally near
     speedup_over_static  the policy's throughput over that of this network, from their speed-ups
                          over `full`, which cancel the drift of the machine's speed
@@ -133,7 +139,7 @@ def compared(rows: Sequence[Row]) -> list[dict[str, Any]]:
         return list(map(dict, rows))
 
     def beside(row: Row) -> dict[str, Any]:
-        if not is_policy(row):
+        if not is_policy(row) or row["runtime"] != statics[0]["runtime"]:
             return dict(row)
         nearest = min(statics, key=lambda s: (abs(s["accuracy"] - row["accuracy"]), -s["speedup"]))
         values = nearest["policy"], row["speedup"] / nearest["speedup"]
@@ -148,15 +154,15 @@ def static_table(rows: Sequence[Row]) -> str:
     Args:
       rows: rows of one batch size, as `compared` returns them, with static networks.
     """
-    policies = [row for row in rows if is_policy(row)]
-    accuracy = {row["policy"]: f"{100 * row['accuracy']:.2f} %" for row in rows}
+    policies = [row for row in rows if KEYS[0] in row]
+    of_static = {row["policy"]: row["accuracy"] for row in rows if is_static(row)}
     titles = ("policy", "accuracy", "nearest static network", "accuracy", "throughput ratio")
     lines = [
         (
             row["policy"],
-            accuracy[row["policy"]],
+            f"{100 * row['accuracy']:.2f} %",
             row["static"].removeprefix(PREFIX),
-            accuracy[row["static"]],
+            f"{100 * of_static[row['static']]:.2f} %",
             f"{row['speedup_over_static']:.2f}",
         )
         for row in policies
@@ -168,8 +174,11 @@ def verdict(rows: Sequence[Row]) -> str:
     """Returns a sentence on the policies that a static network beats in a batch size.
 
     A static network beats a policy if it is faster and no less accurate.
+
+    Args:
+      rows: rows of one batch size, as `compared` returns them.
     """
-    beaten, policies = [], [row for row in rows if is_policy(row)]
+    beaten, policies = [], [row for row in rows if KEYS[0] in row]
     for row in policies:
         better = [
             static

@@ -54,6 +54,7 @@ def main() -> None:
     examples = flags.DEFINE_integer(
         "calibration_examples", 256, "Number of validation images for the ranges of activations."
     )
+    bits = flags.DEFINE_integer("weight_bits", 7, "Bits of a weight: 7, or 8 for CPUs with VNNI.")
 
     def run() -> None:
         program.use_compilation_cache()
@@ -67,14 +68,17 @@ def main() -> None:
             "data_dir": data_dir.value,
         }
         if precision.value is None:
-            if examples.present:
-                raise UserError("--calibration_examples takes --quantize=int8")
+            for flag in (examples, bits):
+                if flag.present:
+                    raise UserError(f"--{flag.name} takes --quantize=int8")
             formats = [*FORMATS] if format.value == BOTH else [format.value]
             files = export_run(source, target, formats=formats, **options)
         elif format.value != ONNX:
             raise UserError(f"--quantize={precision.value} takes --format={ONNX}")
         else:
-            files = export_int8(source, target, examples=examples.value, **options)
+            files = export_int8(
+                source, target, examples=examples.value, weight_bits=bits.value, **options
+            )
         program.say("".join(f"wrote {path}\n" for path in files).rstrip())
 
     program.run(run)
@@ -124,6 +128,7 @@ def export_int8(
     output: Path,
     *,
     examples: int = 256,
+    weight_bits: int = 7,
     checkpoint: str | None = None,
     policy: str | Path | None = None,
     data_dir: str | None = None,
@@ -134,6 +139,7 @@ def export_int8(
       workdir: directory of the run.
       output: directory to write.
       examples: number of validation images that activations are calibrated on.
+      weight_bits: bits of a weight, 7, or 8 for processors with VNNI.
       checkpoint, policy, data_dir: as in `export_run`.
 
     Returns:
@@ -143,12 +149,13 @@ def export_int8(
       UserError: as in `export_run`, or a policy without a record of its target.
     """
     check_whole("calibration_examples", examples)
+    quantize.check_weight_bits(weight_bits)
     staged, chosen = load_with_policy(
         workdir, policy=policy, checkpoint=checkpoint, data_dir=data_dir
     )
     contents, about = onnx_models.written(staged.stages, staged.example)
     images = staged.images(staged.experiment.score_split, examples)
-    contents, about = quantize.quantized(contents, about, images)
+    contents, about = quantize.quantized(contents, about, images, weight_bits=weight_bits)
     about["calibration_examples"] = len(images)
     int8 = staged._replace(stages=quantize.opened(contents, about))
     program.say(compared(staged, int8))

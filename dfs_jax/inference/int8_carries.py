@@ -68,7 +68,7 @@ def _quantised(graph: Any, maker: Any, wanted: list[np.ndarray]) -> str:
         if np.array_equal(own[1], wanted[1]) and np.allclose(own[0], wanted[0], rtol=1e-4, atol=0):
             return maker.input[0]
     source = maker.output[0]
-    if maker.op_type == "Identity":
+    if maker.op_type == "Identity" and not any(source in node.input for node in graph.node):
         source = maker.input[0]
         graph.node.remove(maker)
     names = [f"{maker.output[0]}_carry_{part}" for part in ("scale", "zero_point")]

@@ -1,7 +1,7 @@
-"""One example at a time: the way from its image to the exit's answer, without queues and copies.
+"""One example at a time, from stage to stage without queues.
 
-In ONNX Runtime a session that is called with arrays makes objects for every input and output, which
-takes as long as a small stage. There the arrays are made once, each stage writes where the next one
+A session of ONNX Runtime that is called with arrays makes objects for every input and output, which
+takes as long as a small stage. So the arrays are made once, each stage writes where the next one
 reads, and sessions are bound to them.
 """
 
@@ -17,24 +17,27 @@ from dfs_jax.types import Example
 
 
 class Single(Protocol):
-    """Runs the stages on one example. It belongs to one predictor, since stages have their inputs.
+    """Runs the stages on one example at a time. It holds the example: it belongs to one caller."""
 
-    Methods:
-      start: takes an image `[1, height, width, channels]`.
-      run: runs stage k, once the stages before it have run; returns its answers
-        `[1, classes + 2]` (see `dfs_jax.inference.programs`).
-      run_whole: runs the whole network as one program; returns the last exit's answers.
-    """
+    def start(self, image: np.ndarray) -> None:
+        """Takes an image `[1, height, width, channels]`."""
+        ...
 
-    def start(self, image: np.ndarray) -> None: ...
+    def run(self, k: int) -> np.ndarray:
+        """Runs stage k, once the stages before it have run.
 
-    def run(self, k: int) -> np.ndarray: ...
+        Returns:
+          Answers of the exit, `[1, classes + 2]` (see `dfs_jax.inference.programs`).
+        """
+        ...
 
-    def run_whole(self) -> np.ndarray: ...
+    def run_whole(self) -> np.ndarray:
+        """Runs the whole network as one program; returns the last exit's answers."""
+        ...
 
 
 class SingleInTurn:
-    """A single example through programs that are called with carries.
+    """A single example through programs that are called with carries, a `Single`.
 
     Args:
       programs: the programs (`dfs_jax.inference.programs.Programs`).
@@ -56,7 +59,7 @@ class SingleInTurn:
 
 
 class SingleInOnnx:
-    """A single example in sessions of ONNX Runtime that are bound to arrays.
+    """A single example in sessions of ONNX Runtime that are bound to arrays, a `Single`.
 
     Args:
       stages: the stages.

@@ -22,8 +22,8 @@ def as_softmax(sweep: Sweep, node: Node) -> bool:
     if not (raised and total) or total[0] != raised.output:
         return False
     axis, x = total[1], raised.inputs[0]
-    shifted = sweep.of(x, "Sub")
-    if shifted is not None and _is_single(sweep, shifted.inputs[1], axis):
+    shifted, rank = sweep.of(x, "Sub"), len(_shape(sweep, node.inputs[1]))
+    if shifted is not None and _is_single(sweep, shifted.inputs[1], axis, rank):
         x = shifted.inputs[0]
     node.op, node.inputs, node.attributes = "Softmax", [x], {"axis": axis}
     return True
@@ -101,15 +101,21 @@ def _along(sweep: Sweep, name: str, op: str) -> tuple[str, int] | None:
     axes = reduced and sweep.known(reduced.inputs[1])
     if not (reshaped and reduced) or axes is None or axes.size != 1:
         return None
-    axis = int(axes[0])
-    return (reduced.inputs[0], axis) if _is_single(sweep, name, axis) else None
+    axis, rank = int(axes[0]), len(_shape(sweep, name))
+    return (reduced.inputs[0], axis) if _is_single(sweep, name, axis, rank) else None
 
 
-def _is_single(sweep: Sweep, name: str, axis: int) -> bool:
-    """Returns whether a reshaped value has size 1 in a dimension."""
+def _shape(sweep: Sweep, name: str) -> tuple[int, ...]:
+    """Returns the shape of a reshaped value, with -1 for the batch; () if it is not known."""
     reshaped = sweep.of(name, "Reshape")
     shape = None if reshaped is None else sweep.known(reshaped.inputs[1])
-    return shape is not None and axis < shape.size and shape[axis] == 1
+    return () if shape is None else tuple(shape.tolist())
+
+
+def _is_single(sweep: Sweep, name: str, axis: int, rank: int) -> bool:
+    """Returns whether a value is reshaped to this rank and has size 1 in a dimension."""
+    shape = _shape(sweep, name)
+    return axis < len(shape) == rank and shape[axis] == 1
 
 
 def _centred(sweep: Sweep, name: str) -> str | None:
@@ -118,8 +124,7 @@ def _centred(sweep: Sweep, name: str) -> str | None:
     mean = difference and _along(sweep, difference.inputs[1], "ReduceMean")
     if not (difference and mean) or mean[0] != difference.inputs[0]:
         return None
-    shape = sweep.graph.constants[sweep.made[difference.inputs[1]].inputs[1]]
-    return mean[0] if mean[1] == shape.size - 1 else None
+    return mean[0] if mean[1] == len(_shape(sweep, difference.inputs[1])) - 1 else None
 
 
 def _scale(sweep: Sweep, name: str) -> tuple[np.ndarray | None, Node | None]:
@@ -134,21 +139,25 @@ def _scale(sweep: Sweep, name: str) -> tuple[np.ndarray | None, Node | None]:
 
 def _epsilon(sweep: Sweep, root: Node, x: str, centred: str) -> np.ndarray | None:
     """Returns epsilon of sqrt(var x + epsilon), in either way to compute the variance."""
+    kept = sweep.made[centred].inputs[1]  # the mean, with its dimension
+    rank = len(_shape(sweep, kept))
     total = sweep.of(root.inputs[0], "Add")
     found = total and sweep.split(total, "Add")
     if not found or found[1].size != 1:
         return None
     name, epsilon = found[0], found[1].reshape(())
+    if not _is_single(sweep, name, rank - 1, rank):
+        return None
     direct = _along(sweep, name, "ReduceMean")
     if direct is not None:
-        return epsilon if _is_square(sweep, direct[0], centred) else None
+        return epsilon if direct[1] == rank - 1 and _is_square(sweep, direct[0], centred) else None
     reshaped = sweep.of(name, "Reshape")
     positive = reshaped and sweep.of(reshaped.inputs[0], "Relu")
     difference = positive and sweep.of(positive.inputs[0], "Sub")
     squares = difference and sweep.of(difference.inputs[0], "ReduceMean")
     if not (difference and squares) or not _is_square(sweep, squares.inputs[0], x):
         return None
-    mean = sweep.made[sweep.made[centred].inputs[1]].inputs[0]
+    mean = sweep.made[kept].inputs[0]
     same_axes = squares.inputs[1] == sweep.made[mean].inputs[1]
     return epsilon if same_axes and _is_square(sweep, difference.inputs[1], mean) else None
 

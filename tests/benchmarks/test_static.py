@@ -141,8 +141,9 @@ def test_runs_of_one_name_have_rows_of_their_own(staged, narrow, tmp_path):
     assert [s.name for s in statics] == [f"static {narrow}", f"static {link}"]
 
 
-def row(policy, accuracy, speedup):
-    return {"batch": 7, "policy": policy, "accuracy": accuracy, "speedup": speedup}
+def row(policy, accuracy, speedup, runtime="onnx"):
+    found = {"batch": 7, "runtime": runtime, "policy": policy}
+    return {**found, "accuracy": accuracy, "speedup": speedup}
 
 
 ROWS = [
@@ -172,11 +173,11 @@ def test_the_nearest_static_network_by_hand():
 
 def test_the_verdict_names_the_policies_that_a_static_network_beats():
     """`4x` is as fast as `middle`, which is more accurate, and no network beats it."""
-    assert verdict(ROWS) == (
+    assert verdict(compared(ROWS)) == (
         "in batches of 7, no static network is faster than a policy at no less accuracy"
     )
     better = [*ROWS, row("static equal", 0.88, 1.6), row("static best", 0.88, 1.7)]
-    assert verdict(better) == (
+    assert verdict(compared(better)) == (
         "in batches of 7, a static network is faster at no less accuracy than 1 of 2 policies: "
         "2x (best)"
     )
@@ -188,3 +189,11 @@ def test_the_table_by_hand():
     assert lines[2].split()[0] == "4x"
     assert len(lines) == 4
     assert lines[-1].startswith("in batches of 7, no static network")
+
+
+def test_policies_of_slower_runtimes_are_not_compared():
+    """They have the same names, and other accuracies."""
+    slower = [row("2x", 0.5, 0.5, "jax"), row("4x", 0.4, 0.6, "jax")]
+    rows = compared([*ROWS[:4], *slower, *ROWS[4:]])
+    assert ["static" in row for row in rows] == [False, False, True, True] + [False] * 5
+    assert static_table(rows) == static_table(compared(ROWS))

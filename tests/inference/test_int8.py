@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 
 from benchmarks.inference.runtimes import check_runtimes
-from dfs_jax.inference import EarlyExitPredictor, load_exported, onnx_stages
+from dfs_jax.inference import (
+    EarlyExitPredictor,
+    load_exported,
+    onnx_models,
+    onnx_stages,
+    quantize,
+)
 from dfs_jax.inference.choose import choose_policy, fit_again
 from dfs_jax.inference.export import export_int8
 from dfs_jax.inference.policy import FILE, Policy
 from dfs_jax.types import UserError
 from tests.inference.test_inference_programs import run_program
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 
@@ -65,6 +71,28 @@ def test_without_a_policy_the_last_exit_answers(tiny_run, tmp_path):
     assert load_exported(tmp_path).policy.thresholds == (None,)
 
 
+@pytest.mark.parametrize(("bits", "largest"), [(7, 64), (8, 127)])
+def test_bits_of_the_weights(staged, bits, largest):
+    files = onnx_models.written(staged.stages, staged.example)
+    images = staged.images("validation", 7)
+    contents, about = quantize.quantized(*files, images, weight_bits=bits)
+    assert about["weight_bits"] == bits
+    weights = [
+        np.abs(onnx.numpy_helper.to_array(x).astype(int)).max()
+        for x in onnx.load_from_string(contents["stage1.onnx"]).graph.initializer
+        if x.data_type == onnx.TensorProto.INT8 and len(x.dims) > 1
+    ]
+    assert weights
+    assert max(weights) == largest
+
+
+@pytest.mark.parametrize("bits", [6, 16])
+def test_other_numbers_of_bits(tiny_run, tmp_path, bits):
+    with pytest.raises(UserError, match=f"weight_bits must be 7 or 8, got {bits}"):
+        export_int8(tiny_run, tmp_path, weight_bits=bits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_policy_without_a_target_cannot_be_fitted_again(staged):
     with pytest.raises(UserError, match="does not say what it was chosen for"):
         fit_again(staged, Policy((0.5,)))
@@ -78,7 +106,9 @@ def test_calibration_beside_shared_threads_is_refused(tiny_run, tmp_path, monkey
 
 @pytest.mark.parametrize("names", [[], ["tflite"], ["jax", "ONNX"]])
 def test_unknown_runtimes(names):
-    with pytest.raises(UserError, match="--runtimes must be some of jax, onnx, onnx_int8, torch, got"):
+    with pytest.raises(
+        UserError, match="--runtimes must be some of jax, onnx, onnx_int8, torch, got"
+    ):
         check_runtimes(names)
     assert check_runtimes(["onnx", "jax", "onnx"]) == ("onnx", "jax")
 
@@ -89,6 +119,10 @@ def test_programs(tiny_run, tmp_path):
         "export", f"--workdir={tiny_run}", f"--output={tmp_path / 'e'}", "--quantize=int8"
     )
     assert (status, err) == (2, "error: --quantize=int8 takes --format=onnx\n")
+    status, _, err = run_program(
+        "export", f"--workdir={tiny_run}", f"--output={tmp_path / 'e'}", "--weight_bits=8"
+    )
+    assert (status, err) == (2, "error: --weight_bits takes --quantize=int8\n")
     where = (f"--workdir={tiny_run}", f"--output={tmp_path / 'rows.json'}")
     runtimes = "--runtimes=jax,onnx,onnx_int8"
     status, _, err = run_program(
@@ -103,4 +137,6 @@ def test_programs(tiny_run, tmp_path):
     assert not any(row["policy"].startswith("exit") for row in rows)
     status, _, err = run_program("benchmarks.inference", *where, "--runtimes=tflite")
     assert status == 2
-    assert err.startswith("error: --runtimes must be some of jax, onnx, onnx_int8, torch, got ['tflite']")
+    assert err.startswith(
+        "error: --runtimes must be some of jax, onnx, onnx_int8, torch, got ['tflite']"
+    )

@@ -88,6 +88,29 @@ def test_other_normalisations_stay_as_they_are(axis):
         assert_close(got, expected)
 
 
+def centred(x):
+    return x - x.mean(-1, keepdims=True)
+
+
+OTHER_SCALES = {
+    "the deviation along another dimension": lambda x: jnp.square(centred(x)).mean(
+        1, keepdims=True
+    ),
+    "the deviation of another row": lambda x: jnp.square(centred(x)).mean(-1)[:, None, :],
+    "the deviation of another value": lambda x: jnp.square(centred(2 * x)).mean(-1, keepdims=True),
+    "squares about zero": lambda x: jnp.square(x).mean(-1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SCALES)
+def test_what_is_scaled_otherwise_stays_as_it_is(name):
+    function = lambda x: centred(x) * jax.lax.rsqrt(OTHER_SCALES[name](x) + 0.1)  # noqa: E731
+    square = (7, 7)
+    assert "LayerNormalization" not in operators(function, square)
+    for got, expected in run(function, square, (1, 3)):
+        assert_close(got, expected)
+
+
 def test_gelu():
     """In the order that ONNX Runtime turns into one operator."""
     function = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
